@@ -1,0 +1,50 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+JOBS ?= 2
+
+# One thread a worker: the workers already fill the cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+.DEFAULT_GOAL := help
+.PHONY: help install test test-all test-gpu check demo demo-short benchmark clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(STAMP) ## create .venv with the tested versions
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+test: $(STAMP) ## the fast tests
+	$(PYTEST) -m "not slow and not distributed"
+
+test-all: $(STAMP) ## every test
+	$(PYTEST)
+
+# A GPU machine brings its own torch, so this one uses no .venv.
+test-gpu: ## GPU tests and benchmark, with $(PYTHON) as it is
+	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m scalora.benchmark --device cuda
+
+check: $(STAMP) ## linter, formatter, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+demo: $(STAMP) ## fine-tune a real model with plain LoRA and with ScaLoRA
+	$(BIN)/python examples/finetune.py
+
+demo-short: $(STAMP) ## the same, a few steps
+	$(BIN)/python examples/finetune.py --short
+
+benchmark: $(STAMP) ## step time and memory against the inner optimizer alone
+	$(BIN)/python -m scalora.benchmark
+
+clean: ## remove .venv, caches and builds
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
