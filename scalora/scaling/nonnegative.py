@@ -1,0 +1,100 @@
+"""Non-negative quadratic programs, many small ones at once, without leaving the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_ITERATIONS = 40
+_TO_BOUNDARY = 0.995
+
+
+def minimize_nonnegative(H: Tensor, lam: Tensor) -> Tensor:
+    """Solve ``min 1/2 x^T H x - lam^T x`` subject to ``x >= 0``.
+
+    A primal-dual interior-point method (Mehrotra's predictor and corrector) finds which
+    coordinates are free; one solve on those then gives the optimum itself, and is kept where it
+    is feasible and no worse.  The number of iterations is fixed, so nothing waits for the device;
+    on a CPU, where looking costs nothing, it stops when all problems have converged.
+
+    Args:
+        H: (..., k, k), positive semidefinite; it may be singular if ``lam`` lies in its range.
+        lam: (..., k).
+
+    Returns:
+        x: (..., k), non-negative; zero where the diagonal of ``H`` is.
+    """
+    batch, k = lam.shape[:-1], lam.shape[-1]
+    H, lam = H.reshape(-1, k, k), lam.reshape(-1, k)
+    diagonal = H.diagonal(dim1=-2, dim2=-1)
+    dead = (diagonal <= 0).to(diagonal.dtype)
+    scale = (1 - dead) * (diagonal + dead).rsqrt()
+    H = H * scale.unsqueeze(-1) * scale.unsqueeze(-2) + torch.diag_embed(dead)
+    lam = lam * scale
+    size = lam.abs().amax(-1, keepdim=True)
+    size = torch.where(size > 0, size, torch.ones_like(size))
+    ridge = 8 * k * torch.finfo(H.dtype).eps
+    H = H + ridge * torch.eye(k, dtype=H.dtype, device=H.device)
+
+    x, z = _interior_point(H, lam / size)
+    x = _polish(H, lam / size, x, free=x > z)
+    return (x * size * scale).reshape(*batch, k)
+
+
+def _interior_point(H: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
+    """Primal ``x`` and dual ``z = H x - lam`` for a unit-diagonal ``H`` and ``max |lam| = 1``."""
+    k = lam.shape[-1]
+    tolerance = 16 * torch.finfo(H.dtype).eps
+    x, z = torch.ones_like(lam), torch.ones_like(lam)
+    for _ in range(_ITERATIONS):
+        residual = _apply(H, x) - lam - z
+        gap = (x * z).mean(-1, keepdim=True)
+        done = (gap <= tolerance) & (residual.abs().amax(-1, keepdim=True) <= tolerance * k)
+        if done.device.type == "cpu" and bool(done.all()):
+            break
+        factor, _ = torch.linalg.cholesky_ex(H + torch.diag_embed(z / x))
+
+        dx = _solve(factor, -residual - z)
+        dz = -z - z / x * dx
+        step = _step_length(x, dx, z, dz)
+        affine_gap = ((x + step * dx) * (z + step * dz)).mean(-1, keepdim=True)
+        centre = (affine_gap / gap).pow(3) * gap - dx * dz
+
+        dx = _solve(factor, -residual - z + centre / x)
+        dz = (centre - z * dx) / x - z
+        step = _TO_BOUNDARY * _step_length(x, dx, z, dz)
+        moved_x, moved_z = x + step * dx, z + step * dz
+        keep = done | ~(torch.isfinite(moved_x) & torch.isfinite(moved_z)).all(-1, keepdim=True)
+        x, z = torch.where(keep, x, moved_x), torch.where(keep, z, moved_z)
+    return x, z
+
+
+def _polish(H: Tensor, lam: Tensor, x: Tensor, free: Tensor) -> Tensor:
+    """The exact optimum on the free coordinates, where it is one; ``x`` elsewhere."""
+    pairs = free.unsqueeze(-1) & free.unsqueeze(-2)
+    identity = torch.eye(lam.shape[-1], dtype=H.dtype, device=H.device)
+    factor, _ = torch.linalg.cholesky_ex(torch.where(pairs, H, identity))
+    exact = _solve(factor, torch.where(free, lam, torch.zeros_like(lam)))
+    feasible = (torch.isfinite(exact) & (exact >= 0)).all(-1, keepdim=True)
+    exact = torch.where(feasible, exact, x)
+    better = _objective(H, lam, exact) <= _objective(H, lam, x)
+    return torch.where(better, exact, x)
+
+
+def _apply(H: Tensor, x: Tensor) -> Tensor:
+    return (H @ x.unsqueeze(-1)).squeeze(-1)
+
+
+def _solve(factor: Tensor, rhs: Tensor) -> Tensor:
+    return torch.cholesky_solve(rhs.unsqueeze(-1), factor).squeeze(-1)
+
+
+def _objective(H: Tensor, lam: Tensor, x: Tensor) -> Tensor:
+    return (x * (0.5 * _apply(H, x) - lam)).sum(-1, keepdim=True)
+
+
+def _step_length(x: Tensor, dx: Tensor, z: Tensor, dz: Tensor) -> Tensor:
+    """The longest step up to 1 that keeps ``x`` and ``z`` non-negative: (..., 1)."""
+    both, move = torch.cat([x, z], -1), torch.cat([dx, dz], -1)
+    limit = torch.where(move < 0, -both / move, torch.full_like(both, torch.inf))
+    return limit.amin(-1, keepdim=True).clamp_max(1.0)

@@ -1,0 +1,96 @@
+"""The quadratic model of one re-based step, built from four thin matrices.
+
+One step of the inner optimizer on the re-based pair moves the weight, to first order in the
+learning rates, by ``D(x) = -sum_i x_i M_i`` with the 2r rank-one matrices
+``M_j = s P_j U_Q,j^T`` and ``M_{r+j} = s U_P,j Q_j^T``.  Minimising ``|D* - D(x)|^2`` with the
+full fine-tuning step ``D* = -G/L`` is ``min 1/2 x^T H x - lambda^T x``: ``H`` is the Gram matrix
+of the ``M_i`` and ``lambda_i = <G, M_i>`` (for L = 1).  Derivation: docs/mathematics.md.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class QuadraticModel(NamedTuple):
+    """``1/2 x^T H x - lambda^T x`` over ``x = [x_P; x_Q]``, the weights of the ``M_i``.
+
+    Attributes:
+        H: (..., 2r, 2r), positive semidefinite, in the solver's dtype.
+        lam: (..., 2r), for L = 1.
+    """
+
+    H: Tensor
+    lam: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.lam.shape[-1] // 2
+
+    def step_size(self, x: Tensor) -> Tensor:
+        """Predicted Frobenius norm of the weight's move, ``sqrt(x^T H x)``: (...,)."""
+        squared = torch.einsum("...i,...ij,...j->...", x, self.H, x)
+        return squared.clamp_min(0).sqrt()
+
+    def tied(self) -> QuadraticModel:
+        """The same model with the columns of each factor tied together: rank 1, 2 x 2."""
+        r = self.rank
+        blocks = self.H.unflatten(-1, (2, r)).unflatten(-3, (2, r)).sum(dim=(-3, -1))
+        return QuadraticModel(blocks, self.lam.unflatten(-1, (2, r)).sum(-1))
+
+
+def solver_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 where the device has no float64 (MPS)."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def quadratic_model(
+    P: Tensor,
+    Q: Tensor,
+    grad_P: Tensor,
+    grad_Q: Tensor,
+    direction_P: Tensor,
+    direction_Q: Tensor,
+    scaling: float = 1.0,
+) -> QuadraticModel:
+    """Build ``H`` and ``lambda`` for any number of leading batch dimensions.
+
+    Products with the long side run in the inputs' dtype, float32 at least; the (2r, 2r) problem
+    is handed on in float64.  Gradients and directions are divided by their largest entry first,
+    so that their squares neither overflow nor vanish in float32.
+
+    Args:
+        P, grad_P, direction_P: (..., m, r).
+        Q, grad_Q, direction_Q: (..., n, r).
+        scaling: PEFT's ``s`` in ``W = W0 + s P Q^T``.
+    """
+    dtype = torch.promote_types(P.dtype, torch.float32)
+    P, Q = P.to(dtype), Q.to(dtype)
+    direction_P, unit_P = _unit(direction_P.to(dtype))
+    direction_Q, unit_Q = _unit(direction_Q.to(dtype))
+    grad_P, grad_unit_P = _unit(grad_P.to(dtype))
+    grad_Q, grad_unit_Q = _unit(grad_Q.to(dtype))
+
+    left = torch.cat([P, direction_P], dim=-1)
+    right = torch.cat([direction_Q, Q], dim=-1)
+    work = solver_dtype(P.device)
+    H = (left.mT @ left).to(work) * (right.mT @ right).to(work)
+    descent_Q = (grad_Q * direction_Q).sum(-2).to(work) * grad_unit_Q.to(work)
+    descent_P = (grad_P * direction_P).sum(-2).to(work) * grad_unit_P.to(work)
+
+    r = P.shape[-1]
+    unit = torch.cat([unit_Q.expand(*unit_Q.shape[:-1], r), unit_P.expand(*unit_P.shape[:-1], r)], -1)
+    unit = unit.to(work)
+    H = H * (scaling * scaling) * unit.unsqueeze(-1) * unit.unsqueeze(-2)
+    lam = torch.cat([descent_Q, descent_P], dim=-1) * unit
+    return QuadraticModel(H, lam)
+
+
+def _unit(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """``matrix`` (..., k, r) divided by its largest entry, and that entry (..., 1)."""
+    largest = matrix.abs().amax(dim=(-2, -1), keepdim=True)
+    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    return matrix / largest, largest.squeeze(-1)
