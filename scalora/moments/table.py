@@ -1,0 +1,111 @@
+"""How each inner optimizer's state depends on the gradient, and which way it will step.
+
+A state that is homogeneous of degree k in the gradient history moves with a re-basing: column j
+of P's is multiplied by ``beta_j**k`` and of Q's by ``alpha_j**k`` (docs/mathematics.md, moments).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+import torch
+
+
+from scalora.moments import directions
+from scalora.moments.directions import Direction
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What a re-basing has to know of one optimizer class.
+
+    Attributes:
+        degrees: state name -> degree of homogeneity in the gradient history.
+        direction: computes the coming step's direction, for ``rule="direction"``; None if unknown.
+        direction_degree: 0 if the step does not grow with the gradient (Adam), 1 if it does (SGD).
+        partners: pairs of states that factor one second moment (Adafactor).
+    """
+
+    degrees: Mapping[str, int]
+    direction: Direction | None = None
+    direction_degree: int = 0
+    partners: Mapping[str, str] | None = None
+
+
+_STEP = {"step": 0}
+_ADAM = {**_STEP, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
+
+_TABLE: dict[type[torch.optim.Optimizer], Moments] = {
+    torch.optim.Adam: Moments(_ADAM, directions.adam),
+    torch.optim.AdamW: Moments(_ADAM, directions.adam),
+    torch.optim.NAdam: Moments({**_ADAM, "mu_product": 0}, directions.nadam),
+    torch.optim.RAdam: Moments(_ADAM, directions.radam),
+    torch.optim.Adamax: Moments({**_STEP, "exp_avg": 1, "exp_inf": 1}, directions.adamax),
+    torch.optim.SGD: Moments({"momentum_buffer": 1}, directions.sgd, direction_degree=1),
+    torch.optim.RMSprop: Moments(
+        {**_STEP, "square_avg": 2, "grad_avg": 1, "momentum_buffer": 0}, directions.rmsprop
+    ),
+    torch.optim.Adagrad: Moments({**_STEP, "sum": 2}, directions.adagrad),
+    torch.optim.Adafactor: Moments(
+        {**_STEP, "row_var": 2, "col_var": 2, "variance": 2},
+        directions.adafactor,
+        partners={"row_var": "col_var", "col_var": "row_var"},
+    ),
+}
+
+
+def register_moments(
+    optimizer_class: type[torch.optim.Optimizer],
+    degrees: Mapping[str, int],
+    *,
+    direction: Direction | None = None,
+    direction_degree: int = 0,
+) -> None:
+    """Teach ScaLoRA another optimizer class (exactly that class, not its subclasses).
+
+    Args:
+        optimizer_class: the class.
+        degrees: the name of every tensor it keeps in ``optimizer.state[param]`` -> degree of
+            homogeneity in the gradient history: 1 for a momentum, 2 for an average of squares,
+            0 for a counter or anything that was already divided by a root of a second moment.
+        direction: ``f(param, grad, state, group) -> Tensor``, the direction of the coming step
+            (the optimizer subtracts ``lr * direction``), without weight decay; only
+            ``rule="direction"`` needs it.  All tensors have a batch dimension in front.
+        direction_degree: 1 if the step grows with the gradient, else 0.
+
+    Raises:
+        TypeError: ``optimizer_class`` is no optimizer class.
+        ValueError: a degree that is not a non-negative integer.
+    """
+    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
+        raise TypeError(f"{optimizer_class!r} is not a subclass of torch.optim.Optimizer.")
+    for name, degree in degrees.items():
+        if not isinstance(degree, int) or degree < 0:
+            raise ValueError(f"degree {degree!r} of state {name!r} must be an integer, 0 or more.")
+    if direction_degree not in (0, 1):
+        raise ValueError(f"direction_degree={direction_degree!r} must be 0 or 1.")
+    _TABLE[optimizer_class] = Moments({**_STEP, **degrees}, direction, direction_degree)
+
+
+def moments_of(optimizer: torch.optim.Optimizer) -> Moments:
+    """The entry of the optimizer's class.
+
+    Raises:
+        TypeError: the class is not in the table.  A subclass is not its parent: it may
+            precondition gradients or keep other state.
+    """
+    entry = _TABLE.get(type(optimizer))
+    if entry is not None:
+        return entry
+    known = ", ".join(cls.__name__ for cls in _TABLE)
+    name = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+    raise TypeError(
+        f"ScaLoRA does not know how the state of {name} depends on the gradient, so it cannot carry "
+        f"it across a re-basing. Known: {known}. Register it with "
+        f"scalora.register_moments({type(optimizer).__name__}, {{'exp_avg': 1, 'exp_avg_sq': 2}}), "
+        "giving the degree of each state in the gradient history."
+    )
+
+
