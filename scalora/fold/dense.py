@@ -1,0 +1,98 @@
+"""Folding low-rank increments into dense base weights, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from scalora.fold.rounding import noise_bits, round_stochastically
+
+ROUNDINGS = ("stochastic", "compensated", "nearest")
+_ELEMENTS_AT_ONCE = 1 << 20
+
+
+def fold(
+    weights: Sequence[Tensor],
+    left: Tensor,
+    right: Tensor,
+    *,
+    rounding: str = "stochastic",
+    seeds: Sequence[int] = (),
+    residuals: Sequence[Tensor] = (),
+) -> None:
+    """``weights[l] += left[l] @ right[l].T``, in place, for all layers of one shape.
+
+    float32 and float64 weights take the increment to round-off.  In bfloat16 and float16:
+    ``"stochastic"`` is unbiased; ``"compensated"`` keeps what rounding cut in ``residuals`` and adds
+    it the next time; ``"nearest"`` loses what is below half a unit in the last place.
+
+    Args:
+        weights: each (m, n), one dtype and device.
+        left: (layers, m, k), float32 or wider.
+        right: (layers, n, k), likewise.
+        rounding: one of `ROUNDINGS`; half precision only.
+        seeds: one for each layer (`noise_seed`); ``"stochastic"`` only.
+        residuals: each (m, n), the weights' dtype; ``"compensated"`` only.
+    """
+    if _fused_kernel_applies(weights, left):
+        from scalora.fold.fused import fold_fused
+
+        fold_fused(weights, left, right, rounding=rounding, seeds=seeds, residuals=residuals)
+        return
+    for layer, weight in enumerate(weights):
+        if weight.dtype not in (torch.bfloat16, torch.float16):
+            weight.addmm_(left[layer].to(weight.dtype), right[layer].to(weight.dtype).T)
+            continue
+        residual = residuals[layer] if residuals else None
+        seed = seeds[layer] if seeds else 0
+        result, cut = _half_precision_sum(
+            weight, left[layer], right[layer], rounding, seed, residual
+        )
+        weight.copy_(result)
+        if residual is not None and cut is not None:
+            residual.copy_(cut)
+
+
+def _half_precision_sum(
+    weight: Tensor,
+    left: Tensor,
+    right: Tensor,
+    rounding: str,
+    seed: int,
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """``weight + residual + left @ right.T`` rounded to the weight's dtype, and what was cut.
+
+    New tensors, so that the one write into the weight that follows is all or nothing.
+    """
+    rows, columns = weight.shape
+    result = torch.empty_like(weight)
+    cut = None if residual is None else torch.empty_like(residual)
+    chunk = max(1, _ELEMENTS_AT_ONCE // columns)
+    for start in range(0, rows, chunk):
+        part = slice(start, min(start + chunk, rows))
+        exact = torch.addmm(weight[part].float(), left[part].float(), right.float().T)
+        if residual is not None and cut is not None:
+            exact += residual[part]
+            result[part] = exact
+            cut[part] = exact - result[part]
+        elif rounding == "stochastic":
+            bits = noise_bits(seed, start * columns, exact.numel(), weight.device)
+            result[part] = round_stochastically(exact, weight.dtype, bits)
+        else:
+            result[part] = exact
+    return result, cut
+
+
+def _fused_kernel_applies(weights: Sequence[Tensor], left: Tensor) -> bool:
+    if left.device.type != "cuda" or left.dtype == torch.float64:
+        return False
+    if not all(weight.is_contiguous() for weight in weights):
+        return False
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True

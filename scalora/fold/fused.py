@@ -1,0 +1,149 @@
+"""The fold as one Triton kernel for all layers of one shape: each weight is read and written once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_NEAREST, _STOCHASTIC, _COMPENSATED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+_MODES = {"nearest": 0, "stochastic": 1, "compensated": 2}
+_SMALLEST_RANK_OF_DOT = 16
+_BLOCK_ROWS, _BLOCK_COLUMNS = 64, 128
+_ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def _fold_kernel(
+    weight_addresses,
+    residual_addresses,
+    seeds,
+    left,
+    right,
+    rows,
+    columns,
+    rank,
+    element: tl.constexpr,
+    mode: tl.constexpr,
+    precision: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_columns: tl.constexpr,
+    block_rank: tl.constexpr,
+):
+    layer = tl.program_id(1)
+    tiles_across = tl.cdiv(columns, block_columns)
+    row = (tl.program_id(0) // tiles_across) * block_rows + tl.arange(0, block_rows)
+    column = (tl.program_id(0) % tiles_across) * block_columns + tl.arange(0, block_columns)
+    k = tl.arange(0, block_rank)
+
+    left += layer.to(tl.int64) * rows * rank
+    right += layer.to(tl.int64) * columns * rank
+    a = tl.load(
+        left + row[:, None] * rank + k[None, :],
+        mask=(row[:, None] < rows) & (k[None, :] < rank),
+        other=0.0,
+    )
+    b = tl.load(
+        right + column[None, :] * rank + k[:, None],
+        mask=(column[None, :] < columns) & (k[:, None] < rank),
+        other=0.0,
+    )
+    increment = tl.dot(a, b, input_precision=precision)
+
+    inside = (row[:, None] < rows) & (column[None, :] < columns)
+    position = row[:, None].to(tl.int64) * columns + column[None, :]
+    weight = tl.load(weight_addresses + layer).to(tl.pointer_type(element)) + position
+    exact = tl.load(weight, mask=inside, other=0.0).to(tl.float32) + increment
+    if mode == _COMPENSATED:
+        residual = tl.load(residual_addresses + layer).to(tl.pointer_type(element)) + position
+        exact += tl.load(residual, mask=inside, other=0.0).to(tl.float32)
+        rounded = exact.to(element)
+        tl.store(residual, (exact - rounded.to(tl.float32)).to(element), mask=inside)
+    elif mode == _STOCHASTIC:
+        bits = _noise_bits(tl.load(seeds + layer), position)
+        rounded = _round_stochastically(exact, bits, element)
+    else:
+        rounded = exact.to(element)
+    tl.store(weight, rounded, mask=inside)
+
+
+@triton.jit
+def _noise_bits(seed, position):
+    """`scalora.fold.rounding.noise_bits`, bit for bit."""
+    x = position.to(tl.uint32) * 0x9E3779B9 + seed.to(tl.uint32, bitcast=True)
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _round_stochastically(exact, bits, element: tl.constexpr):
+    """`scalora.fold.rounding.round_stochastically`, bit for bit."""
+    raw = exact.to(tl.uint32, bitcast=True)
+    if element == tl.bfloat16:
+        rounded = ((raw + (bits & 0xFFFF)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        largest: tl.constexpr = 3.3895313892515355e38
+    else:
+        rounded = ((raw + (bits & 0x1FFF)) & 0xFFFFE000).to(tl.float32, bitcast=True)
+        uniform = (bits & 0xFFFFFF).to(tl.float32) * 5.9604644775390625e-08
+        steps = tl.floor(exact * 16777216.0 + uniform)
+        rounded = tl.where(tl.abs(exact) < 6.103515625e-05, steps * 5.9604644775390625e-08, rounded)
+        largest: tl.constexpr = 65504.0
+    finite = tl.abs(exact) < float("inf")
+    bounded = tl.minimum(tl.maximum(rounded, -largest), largest)
+    return tl.where(finite, bounded, exact).to(element)
+
+
+def fold_fused(
+    weights: Sequence[Tensor],
+    left: Tensor,
+    right: Tensor,
+    *,
+    rounding: str,
+    seeds: Sequence[int],
+    residuals: Sequence[Tensor],
+) -> None:
+    """`scalora.fold.dense.fold` in one launch; contiguous weights of one shape and dtype."""
+    rows, columns = weights[0].shape
+    device, rank = weights[0].device, left.shape[-1]
+    half = weights[0].dtype != torch.float32
+    mode = _MODES[rounding] if half else _MODES["nearest"]
+    addresses = _to_device([weight.data_ptr() for weight in weights], torch.int64, device)
+    residual_addresses, seed_words = addresses, addresses
+    if mode == _MODES["compensated"]:
+        residual_addresses = _to_device([r.data_ptr() for r in residuals], torch.int64, device)
+    if mode == _MODES["stochastic"]:
+        words = [seed - (1 << 32) if seed >> 31 else seed for seed in seeds]
+        seed_words = _to_device(words, torch.int32, device)
+    tiles = triton.cdiv(rows, _BLOCK_ROWS) * triton.cdiv(columns, _BLOCK_COLUMNS)
+    _fold_kernel[(tiles, len(weights))](
+        addresses,
+        residual_addresses,
+        seed_words,
+        left.float().contiguous(),
+        right.float().contiguous(),
+        rows,
+        columns,
+        rank,
+        element=_ELEMENTS[weights[0].dtype],
+        mode=mode,
+        precision="tf32x3" if half else "ieee",
+        block_rows=_BLOCK_ROWS,
+        block_columns=_BLOCK_COLUMNS,
+        block_rank=max(_SMALLEST_RANK_OF_DOT, triton.next_power_of_2(rank)),
+    )
+    for weight in weights:
+        torch.autograd.graph.increment_version(weight)
+
+
+def _to_device(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Host integers on the device, without waiting for it."""
+    host = torch.tensor(values, dtype=dtype)
+    if device.type != "cuda":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)

@@ -1,0 +1,77 @@
+"""Adding small increments to half-precision weights without losing them.
+
+One unit in the last place of a bfloat16 weight of 0.02 is about 1e-4, larger than most increments:
+rounding to nearest would discard nearly all of them, silently.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK_32 = 0xFFFFFFFF
+_INT32_SIGN = 1 << 31
+_DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
+_FLOAT16_SMALLEST_NORMAL = 2.0**-14
+_FLOAT16_SUBNORMAL_STEP = 2.0**-24
+
+
+def noise_seed(*parts: int) -> int:
+    """A 32-bit seed mixed from integers (splitmix64), the same on every machine."""
+    state = 0
+    for part in parts:
+        state = (state ^ (part & 0xFFFFFFFFFFFFFFFF)) + 0x9E3779B97F4A7C15
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state & _MASK_32
+
+
+def noise_bits(seed: int, first: int, count: int, device: torch.device) -> Tensor:
+    """Random 32-bit words for the elements ``first .. first + count`` of a weight: (count,) int32.
+
+    A hash of the element's position: no generator, hence no state to save, and replicas and
+    devices agree to the bit.
+    """
+    x = torch.arange(first, first + count, device=device).to(torch.int32)
+    x = x * _signed(0x9E3779B9) + _signed(seed)
+    x = x ^ _shift(x, 16)
+    x = x * _signed(0x7FEB352D)
+    x = x ^ _shift(x, 15)
+    x = x * _signed(0x846CA68B)
+    return x ^ _shift(x, 16)
+
+
+def round_stochastically(value: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
+    """Round float32 up or down to ``dtype`` so that the expectation is ``value``.
+
+    Args:
+        value: float32, any shape.
+        dtype: bfloat16 or float16.
+        bits: int32, as many as ``value`` has elements; the noise.
+
+    Returns:
+        ``value``'s shape, in ``dtype``; a finite value stays finite.
+    """
+    bits = bits.view_as(value)
+    dropped = (1 << _DROPPED_BITS[dtype]) - 1
+    raw = value.view(torch.int32)
+    rounded = ((raw + (bits & dropped)) & ~dropped).view(torch.float32)
+    if dtype == torch.float16:
+        uniform = (bits & 0xFFFFFF).to(torch.float32) * 2.0**-24
+        steps = (value / _FLOAT16_SUBNORMAL_STEP + uniform).floor()
+        small = value.abs() < _FLOAT16_SMALLEST_NORMAL
+        rounded = torch.where(small, steps * _FLOAT16_SUBNORMAL_STEP, rounded)
+    largest = torch.finfo(dtype).max
+    rounded = torch.where(value.isfinite(), rounded.clamp(-largest, largest), value)
+    return rounded.to(dtype)
+
+
+def _signed(word: int) -> int:
+    """A 32-bit word as the int32 with the same bits."""
+    return word - (1 << 32) if word & _INT32_SIGN else word
+
+
+def _shift(x: Tensor, places: int) -> Tensor:
+    """Logical right shift of int32 words."""
+    return (x >> places) & (_MASK_32 >> places)
