@@ -1,0 +1,413 @@
+"""The optimizer wrapper: an inner optimizer that re-bases LoRA layers as it steps."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scalora import peft_layers
+from scalora.moments import moments_of
+from scalora.options import RebasingOptions
+from scalora.peft_layers import LoRAPair
+from scalora.rebasing import Rebaser
+
+_STATE_VERSION = 1
+
+
+class ScaLoRA(torch.optim.Optimizer):
+    """Steps an optimizer over LoRA parameters and re-bases the LoRA layers while it trains.
+
+    Before a step, the columns of both factors of every LoRA layer are rescaled by the amounts that
+    bring the coming step closest to the full fine-tuning step; the difference is folded into the
+    frozen base weight, so the model's function does not change, and the gradients and the
+    optimizer's moments are carried into the new coordinates exactly.  The folded increments add up
+    to a rank far above the adapter's (ScaLoRA, arXiv 2510.23818; docs/mathematics.md).
+
+    One line of a training script changes::
+
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)                         # before
+        optimizer = scalora.ScaLoRA(torch.optim.AdamW(model.parameters(), lr=2e-4), model)  # after
+
+    ``param_groups``, ``state`` and ``defaults`` are the inner optimizer's own, so schedulers,
+    ``accelerate`` and ``GradScaler`` treat this as any optimizer.  Parameters of no LoRA layer are
+    stepped as the inner optimizer would alone.  A step whose gradients are not all finite is
+    skipped whole where that can be done without waiting for the device (on CPU, and with a fused
+    inner optimizer); the base weights never take part in such a step.
+
+    The base weights change: save with `scalora.save_merged` or `scalora.save_adapter`.
+
+    Args:
+        optimizer: the inner optimizer: Adam, AdamW, NAdam, RAdam, Adamax, SGD, RMSprop, Adagrad,
+            Adafactor of ``torch.optim``, or a class given to `scalora.register_moments`.
+        model: the PEFT model (or a module around it).
+        interval: re-base every that many steps (the paper's ScaLoRA-I); 1 is every step.
+        rule: ``"exact"``: the theorem's objective, solved for its non-negative optimum;
+            ``"paper"``: the theorem as published, ``H^-1 lambda`` where that is non-negative and
+            two scalars elsewhere; ``"scalar"``: always two scalars; ``"direction"``: the inner
+            optimizer's own direction in place of the gradient; ``"none"``: never re-base (plain
+            LoRA); ``"auto"``: at present ``"exact"``.
+        lipschitz: for ``"paper"``, ``"exact"`` and ``"scalar"``: the smoothness constant L of the
+            theorem, or ``"auto"`` (the default): L times the learning rate is calibrated at a
+            layer's first re-basing, so that the predicted step is as long as plain LoRA's, and
+            held from then on.  With a number, the optimum answers a smaller learning rate with a
+            larger scaling, which undoes a schedule.  ``"direction"`` holds the step at plain
+            LoRA's length at every re-basing and takes none.
+        accumulator: where the frozen increments go; ``"dense"``, into the base weight, which is
+            also what ``"auto"`` means at present.
+        adapter_name: which adapter to re-base.
+        rounding: for bfloat16 and float16 base weights: ``"stochastic"`` (unbiased),
+            ``"compensated"`` (keeps what was cut, 2 bytes a weight) or ``"nearest"`` (loses nearly
+            all of a small increment; for comparison).
+        bound: every re-basing scales by factors within ``[1/bound, bound]``.
+        seed: of the stochastic rounding; use the same on every replica.
+
+    Raises:
+        TypeError: an optimizer whose state is not known, or an argument of the wrong type.
+        ValueError: a model without the adapter, a tied base weight, or an argument out of range.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        *,
+        interval: int = 1,
+        rule: str = "auto",
+        lipschitz: float | str | None = None,
+        accumulator: str = "auto",
+        adapter_name: str = "default",
+        rounding: str = "stochastic",
+        bound: float = RebasingOptions.bound,
+        seed: int = 0,
+    ) -> None:
+        options = RebasingOptions(
+            interval=interval,
+            rule=rule,
+            lipschitz=lipschitz,
+            accumulator=accumulator,
+            adapter_name=adapter_name,
+            rounding=rounding,
+            bound=bound,
+            seed=seed,
+        )
+        if isinstance(optimizer, ScaLoRA):
+            raise TypeError("optimizer is a ScaLoRA already; pass the optimizer it wraps.")
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer={optimizer!r} is not a torch.optim.Optimizer.")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model={model!r} is not a torch.nn.Module.")
+        moments = moments_of(optimizer)
+        if options.resolved_rule == "direction" and moments.direction is None:
+            raise ValueError(
+                f"rule='direction' needs to know which way {type(optimizer).__name__} will step; "
+                "register it with a direction, or use rule='exact'."
+            )
+        pairs = _pairs_to_rebase(model, optimizer, options)
+        # As torch's own unpickling does it: sets up hooks without copying groups and state.
+        self.__setstate__(
+            {
+                "inner": optimizer,
+                "model": model,
+                "options": options,
+                "rebase_count": 0,
+                "_steps": 0,
+                "_skipped": None,
+                "_rebaser": Rebaser(pairs, options, moments),
+            }
+        )
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The inner optimizer's."""
+        return self.inner.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.inner.param_groups = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The inner optimizer's."""
+        return self.inner.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.inner.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The inner optimizer's."""
+        return self.inner.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.inner.defaults = defaults
+
+    @property
+    def last_scaling(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Layer name -> (alpha, beta), each (r,), of the newest re-basing; empty before it."""
+        return self._rebaser.last_scaling
+
+    @property
+    def rebased_layers(self) -> list[str]:
+        """Names of the layers that are re-based; the others stay plain LoRA."""
+        return [pair.name for pair in self._rebaser.pairs]
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were left out because a gradient was not finite.  Waits for the device."""
+        return 0 if self._skipped is None else int(self._skipped)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Re-base if it is time to, then step the inner optimizer.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; called once, before re-basing.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        overflow = self._overflow()
+        if overflow is not None and overflow.device.type == "cpu" and bool(overflow):
+            self._count_skipped(overflow)
+            warnings.warn(
+                "a gradient is not finite: this step was skipped, and nothing was changed.",
+                UserWarning,
+                stacklevel=2,
+            )
+            return loss
+        if self._rebaser.pairs and (self._steps + 1) % self.options.interval == 0:
+            self._rebaser.rebase(self.inner, self.rebase_count)
+            self.rebase_count += 1
+            peft_layers.warn_when_saved_alone(self.model)
+        self._steps += 1
+        self._step_inner(overflow)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The inner optimizer's."""
+        self.inner.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """The inner optimizer's."""
+        self.inner.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's, and under ``"scalora"`` what a resumed run needs besides.
+
+        The base weights are the model's: save those with the model's own ``state_dict``.
+        """
+        layers = {
+            name: {
+                "product": memory.product,
+                "residual": memory.residual,
+            }
+            for name, memory in self._rebaser.memory.items()
+        }
+        own = {
+            "version": _STATE_VERSION,
+            "rule": self.options.resolved_rule,
+            "seed": self.options.seed,
+            "steps": self._steps,
+            "rebase_count": self.rebase_count,
+            "ranks": {pair.name: pair.rank for pair in self._rebaser.pairs},
+            "layers": layers,
+        }
+        return {**self.inner.state_dict(), "scalora": own}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where another ScaLoRA stopped.
+
+        A state dict of the plain inner optimizer is taken too: re-basing then begins anew.
+
+        Raises:
+            ValueError: another version, rule, seed, set of layers or rank; nothing is loaded then.
+        """
+        own = state_dict.get("scalora")
+        if own is not None:
+            self._check_state(own)
+        self.inner.load_state_dict({k: v for k, v in state_dict.items() if k != "scalora"})
+        self._rebaser.forget()
+        self._steps = self.rebase_count = 0
+        if own is None:
+            return
+        self._steps, self.rebase_count = own["steps"], own["rebase_count"]
+        self._rebaser.remember(own["layers"], rebased=self.rebase_count > 0)
+        if self.rebase_count:
+            peft_layers.warn_when_saved_alone(self.model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+    def __repr__(self) -> str:
+        return f"ScaLoRA({self.inner!r}, {self.options!r}, layers={len(self._rebaser.pairs)})"
+
+    def _check_state(self, own: dict[str, Any]) -> None:
+        ranks = {pair.name: pair.rank for pair in self._rebaser.pairs}
+        expected = {
+            "version": _STATE_VERSION,
+            "rule": self.options.resolved_rule,
+            "seed": self.options.seed,
+            "ranks": ranks,
+        }
+        for name, value in expected.items():
+            if own.get(name) == value:
+                continue
+            if name == "ranks":
+                saved = own.get("ranks", {})
+                differing = sorted(k for k in {*saved, *ranks} if saved.get(k) != ranks.get(k))
+                raise ValueError(
+                    f"the checkpoint's LoRA layers are not this model's: {len(differing)} differ in "
+                    f"presence or rank, for example {differing[0]!r} (checkpoint: rank "
+                    f"{saved.get(differing[0])}, model: rank {ranks.get(differing[0])}). "
+                    "Nothing was loaded."
+                )
+            raise ValueError(
+                f"the checkpoint was written with {name}={own.get(name)!r}, this optimizer has "
+                f"{name}={value!r}. Create it with the same {name} to resume. Nothing was loaded."
+            )
+
+    @torch.no_grad()
+    def _overflow(self) -> Tensor | None:
+        """Whether any gradient is not finite: a 0-d bool tensor on one of the devices."""
+        grads: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and not p.grad.is_sparse:
+                    grads.setdefault((p.grad.device, p.grad.dtype), []).append(p.grad)
+        flags = [
+            torch.stack(torch._foreach_norm(same, torch.inf)).isfinite().logical_not().any()
+            for same in grads.values()
+        ]
+        if not flags:
+            return None
+        return torch.stack([flag.to(flags[0].device, non_blocking=True) for flag in flags]).any()
+
+    def _step_inner(self, overflow: Tensor | None) -> None:
+        """Step the inner optimizer; a fused one leaves the step out by itself on overflow."""
+        if (
+            overflow is None
+            or overflow.device.type == "cpu"
+            or not getattr(self.inner, "_step_supports_amp_scaling", False)
+        ):
+            self.inner.step()
+            return
+        self._count_skipped(overflow)
+        inner: Any = self.inner
+        inner.grad_scale, inner.found_inf = None, overflow.to(torch.float32)
+        try:
+            inner.step()
+        finally:
+            del inner.grad_scale, inner.found_inf
+
+    def _count_skipped(self, overflow: Tensor) -> None:
+        one = overflow.to(torch.int64)
+        self._skipped = one if self._skipped is None else self._skipped + one
+
+
+def create_scalora_optimizer(
+    model: nn.Module,
+    optimizer_cls: type[torch.optim.Optimizer],
+    *,
+    lr: float,
+    interval: int = 1,
+    rule: str = "auto",
+    lipschitz: float | str | None = None,
+    accumulator: str = "auto",
+    adapter_name: str = "default",
+    rounding: str = "stochastic",
+    bound: float = RebasingOptions.bound,
+    seed: int = 0,
+    **kwargs: Any,
+) -> ScaLoRA:
+    """Create a `ScaLoRA` over the trainable parameters of ``model``, in PEFT's spelling.
+
+    The counterpart of ``peft.optimizers.create_loraplus_optimizer``.  To combine the two, wrap what
+    that function returns: ``ScaLoRA(create_loraplus_optimizer(...), model)``.
+
+    Args:
+        model: the PEFT model.
+        optimizer_cls: the inner optimizer's class, for example ``torch.optim.AdamW``.
+        lr: learning rate; what is right for plain LoRA is right here.
+        interval, rule, lipschitz, accumulator, adapter_name, rounding, bound, seed: see `ScaLoRA`.
+        kwargs: passed to ``optimizer_cls``.
+
+    Raises:
+        TypeError, ValueError: as `ScaLoRA` does.
+    """
+    if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, torch.optim.Optimizer)):
+        raise TypeError(f"optimizer_cls={optimizer_cls!r} is not a torch.optim.Optimizer class.")
+    trainable: Any = [p for p in model.parameters() if p.requires_grad]
+    inner_cls: Any = optimizer_cls
+    return ScaLoRA(
+        inner_cls(trainable, lr=lr, **kwargs),
+        model,
+        interval=interval,
+        rule=rule,
+        lipschitz=lipschitz,
+        accumulator=accumulator,
+        adapter_name=adapter_name,
+        rounding=rounding,
+        bound=bound,
+        seed=seed,
+    )
+
+
+def _pairs_to_rebase(
+    model: nn.Module, optimizer: torch.optim.Optimizer, options: RebasingOptions
+) -> list[LoRAPair]:
+    """The layers to re-base; one warning names those that stay plain LoRA, and why."""
+    pairs = peft_layers.lora_pairs(model, options.adapter_name)
+    if not pairs:
+        names = sorted(peft_layers.adapter_names(model))
+        raise ValueError(
+            f"the model has no LoRA adapter named {options.adapter_name!r} "
+            f"(adapters found: {names}). Create one with peft.get_peft_model, or pass adapter_name."
+        )
+    if options.resolved_rule == "none":
+        return []
+    users = peft_layers.sharing_modules(model)
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    chosen, left = [], {}
+    for pair in pairs:
+        reason = peft_layers.why_not_rebased(pair) or _why_not_stepped(pair, stepped, users)
+        if reason is not None:
+            left[pair.name] = reason
+            continue
+        others = users.get(peft_layers.storage_address(pair.base_weight), [])
+        if len(others) > 1:
+            raise ValueError(
+                f"the base weight of {pair.name!r} is tied: {others} share it, and folding an "
+                "increment into one would change the others. Leave this layer out of "
+                "target_modules, or untie the weights (tie_word_embeddings=False)."
+            )
+        chosen.append(pair)
+    if not chosen:
+        name, reason = next(iter(left.items()))
+        raise ValueError(f"no LoRA layer can be re-based; for example {name!r}: {reason}.")
+    if left:
+        listed = "; ".join(f"{name} ({reason})" for name, reason in left.items())
+        warnings.warn(
+            f"{len(left)} LoRA layers stay plain LoRA, they are not re-based: {listed}.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return chosen
+
+
+def _why_not_stepped(
+    pair: LoRAPair, stepped: set[int], users: dict[int, list[str]]
+) -> str | None:
+    for parameter in (pair.P_parameter, pair.Q_parameter):
+        if not parameter.requires_grad:
+            return "one of its factors is frozen"
+        if id(parameter) not in stepped:
+            return "its parameters are not in the optimizer"
+        if len(users.get(peft_layers.storage_address(parameter), [])) > 1:
+            return "its factors are shared with another layer"
+    return None

@@ -1,0 +1,66 @@
+"""What a user chooses about re-basing, validated where it is made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from scalora.fold import ROUNDINGS
+from scalora.scaling import DEFAULT_BOUND
+
+RULES = ("auto", "paper", "exact", "direction", "scalar", "none")
+ACCUMULATORS = ("auto", "dense")
+_HOLD_SIZE = ("direction", "none")
+
+
+@dataclass(frozen=True)
+class RebasingOptions:
+    """Options of `scalora.ScaLoRA`, which documents them.
+
+    Raises:
+        ValueError: a value out of its range, or one that the chosen rule does not take.
+        TypeError: a value of the wrong type.
+    """
+
+    interval: int = 1
+    rule: str = "auto"
+    lipschitz: float | str | None = None
+    accumulator: str = "auto"
+    adapter_name: str = "default"
+    rounding: str = "stochastic"
+    bound: float = DEFAULT_BOUND
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.interval, bool) or not isinstance(self.interval, int):
+            raise TypeError(f"interval={self.interval!r} must be an integer, 1 or more.")
+        if self.interval < 1:
+            raise ValueError(f"interval={self.interval} must be 1 (every step) or more.")
+        if self.rule not in RULES:
+            raise ValueError(f"rule={self.rule!r} is not one of {list(RULES)}.")
+        if self.accumulator not in ACCUMULATORS:
+            raise ValueError(f"accumulator={self.accumulator!r} is not one of {list(ACCUMULATORS)}.")
+        if self.rounding not in ROUNDINGS:
+            raise ValueError(f"rounding={self.rounding!r} is not one of {list(ROUNDINGS)}.")
+        if not (math.isfinite(self.bound) and self.bound >= 1):
+            raise ValueError(f"bound={self.bound} must be finite and at least 1.")
+        self._check_lipschitz()
+
+    def _check_lipschitz(self) -> None:
+        if self.lipschitz is None:
+            return
+        if self.rule in _HOLD_SIZE:
+            raise ValueError(
+                f"rule={self.rule!r} takes no lipschitz; leave it out, or use rule='exact'."
+            )
+        if self.lipschitz == "auto":
+            return
+        if isinstance(self.lipschitz, str) or not (
+            self.lipschitz > 0 and math.isfinite(self.lipschitz)
+        ):
+            raise ValueError(f"lipschitz={self.lipschitz!r} must be 'auto' or a positive number.")
+
+    @property
+    def resolved_rule(self) -> str:
+        """The rule behind ``"auto"``."""
+        return "exact" if self.rule == "auto" else self.rule

@@ -1,0 +1,409 @@
+"""One re-basing of all LoRA layers: read, solve, fold, carry the moments; all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scalora.fold import fold, noise_seed
+from scalora.moments import Moments, transfer, transfer_reduced
+from scalora.options import RebasingOptions
+from scalora.peft_layers import LoRAPair
+from scalora.scaling import rules
+from scalora.scaling.quadratic import QuadraticModel, quadratic_model
+
+_P_RANK_AXIS, _Q_RANK_AXIS = 2, 1  # of a stack (layers, *parameter shape)
+
+
+@dataclass
+class LayerMemory:
+    """What re-basing remembers of one layer from step to step.
+
+    Attributes:
+        index: the layer's place in the model, part of its rounding noise's seed.
+        product: L times the learning rate, calibrated at the layer's first re-basing: 0-d tensor.
+        residual: what rounding cut from the base weight; ``rounding="compensated"`` only.
+    """
+
+    index: int
+    product: Tensor | None = None
+    residual: Tensor | None = None
+
+
+@dataclass
+class _Batch:
+    """Layers whose tensors all have the same shapes, dtypes and hyperparameters."""
+
+    group_P: dict[str, Any]
+    group_Q: dict[str, Any]
+    pairs: list[LoRAPair] = field(default_factory=list)
+
+    @property
+    def P(self) -> list[nn.Parameter]:
+        return [pair.P_parameter for pair in self.pairs]
+
+    @property
+    def Q(self) -> list[nn.Parameter]:
+        return [pair.Q_parameter for pair in self.pairs]
+
+    @property
+    def learning_rates(self) -> tuple[float | Tensor, float | Tensor]:
+        return _rate(self.group_P["lr"]), _rate(self.group_Q["lr"])
+
+
+class Rebaser:
+    """Re-bases LoRA layers under an optimizer.
+
+    Args:
+        pairs: the layers that can be re-based.
+        options: the user's choices.
+        moments: how the optimizer's state depends on the gradient.
+    """
+
+    def __init__(
+        self, pairs: Sequence[LoRAPair], options: RebasingOptions, moments: Moments
+    ) -> None:
+        self.pairs = list(pairs)
+        self.options = options
+        self.moments = moments
+        self.memory = {pair.name: LayerMemory(i) for i, pair in enumerate(self.pairs)}
+        self._last: list[tuple[list[str], Tensor, Tensor]] = []
+
+    @property
+    def last_scaling(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Layer name -> (alpha, beta), each (r,), of the newest re-basing."""
+        return {
+            name: (alpha[i], beta[i])
+            for names, alpha, beta in self._last
+            for i, name in enumerate(names)
+        }
+
+    def forget(self) -> None:
+        """As if nothing had been re-based."""
+        for memory in self.memory.values():
+            memory.product = memory.residual = None
+        self._last = []
+
+    def remember(self, layers: dict[str, dict[str, Tensor | None]], rebased: bool) -> None:
+        """Take up what ``layers`` holds for each layer, on the layer's device.
+
+        Args:
+            layers: layer name -> ``product`` and ``residual`` of its `LayerMemory`.
+            rebased: whether the model's base weights have taken in increments.
+        """
+        for pair in self.pairs:
+            memory, saved, device = self.memory[pair.name], layers[pair.name], pair.P_parameter.device
+            memory.product = _copy_to(saved["product"], device)
+            memory.residual = _copy_to(saved["residual"], device)
+            if rebased:
+                pair.mark_rebased()
+
+    @torch.no_grad()
+    def rebase(self, optimizer: torch.optim.Optimizer, count: int) -> None:
+        """Re-base every layer that has gradients.
+
+        Every layer is re-based whole or not at all, whatever is raised in between: first
+        everything new is computed, then the base takes its increment, then the rest is written.
+
+        Args:
+            optimizer: the inner optimizer; its state and the gradients change coordinates.
+            count: how many re-basings came before, part of the rounding noise's seed.
+        """
+        batches = self._batches(optimizer)
+        models = [self._model(batch, optimizer) for batch in batches]
+        self._last = []
+        for batch, model, x in zip(batches, models, self._solve(models), strict=True):
+            alpha, beta, products = self._scaling(batch, model, x)
+            alpha, beta = self._apply(batch, optimizer, alpha, beta, count)
+            for pair, product in zip(batch.pairs, products, strict=True):
+                self.memory[pair.name].product = product
+            self._last.append(([pair.name for pair in batch.pairs], alpha, beta))
+
+    def _batches(self, optimizer: torch.optim.Optimizer) -> list[_Batch]:
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        batches: dict[Any, _Batch] = {}
+        for pair in self.pairs:
+            P, Q = pair.P_parameter, pair.Q_parameter
+            if P.grad is None or Q.grad is None or pair.is_merged:
+                continue
+            group_P, group_Q = groups.get(id(P)), groups.get(id(Q))
+            if group_P is None or group_Q is None:
+                continue
+            if _is_zero(group_P["lr"]) or _is_zero(group_Q["lr"]):
+                continue
+            state_P, state_Q = optimizer.state.get(P, {}), optimizer.state.get(Q, {})
+            base = pair.base_weight
+            key = (
+                *(P.shape, P.dtype, P.grad.dtype, Q.shape, Q.dtype, Q.grad.dtype, P.device),
+                *(base.shape, base.dtype, pair.base_is_transposed, pair.scaling),
+                *(id(group_P), id(group_Q), _layout(state_P), _layout(state_Q)),
+            )
+            batches.setdefault(key, _Batch(group_P, group_Q)).pairs.append(pair)
+        return list(batches.values())
+
+    def _model(self, batch: _Batch, optimizer: torch.optim.Optimizer) -> QuadraticModel:
+        P, Q = _stack(batch.P), _stack(batch.Q)
+        grad_P, grad_Q = _stack(_grads(batch.P)), _stack(_grads(batch.Q))
+        direction_P, direction_Q = grad_P, grad_Q
+        if self.options.resolved_rule == "direction":
+            assert self.moments.direction is not None
+            grad_P = -grad_P if batch.group_P.get("maximize") else grad_P
+            grad_Q = -grad_Q if batch.group_Q.get("maximize") else grad_Q
+            state_P, state_Q = _states(optimizer, batch.P), _states(optimizer, batch.Q)
+            direction_P = self.moments.direction(_wide(P), _wide(grad_P), state_P, batch.group_P)
+            direction_Q = self.moments.direction(_wide(Q), _wide(grad_Q), state_Q, batch.group_Q)
+        return quadratic_model(
+            P.flatten(2),
+            Q.flatten(2).mT,
+            grad_P.flatten(2),
+            grad_Q.flatten(2).mT,
+            direction_P.flatten(2),
+            direction_Q.flatten(2).mT,
+            batch.pairs[0].scaling,
+        )
+
+    def _solve(self, models: Sequence[QuadraticModel]) -> list[Tensor]:
+        """The rule's weights of every model, all layers of one rank and device in one call."""
+        together: dict[Any, list[int]] = {}
+        for i, model in enumerate(models):
+            together.setdefault((model.rank, model.lam.device), []).append(i)
+        solutions: dict[int, Tensor] = {}
+        for indices in together.values():
+            stacked = QuadraticModel(
+                torch.cat([models[i].H for i in indices]), torch.cat([models[i].lam for i in indices])
+            )
+            x = rules.solve(stacked, self.options.resolved_rule)
+            sizes = [models[i].lam.shape[0] for i in indices]
+            solutions.update(zip(indices, x.split(sizes), strict=True))
+        return [solutions[i] for i in range(len(models))]
+
+    def _scaling(
+        self, batch: _Batch, model: QuadraticModel, x: Tensor
+    ) -> tuple[Tensor, Tensor, Sequence[Tensor | None]]:
+        """alpha, beta: (layers, r), and every layer's product of L and the learning rate."""
+        lr_P, lr_Q = batch.learning_rates
+        rate = (lr_P * lr_Q) ** 0.5
+        products: Sequence[Tensor | None] = [self.memory[pair.name].product for pair in batch.pairs]
+        lipschitz = self.options.lipschitz
+        rule = self.options.resolved_rule
+        plain = rules.plain_weights(model, lr_P / rate, lr_Q / rate)
+        degree = 1
+        if rule == "direction":
+            degree = self.moments.direction_degree
+            product = rules.matching_lipschitz(model, x, plain)
+        elif lipschitz is None or lipschitz == "auto":
+            now = rules.matching_lipschitz(model, x, plain)
+            held = torch.stack([now.new_full((), torch.nan) if p is None else p for p in products])
+            product = torch.where(held.isnan(), now, held)
+            products = product.unbind()
+        else:
+            assert not isinstance(lipschitz, str)
+            product = torch.ones_like(x[..., 0]) * (lipschitz * rate)
+        x = x * rate / product.unsqueeze(-1)
+        alpha, beta = rules.scaling_from_weights(model, x, lr_P, lr_Q, degree, self.options.bound)
+        return alpha, beta, products
+
+    def _apply(
+        self,
+        batch: _Batch,
+        optimizer: torch.optim.Optimizer,
+        alpha: Tensor,
+        beta: Tensor,
+        count: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Commit one batch; returns the scaling that was applied."""
+        P, Q = _stack(batch.P), _stack(batch.Q)
+        writes = [
+            (batch.P, P, transfer(P, alpha, 1, _P_RANK_AXIS)),
+            (batch.Q, Q, transfer(Q, beta, 1, _Q_RANK_AXIS)),
+        ]
+        for parameters, factor, axis in ((batch.P, beta, _P_RANK_AXIS), (batch.Q, alpha, _Q_RANK_AXIS)):
+            grads = _grads(parameters)
+            stacked = _stack(grads)
+            writes.append((grads, stacked, transfer(stacked, factor, 1, axis)))
+            writes += self._moved_states(optimizer, parameters, factor, axis)
+        writes = [(targets, old, new.to(old.dtype)) for targets, old, new in writes]
+
+        finite = torch.stack([new.isfinite().flatten(1).all(1) for _, _, new in writes]).all(0)
+        writes = [(targets, old, _where(finite, new, old)) for targets, old, new in writes]
+        alpha, beta = (_where(finite, f, torch.ones_like(f)) for f in (alpha, beta))
+
+        P_new, Q_new = writes[0][2], writes[1][2]
+        left, right = _increment(P, P_new, Q, Q_new, alpha * beta, batch.pairs[0].scaling)
+        self._commit(batch, left, right, writes, count)
+        return alpha, beta
+
+    def _moved_states(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Sequence[nn.Parameter],
+        factor: Tensor,
+        axis: int,
+    ) -> list[tuple[list[Tensor], Tensor, Tensor]]:
+        """(targets, old, new) of every state whose degree is not 0."""
+        states = [optimizer.state.get(p, {}) for p in parameters]
+        moved = []
+        for name, value in states[0].items():
+            if not isinstance(value, Tensor):
+                continue
+            if name not in self.moments.degrees:
+                raise TypeError(
+                    f"{type(optimizer).__name__} keeps a state {name!r} whose degree is not known; "
+                    "nothing was changed. Register it with scalora.register_moments."
+                )
+            degree = self.moments.degrees[name]
+            if degree == 0:
+                continue
+            targets = [state[name] for state in states]
+            old = _stack(targets)
+            if old.shape[axis] == factor.shape[-1]:
+                new = transfer(old, factor, degree, axis)
+            else:
+                assert self.moments.partners is not None
+                partner = _stack([state[self.moments.partners[name]] for state in states])
+                new = transfer_reduced(old, partner, factor, degree, axis)
+            moved.append((targets, old, new))
+        return moved
+
+    def _commit(
+        self,
+        batch: _Batch,
+        left: Tensor,
+        right: Tensor,
+        writes: Sequence[tuple[Sequence[Tensor], Tensor, Tensor]],
+        count: int,
+    ) -> None:
+        """Fold, then write the new coordinates of exactly those layers whose base has changed.
+
+        Writing twice does no harm, so an interruption is answered by writing again.
+        """
+        bases = [pair.base_weight for pair in batch.pairs]
+        versions = [base._version for base in bases]
+
+        def write() -> None:
+            folded = [i for i, base in enumerate(bases) if base._version != versions[i]]
+            for targets, _, new in writes:
+                torch._foreach_copy_(
+                    [targets[i] for i in folded], [new[i].view_as(targets[i]) for i in folded]
+                )
+
+        try:
+            self._fold(batch, bases, left, right, count)
+        finally:
+            try:
+                write()
+            except BaseException:
+                write()
+                raise
+            finally:
+                for i, pair in enumerate(batch.pairs):
+                    if bases[i]._version != versions[i]:
+                        pair.mark_rebased()
+
+    def _fold(
+        self, batch: _Batch, bases: Sequence[Tensor], left: Tensor, right: Tensor, count: int
+    ) -> None:
+        memories = [self.memory[pair.name] for pair in batch.pairs]
+        if batch.pairs[0].base_is_transposed:
+            left, right = right, left
+        matrices = [base.detach().flatten(1) for base in bases]
+        residuals: list[Tensor] = []
+        if self.options.rounding == "compensated" and bases[0].dtype in (torch.bfloat16, torch.float16):
+            for memory, matrix in zip(memories, matrices, strict=True):
+                if memory.residual is None:
+                    memory.residual = torch.zeros_like(matrix)
+                residuals.append(memory.residual)
+        fold(
+            matrices,
+            left,
+            right,
+            rounding=self.options.rounding,
+            seeds=[noise_seed(self.options.seed, count, memory.index) for memory in memories],
+            residuals=residuals,
+        )
+        for base, matrix in zip(bases, matrices, strict=True):
+            if matrix.data_ptr() != base.data_ptr():  # channels_last has no matrix view
+                base.detach().copy_(matrix.view_as(base))
+
+
+def _increment(
+    P: Tensor, P_new: Tensor, Q: Tensor, Q_new: Tensor, product: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """``s (P Q^T - P_new Q_new^T)`` as two factors, (layers, m, k) and (layers, n, k).
+
+    In float32 ``s P diag(1 - alpha beta) Q^T`` is that to round-off, with k = r.  Half-precision
+    factors were rounded when they were scaled: there the difference is taken as it is, k = 2r.
+    """
+    P, P_new = P.flatten(2), P_new.flatten(2)
+    Q, Q_new = Q.flatten(2).mT, Q_new.flatten(2).mT
+    if P.dtype in (torch.float32, torch.float64) and Q.dtype == P.dtype:
+        share = (scaling * (1 - product)).to(P.dtype).unsqueeze(-2)
+        return torch.where(share == 0, torch.zeros_like(P), P * share), Q
+    left = torch.cat([P.float(), -P_new.float()], dim=-1) * scaling
+    right = torch.cat([Q.float(), Q_new.float()], dim=-1)
+    changed = (product != 1).any(-1)[:, None, None]
+    return torch.where(changed, left, torch.zeros_like(left)), right
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([tensor.detach() for tensor in tensors])
+
+
+def _grads(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+def _copy_to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.detach().clone().to(device)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _where(layers: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    return torch.where(layers.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+
+
+def _states(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]
+) -> dict[str, Tensor]:
+    """Every state of the batch, stacked, float32 at least, on the parameters' device."""
+    states = [optimizer.state.get(p, {}) for p in parameters]
+    device = parameters[0].device
+    stacked = {}
+    for name, value in states[0].items():
+        if not isinstance(value, Tensor):
+            continue
+        if value.device == device:
+            stacked[name] = _wide(_stack([state[name] for state in states]))
+        else:  # a host-side step counter, equal within a batch: a fill does not wait for the device
+            stacked[name] = torch.full((), float(value), device=device)
+    return stacked
+
+
+def _layout(state: dict[str, Any]) -> tuple[Any, ...]:
+    """What must agree for two parameters' states to be stacked."""
+    return tuple(
+        (name, value.shape, value.dtype, float(value) if _is_host_scalar(value) else None)
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+    )
+
+
+def _is_host_scalar(value: Tensor) -> bool:
+    return value.ndim == 0 and value.device.type == "cpu"
+
+
+def _rate(lr: float | Tensor) -> float | Tensor:
+    """A learning rate; one kept in a host tensor can be read without waiting."""
+    return float(lr) if isinstance(lr, Tensor) and lr.device.type == "cpu" else lr
+
+
+def _is_zero(lr: float | Tensor) -> bool:
+    rate = _rate(lr)
+    return not isinstance(rate, Tensor) and rate == 0
