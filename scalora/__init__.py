@@ -1,14 +1,25 @@
-"""ScaLoRA: an optimizer for LoRA fine-tuning whose updates are not confined to the adapter's rank."""
+"""ScaLoRA: fine-tuning with LoRA whose updates are not confined to the adapter's rank."""
 
 from scalora.moments import register_moments
 from scalora.optimizer import ScaLoRA, create_scalora_optimizer
+from scalora.saving import save_adapter, save_merged
 from scalora.scaling import optimal_scaling
+from scalora.spectrum import delta_spectrum, effective_rank
+from scalora.training_state import load_training_state, save_training_state
+from scalora.transformers_callback import ScaLoRACallback
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ScaLoRA",
+    "ScaLoRACallback",
     "create_scalora_optimizer",
+    "delta_spectrum",
+    "effective_rank",
+    "load_training_state",
     "optimal_scaling",
     "register_moments",
+    "save_adapter",
+    "save_merged",
+    "save_training_state",
 ]

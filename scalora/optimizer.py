@@ -70,6 +70,15 @@ class ScaLoRA(torch.optim.Optimizer):
         ValueError: a model without the adapter, a tied base weight, or an argument out of range.
     """
 
+    inner: torch.optim.Optimizer
+    model: nn.Module
+    options: RebasingOptions
+    rebase_count: int
+    _steps: int
+    _skipped: Tensor | None
+    _expected_base: dict[str, int] | None
+    _rebaser: Rebaser
+
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
@@ -116,12 +125,13 @@ class ScaLoRA(torch.optim.Optimizer):
                 "rebase_count": 0,
                 "_steps": 0,
                 "_skipped": None,
+                "_expected_base": None,
                 "_rebaser": Rebaser(pairs, options, moments),
             }
         )
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The inner optimizer's."""
         return self.inner.param_groups
 
@@ -130,7 +140,7 @@ class ScaLoRA(torch.optim.Optimizer):
         self.inner.param_groups = groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The inner optimizer's."""
         return self.inner.state
 
@@ -139,7 +149,7 @@ class ScaLoRA(torch.optim.Optimizer):
         self.inner.state = state
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         """The inner optimizer's."""
         return self.inner.defaults
 
@@ -153,9 +163,9 @@ class ScaLoRA(torch.optim.Optimizer):
         return self._rebaser.last_scaling
 
     @property
-    def rebased_layers(self) -> list[str]:
-        """Names of the layers that are re-based; the others stay plain LoRA."""
-        return [pair.name for pair in self._rebaser.pairs]
+    def rebased_pairs(self) -> list[LoRAPair]:
+        """The layers that are re-based; the others stay plain LoRA."""
+        return self._rebaser.pairs
 
     @property
     def skipped_steps(self) -> int:
@@ -172,6 +182,7 @@ class ScaLoRA(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_base()
         overflow = self._overflow()
         if overflow is not None and overflow.device.type == "cpu" and bool(overflow):
             self._count_skipped(overflow)
@@ -200,43 +211,56 @@ class ScaLoRA(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's, and under ``"scalora"`` what a resumed run needs besides.
 
-        The base weights are the model's: save those with the model's own ``state_dict``.
+        The base weights are the model's: save those with the model's own ``state_dict``, or with
+        `scalora.save_training_state`.
         """
-        layers = {
-            name: {
-                "product": memory.product,
-                "residual": memory.residual,
-            }
-            for name, memory in self._rebaser.memory.items()
-        }
-        own = {
-            "version": _STATE_VERSION,
-            "rule": self.options.resolved_rule,
-            "seed": self.options.seed,
-            "steps": self._steps,
-            "rebase_count": self.rebase_count,
-            "ranks": {pair.name: pair.rank for pair in self._rebaser.pairs},
-            "layers": layers,
-        }
-        return {**self.inner.state_dict(), "scalora": own}
+        return {**self.inner.state_dict(), "scalora": self.rebasing_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where another ScaLoRA stopped.
+        """Continue where another ScaLoRA stopped, once the model's weights are loaded too.
 
-        A state dict of the plain inner optimizer is taken too: re-basing then begins anew.
+        The next step raises a ValueError if the base weights are not those that the state was
+        saved with.  A state dict of the plain inner optimizer is taken as well: re-basing then
+        begins anew.
 
         Raises:
             ValueError: another version, rule, seed, set of layers or rank; nothing is loaded then.
         """
         own = state_dict.get("scalora")
         if own is not None:
-            self._check_state(own)
+            self.check_rebasing_state(own)
         self.inner.load_state_dict({k: v for k, v in state_dict.items() if k != "scalora"})
-        self._rebaser.forget()
         self._steps = self.rebase_count = 0
-        if own is None:
-            return
+        self._rebaser.forget()
+        if own is not None:
+            self.load_rebasing_state(own)
+
+    def rebasing_state(self) -> dict[str, Any]:
+        """What re-basing itself remembers: numbers and small tensors."""
+        pairs = self._rebaser.pairs
+        return {
+            "version": _STATE_VERSION,
+            "rule": self.options.resolved_rule,
+            "seed": self.options.seed,
+            "steps": self._steps,
+            "rebase_count": self.rebase_count,
+            "ranks": {pair.name: pair.rank for pair in pairs},
+            "base": peft_layers.base_checksums(pairs) if self.rebase_count else {},
+            "layers": {
+                name: {"product": memory.product, "residual": memory.residual}
+                for name, memory in self._rebaser.memory.items()
+            },
+        }
+
+    def load_rebasing_state(self, own: dict[str, Any]) -> None:
+        """Take up what `rebasing_state` returned.
+
+        Raises:
+            ValueError: another version, rule, seed, set of layers or rank; nothing is loaded then.
+        """
+        self.check_rebasing_state(own)
         self._steps, self.rebase_count = own["steps"], own["rebase_count"]
+        self._expected_base = own["base"] or None
         self._rebaser.remember(own["layers"], rebased=self.rebase_count > 0)
         if self.rebase_count:
             peft_layers.warn_when_saved_alone(self.model)
@@ -247,7 +271,8 @@ class ScaLoRA(torch.optim.Optimizer):
     def __repr__(self) -> str:
         return f"ScaLoRA({self.inner!r}, {self.options!r}, layers={len(self._rebaser.pairs)})"
 
-    def _check_state(self, own: dict[str, Any]) -> None:
+    def check_rebasing_state(self, own: dict[str, Any]) -> None:
+        """Raise a ValueError, which says what differs, if ``own`` is not of this kind of run."""
         ranks = {pair.name: pair.rank for pair in self._rebaser.pairs}
         expected = {
             "version": _STATE_VERSION,
@@ -262,8 +287,8 @@ class ScaLoRA(torch.optim.Optimizer):
                 saved = own.get("ranks", {})
                 differing = sorted(k for k in {*saved, *ranks} if saved.get(k) != ranks.get(k))
                 raise ValueError(
-                    f"the checkpoint's LoRA layers are not this model's: {len(differing)} differ in "
-                    f"presence or rank, for example {differing[0]!r} (checkpoint: rank "
+                    f"the checkpoint's LoRA layers are not this model's: {len(differing)} differ "
+                    f"in presence or rank, for example {differing[0]!r} (checkpoint: rank "
                     f"{saved.get(differing[0])}, model: rank {ranks.get(differing[0])}). "
                     "Nothing was loaded."
                 )
@@ -271,6 +296,21 @@ class ScaLoRA(torch.optim.Optimizer):
                 f"the checkpoint was written with {name}={own.get(name)!r}, this optimizer has "
                 f"{name}={value!r}. Create it with the same {name} to resume. Nothing was loaded."
             )
+
+    def _check_base(self) -> None:
+        """Once after loading: the base weights must be those that the state was saved with."""
+        if self._expected_base is None:
+            return
+        found = peft_layers.base_checksums(self._rebaser.pairs)
+        for name, expected in self._expected_base.items():
+            if found[name] != expected:
+                raise ValueError(
+                    f"the base weight of {name!r} is not the one this optimizer state was saved "
+                    "with: what had been folded into it would be lost. Load the model's full "
+                    "state_dict, or scalora.load_training_state, before the first step (or drop "
+                    "the state's 'scalora' entry to begin re-basing anew on this base)."
+                )
+        self._expected_base = None
 
     @torch.no_grad()
     def _overflow(self) -> Tensor | None:
@@ -400,9 +440,7 @@ def _pairs_to_rebase(
     return chosen
 
 
-def _why_not_stepped(
-    pair: LoRAPair, stepped: set[int], users: dict[int, list[str]]
-) -> str | None:
+def _why_not_stepped(pair: LoRAPair, stepped: set[int], users: dict[int, list[str]]) -> str | None:
     for parameter in (pair.P_parameter, pair.Q_parameter):
         if not parameter.requires_grad:
             return "one of its factors is frozen"

@@ -39,7 +39,9 @@ class RebasingOptions:
         if self.rule not in RULES:
             raise ValueError(f"rule={self.rule!r} is not one of {list(RULES)}.")
         if self.accumulator not in ACCUMULATORS:
-            raise ValueError(f"accumulator={self.accumulator!r} is not one of {list(ACCUMULATORS)}.")
+            raise ValueError(
+                f"accumulator={self.accumulator!r} is not one of {list(ACCUMULATORS)}."
+            )
         if self.rounding not in ROUNDINGS:
             raise ValueError(f"rounding={self.rounding!r} is not one of {list(ROUNDINGS)}.")
         if not (math.isfinite(self.bound) and self.bound >= 1):

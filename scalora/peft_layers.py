@@ -6,13 +6,15 @@ nothing else in the package says "A" or "B".
 
 from __future__ import annotations
 
+import copy
 import types
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import peft
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import layer as lora_layers
 from peft.tuners.lora import variants as lora_variants
 from torch import Tensor, nn
@@ -46,6 +48,7 @@ class LoRAPair:
 
     @property
     def is_embedding(self) -> bool:
+        """Whether the layer is an embedding, whose factors PEFT keeps elsewhere."""
         return isinstance(self.module, lora_layers.Embedding)
 
     @property
@@ -79,6 +82,7 @@ class LoRAPair:
 
     @property
     def rank(self) -> int:
+        """The adapter's r."""
         return int(self.module.r[self.adapter])
 
     @property
@@ -88,8 +92,10 @@ class LoRAPair:
 
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
-        """The weight the layer computes with, as stored, float32 at least, by PEFT's own merging."""
-        base = self.base_weight.detach().to(torch.promote_types(self.base_weight.dtype, torch.float32))
+        """The weight the layer computes with, as stored, float32 at least; PEFT's own merging."""
+        base = self.base_weight.detach().to(
+            torch.promote_types(self.base_weight.dtype, torch.float32)
+        )
         variant = self.module.lora_variant.get(self.adapter)
         if self.is_merged:
             return base.clone()
@@ -109,6 +115,7 @@ class LoRAPair:
 
     @property
     def was_rebased(self) -> bool:
+        """Whether increments have been folded into the layer's base."""
         return bool(getattr(self.module, "scalora_rebased", False))
 
 
@@ -134,6 +141,37 @@ def adapter_names(model: nn.Module) -> set[str]:
         if isinstance(module, lora_layers.LoraLayer)
         for name in module.r
     }
+
+
+def active_adapter(model: nn.Module) -> str:
+    """Name of the active LoRA adapter.
+
+    Raises:
+        ValueError: none or several are active.
+    """
+    active = {
+        name
+        for module in model.modules()
+        if isinstance(module, lora_layers.LoraLayer)
+        for name in module.active_adapters
+        if name in module.r
+    }
+    if len(active) != 1:
+        raise ValueError(
+            f"one LoRA adapter must be active, found {sorted(active)}; pass adapter_name."
+        )
+    return active.pop()
+
+
+def base_weight_name(name: str) -> str:
+    """A weight's name in the model under PEFT's wrapper."""
+    return _layer_name(name).replace(".base_layer.", ".")
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model that the adapter was put on, LoRA layers inside."""
+    wrapped = peft_model(model)
+    return model if wrapped is None else wrapped.get_base_model()
 
 
 def why_not_rebased(pair: LoRAPair) -> str | None:
@@ -186,9 +224,69 @@ def storage_address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def peft_model(model: nn.Module) -> peft.PeftModel | None:
+@torch.no_grad()
+def base_checksums(pairs: Sequence[LoRAPair]) -> dict[str, int]:
+    """Layer name -> sum of the base weight's bits.  Waits for the device once."""
+    return _checksums({pair.name: pair.base_weight for pair in pairs})
+
+
+@torch.no_grad()
+def adapter_checksums(pairs: Sequence[LoRAPair]) -> dict[str, int]:
+    """Layer name -> sum of P's bits.  Waits for the device once."""
+    return _checksums({pair.name: pair.P_parameter for pair in pairs})
+
+
+def _checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    words = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [
+        t.detach().view(words[t.element_size()]).sum(dtype=torch.int64) for t in tensors.values()
+    ]
+    return dict(
+        zip(tensors, torch.stack([s.to(sums[0].device) for s in sums]).tolist(), strict=True)
+    )
+
+
+def peft_model(model: nn.Module) -> PeftModel | None:
     """The PeftModel in ``model`` (itself, or inside a wrapper such as DDP), if there is one."""
-    return next((module for module in model.modules() if isinstance(module, peft.PeftModel)), None)
+    return next((module for module in model.modules() if isinstance(module, PeftModel)), None)
+
+
+def adapter_with_factors(
+    model: PeftModel, adapter: str, factors: Mapping[str, tuple[Tensor, Tensor]]
+) -> tuple[dict[str, Tensor], LoraConfig]:
+    """The adapter's files with other factors in it: tensors by PEFT's names, and the config.
+
+    Args:
+        model: where everything else (``modules_to_save``, biases) comes from.
+        adapter: its name.
+        factors: layer name -> P (m, k), Q (n, k), the change being ``P Q^T``.
+    """
+    config: Any = copy.deepcopy(model.peft_config[adapter])
+    tensors = dict(
+        get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    )
+    for pair in lora_pairs(model, adapter):
+        P, Q = factors[pair.name]
+        k = P.shape[-1]
+        if pair.is_embedding:
+            names = (
+                f"{_PREFIX}{pair.name}.lora_embedding_B",
+                f"{_PREFIX}{pair.name}.lora_embedding_A",
+            )
+        else:
+            names = (f"{_PREFIX}{pair.name}.lora_B.weight", f"{_PREFIX}{pair.name}.lora_A.weight")
+        tensors[names[0]] = P.reshape(P.shape[0], k, *pair.P_parameter.shape[2:])
+        tensors[names[1]] = Q.T.reshape(k, *pair.Q_parameter.shape[1:])
+        tensors.pop(f"{_PREFIX}{pair.name}.lora_magnitude_vector.weight", None)
+        bias = f"{_PREFIX}{pair.name}.lora_B.bias"
+        if bias in tensors:
+            tensors[bias] = tensors[bias] * pair.scaling
+    ranks = {f"^{name}": P.shape[-1] for name, (P, _) in factors.items()}
+    config.r = config.lora_alpha = max(ranks.values())
+    config.rank_pattern, config.alpha_pattern = ranks, dict(ranks)
+    config.use_rslora = config.use_dora = False
+    config.init_lora_weights = config.inference_mode = True
+    return tensors, config
 
 
 def warn_when_saved_alone(model: nn.Module) -> None:
@@ -196,10 +294,10 @@ def warn_when_saved_alone(model: nn.Module) -> None:
     wrapped = peft_model(model)
     if wrapped is None or "save_pretrained" in vars(wrapped):
         return
-    wrapped.save_pretrained = types.MethodType(save_pretrained, wrapped)  # type: ignore[method-assign]
+    wrapped.save_pretrained = types.MethodType(save_pretrained, wrapped)
 
 
-def save_pretrained(self: peft.PeftModel, *args: Any, **kwargs: Any) -> Any:
+def save_pretrained(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
     """``PeftModel.save_pretrained`` with a warning.
 
     Its name is its method's: a bound function so named survives copying and pickling.

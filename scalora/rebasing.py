@@ -18,6 +18,8 @@ from scalora.scaling.quadratic import QuadraticModel, quadratic_model
 
 _P_RANK_AXIS, _Q_RANK_AXIS = 2, 1  # of a stack (layers, *parameter shape)
 
+_Write = tuple[Sequence[Tensor], Tensor, Tensor]  # where to, and the stack before and after
+
 
 @dataclass
 class LayerMemory:
@@ -96,7 +98,11 @@ class Rebaser:
             rebased: whether the model's base weights have taken in increments.
         """
         for pair in self.pairs:
-            memory, saved, device = self.memory[pair.name], layers[pair.name], pair.P_parameter.device
+            memory, saved, device = (
+                self.memory[pair.name],
+                layers[pair.name],
+                pair.P_parameter.device,
+            )
             memory.product = _copy_to(saved["product"], device)
             memory.residual = _copy_to(saved["residual"], device)
             if rebased:
@@ -174,7 +180,8 @@ class Rebaser:
         solutions: dict[int, Tensor] = {}
         for indices in together.values():
             stacked = QuadraticModel(
-                torch.cat([models[i].H for i in indices]), torch.cat([models[i].lam for i in indices])
+                torch.cat([models[i].H for i in indices]),
+                torch.cat([models[i].lam for i in indices]),
             )
             x = rules.solve(stacked, self.options.resolved_rule)
             sizes = [models[i].lam.shape[0] for i in indices]
@@ -217,11 +224,14 @@ class Rebaser:
     ) -> tuple[Tensor, Tensor]:
         """Commit one batch; returns the scaling that was applied."""
         P, Q = _stack(batch.P), _stack(batch.Q)
-        writes = [
+        writes: list[_Write] = [
             (batch.P, P, transfer(P, alpha, 1, _P_RANK_AXIS)),
             (batch.Q, Q, transfer(Q, beta, 1, _Q_RANK_AXIS)),
         ]
-        for parameters, factor, axis in ((batch.P, beta, _P_RANK_AXIS), (batch.Q, alpha, _Q_RANK_AXIS)):
+        for parameters, factor, axis in (
+            (batch.P, beta, _P_RANK_AXIS),
+            (batch.Q, alpha, _Q_RANK_AXIS),
+        ):
             grads = _grads(parameters)
             stacked = _stack(grads)
             writes.append((grads, stacked, transfer(stacked, factor, 1, axis)))
@@ -243,10 +253,10 @@ class Rebaser:
         parameters: Sequence[nn.Parameter],
         factor: Tensor,
         axis: int,
-    ) -> list[tuple[list[Tensor], Tensor, Tensor]]:
+    ) -> list[_Write]:
         """(targets, old, new) of every state whose degree is not 0."""
         states = [optimizer.state.get(p, {}) for p in parameters]
-        moved = []
+        moved: list[_Write] = []
         for name, value in states[0].items():
             if not isinstance(value, Tensor):
                 continue
@@ -274,7 +284,7 @@ class Rebaser:
         batch: _Batch,
         left: Tensor,
         right: Tensor,
-        writes: Sequence[tuple[Sequence[Tensor], Tensor, Tensor]],
+        writes: Sequence[_Write],
         count: int,
     ) -> None:
         """Fold, then write the new coordinates of exactly those layers whose base has changed.
@@ -312,7 +322,10 @@ class Rebaser:
             left, right = right, left
         matrices = [base.detach().flatten(1) for base in bases]
         residuals: list[Tensor] = []
-        if self.options.rounding == "compensated" and bases[0].dtype in (torch.bfloat16, torch.float16):
+        if self.options.rounding == "compensated" and bases[0].dtype in (
+            torch.bfloat16,
+            torch.float16,
+        ):
             for memory, matrix in zip(memories, matrices, strict=True):
                 if memory.residual is None:
                     memory.residual = torch.zeros_like(matrix)

@@ -25,8 +25,8 @@ def fold(
     """``weights[l] += left[l] @ right[l].T``, in place, for all layers of one shape.
 
     float32 and float64 weights take the increment to round-off.  In bfloat16 and float16:
-    ``"stochastic"`` is unbiased; ``"compensated"`` keeps what rounding cut in ``residuals`` and adds
-    it the next time; ``"nearest"`` loses what is below half a unit in the last place.
+    ``"stochastic"`` is unbiased; ``"compensated"`` keeps what rounding cut in ``residuals`` and
+    adds it the next time; ``"nearest"`` loses what is below half a unit in the last place.
 
     Args:
         weights: each (m, n), one dtype and device.
@@ -87,7 +87,7 @@ def _half_precision_sum(
 
 
 def _fused_kernel_applies(weights: Sequence[Tensor], left: Tensor) -> bool:
-    if left.device.type != "cuda" or left.dtype == torch.float64:
+    if left.device.type != "cuda" or torch.float64 in (left.dtype, weights[0].dtype):
         return False
     if not all(weight.is_contiguous() for weight in weights):
         return False

@@ -1,4 +1,4 @@
-"""The fold as one Triton kernel for all layers of one shape: each weight is read and written once."""
+"""The fold as one Triton kernel for all layers of one shape: one read, one write a weight."""
 
 from __future__ import annotations
 
@@ -91,7 +91,9 @@ def _round_stochastically(exact, bits, element: tl.constexpr):
     else:
         rounded = ((raw + (bits & 0x1FFF)) & 0xFFFFE000).to(tl.float32, bitcast=True)
         uniform = (bits & 0xFFFFFF).to(tl.float32) * 5.9604644775390625e-08
-        steps = tl.floor(exact * 16777216.0 + uniform)
+        steps = exact * 16777216.0
+        below = tl.floor(steps)
+        steps = below + tl.where(uniform < steps - below, 1.0, 0.0)
         rounded = tl.where(tl.abs(exact) < 6.103515625e-05, steps * 5.9604644775390625e-08, rounded)
         largest: tl.constexpr = 65504.0
     finite = tl.abs(exact) < float("inf")

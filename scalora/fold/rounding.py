@@ -59,7 +59,9 @@ def round_stochastically(value: Tensor, dtype: torch.dtype, bits: Tensor) -> Ten
     rounded = ((raw + (bits & dropped)) & ~dropped).view(torch.float32)
     if dtype == torch.float16:
         uniform = (bits & 0xFFFFFF).to(torch.float32) * 2.0**-24
-        steps = (value / _FLOAT16_SUBNORMAL_STEP + uniform).floor()
+        steps = value / _FLOAT16_SUBNORMAL_STEP
+        below = steps.floor()
+        steps = below + (uniform < steps - below)  # exact; the sum steps + uniform would round
         small = value.abs() < _FLOAT16_SMALLEST_NORMAL
         rounded = torch.where(small, steps * _FLOAT16_SUBNORMAL_STEP, rounded)
     largest = torch.finfo(dtype).max

@@ -109,8 +109,12 @@ def adafactor(param: Tensor, grad: Tensor, state: State, group: Group) -> Tensor
     weight = step ** group["beta2_decay"]
     square = grad.square()
     zero = torch.zeros_like(square)
-    row = state.get("row_var", zero.mean(-1, keepdim=True)).lerp(square.mean(-1, keepdim=True), weight)
-    col = state.get("col_var", zero.mean(-2, keepdim=True)).lerp(square.mean(-2, keepdim=True), weight)
+    row = state.get("row_var", zero.mean(-1, keepdim=True)).lerp(
+        square.mean(-1, keepdim=True), weight
+    )
+    col = state.get("col_var", zero.mean(-2, keepdim=True)).lerp(
+        square.mean(-2, keepdim=True), weight
+    )
     variance = row @ col / row.mean(-2, keepdim=True).clamp_min(eps1)
     update = variance.clamp_min(eps1 * eps1).rsqrt() * grad
     inner = tuple(range(1, grad.ndim))

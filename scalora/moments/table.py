@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-
 import torch
-
 
 from scalora.moments import directions
 from scalora.moments.directions import Direction
@@ -79,7 +77,9 @@ def register_moments(
         TypeError: ``optimizer_class`` is no optimizer class.
         ValueError: a degree that is not a non-negative integer.
     """
-    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
+    if not (
+        isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)
+    ):
         raise TypeError(f"{optimizer_class!r} is not a subclass of torch.optim.Optimizer.")
     for name, degree in degrees.items():
         if not isinstance(degree, int) or degree < 0:
@@ -102,10 +102,8 @@ def moments_of(optimizer: torch.optim.Optimizer) -> Moments:
     known = ", ".join(cls.__name__ for cls in _TABLE)
     name = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
     raise TypeError(
-        f"ScaLoRA does not know how the state of {name} depends on the gradient, so it cannot carry "
-        f"it across a re-basing. Known: {known}. Register it with "
+        f"ScaLoRA does not know how the state of {name} depends on the gradient, so it cannot "
+        f"carry it across a re-basing. Known: {known}. Register it with "
         f"scalora.register_moments({type(optimizer).__name__}, {{'exp_avg': 1, 'exp_avg_sq': 2}}), "
         "giving the degree of each state in the gradient history."
     )
-
-

@@ -70,7 +70,8 @@ def optimal_scaling(
         return ones, ones.clone()
     if rule not in rules.SOLVERS:
         raise ValueError(f"rule={rule!r} is not one of {[*rules.SOLVERS, 'none']}.")
-    if (rule == "direction") != (direction_P is not None and direction_Q is not None):
+    given = [d for d in (direction_P, direction_Q) if d is not None]
+    if len(given) != (2 if rule == "direction" else 0):
         raise ValueError(
             "rule='direction' needs direction_P and direction_Q; the other rules take neither."
         )

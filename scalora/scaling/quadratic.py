@@ -28,6 +28,7 @@ class QuadraticModel(NamedTuple):
 
     @property
     def rank(self) -> int:
+        """The adapter's r."""
         return self.lam.shape[-1] // 2
 
     def step_size(self, x: Tensor) -> Tensor:
@@ -78,11 +79,15 @@ def quadratic_model(
     right = torch.cat([direction_Q, Q], dim=-1)
     work = solver_dtype(P.device)
     H = (left.mT @ left).to(work) * (right.mT @ right).to(work)
+    # As much as the products' round-off can take away: H stays positive semidefinite.
+    H = H + torch.diag_embed(H.diagonal(dim1=-2, dim2=-1) * H.shape[-1] * torch.finfo(dtype).eps)
     descent_Q = (grad_Q * direction_Q).sum(-2).to(work) * grad_unit_Q.to(work)
     descent_P = (grad_P * direction_P).sum(-2).to(work) * grad_unit_P.to(work)
 
     r = P.shape[-1]
-    unit = torch.cat([unit_Q.expand(*unit_Q.shape[:-1], r), unit_P.expand(*unit_P.shape[:-1], r)], -1)
+    unit = torch.cat(
+        [unit_Q.expand(*unit_Q.shape[:-1], r), unit_P.expand(*unit_P.shape[:-1], r)], -1
+    )
     unit = unit.to(work)
     H = H * (scaling * scaling) * unit.unsqueeze(-1) * unit.unsqueeze(-2)
     lam = torch.cat([descent_Q, descent_P], dim=-1) * unit

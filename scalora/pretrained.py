@@ -1,0 +1,87 @@
+"""The weights that fine-tuning started from, and the change since."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scalora import peft_layers
+from scalora.peft_layers import LoRAPair
+
+Base = nn.Module | Mapping[str, Tensor] | str | PathLike[str]
+
+
+def weight_changes(
+    model: nn.Module, base: Base | None, adapter_name: str | None
+) -> dict[str, tuple[LoRAPair, Tensor]]:
+    """Layer name -> (layer, everything learned since ``base`` as stored), float32 at least.
+
+    Args:
+        model: the fine-tuned PEFT model.
+        base: the pretrained model, its state dict, or a folder or hub id that it loads from.  None
+            is enough while nothing has been folded; else the model's own ``name_or_path`` is tried.
+        adapter_name: None for the active adapter.
+
+    Raises:
+        ValueError: no such adapter, or a base whose weights do not fit the model's layers.
+    """
+    name = adapter_name or peft_layers.active_adapter(model)
+    pairs = peft_layers.lora_pairs(model, name)
+    if not pairs:
+        raise ValueError(f"the model has no LoRA adapter named {name!r}.")
+    for pair in pairs:
+        reason = peft_layers.why_not_rebased(pair)
+        if reason is not None:
+            raise ValueError(f"the change of {pair.name!r} cannot be measured: {reason}.")
+    if base is None and not any(pair.was_rebased for pair in pairs):
+        return {
+            pair.name: (pair, pair.effective_weight() - _wide(pair.base_weight)) for pair in pairs
+        }
+    weights = _weights_of(model, base)
+    return {pair.name: (pair, _change(pair, weights)) for pair in pairs}
+
+
+def _change(pair: LoRAPair, weights: Mapping[str, Tensor]) -> Tensor:
+    key = f"{pair.name}.weight"
+    # A headless base names its weights without the head's prefix ("bert.").
+    start = weights.get(key)
+    while start is None and "." in key:
+        key = key.partition(".")[2]
+        start = weights.get(key)
+    effective = pair.effective_weight()
+    if start is None:
+        raise ValueError(f"base has no weight for the layer {pair.name!r}.")
+    if start.shape != effective.shape:
+        raise ValueError(
+            f"base is another model: the weight of {pair.name!r} is {tuple(start.shape)} there and "
+            f"{tuple(effective.shape)} here."
+        )
+    return effective - start.detach().to(effective.device, effective.dtype)
+
+
+def _weights_of(model: nn.Module, base: Base | None) -> dict[str, Tensor]:
+    if isinstance(base, nn.Module):
+        base = base.state_dict()
+    if isinstance(base, Mapping):
+        return {peft_layers.base_weight_name(name): weight for name, weight in base.items()}
+    own: Any = peft_layers.base_model(model)
+    source = base if base is not None else getattr(own, "name_or_path", "")
+    if not source or not hasattr(own, "from_pretrained"):
+        raise ValueError(
+            "increments have been folded into this model's base weights, so the pretrained weights "
+            "are needed to tell what was learned: pass base= (a model, a state dict, a folder or a "
+            "hub id)."
+        )
+    try:
+        pretrained = type(own).from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"base={source!r} could not be loaded: {error}. Pass base=.") from error
+    return dict(pretrained.state_dict())
+
+
+def _wide(weight: Tensor) -> Tensor:
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))

@@ -1,0 +1,92 @@
+"""What a resumed run needs beyond the adapter and the inner optimizer: the folded base weights."""
+
+from __future__ import annotations
+
+import json
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scalora import peft_layers
+from scalora.files import read_tensors, write_tensors
+from scalora.optimizer import ScaLoRA
+
+STATE_FILE = "scalora.safetensors"
+
+
+def save_training_state(optimizer: ScaLoRA, folder: str | PathLike[str]) -> Path:
+    """Write the base weights of the re-based layers and the state of re-basing.
+
+    Together with the adapter (``PeftModel.save_pretrained``) and ``optimizer.state_dict()`` that is
+    a complete checkpoint.  The file is written whole or not at all.
+
+    Args:
+        optimizer: the optimizer in training.
+        folder: an existing folder; the file in it is named ``scalora.safetensors``.
+
+    Returns:
+        The file's path.
+    """
+    state = optimizer.rebasing_state()
+    tensors: dict[str, Tensor] = {}
+    for name, memory in state.pop("layers").items():
+        tensors |= {f"{key}:{name}": value for key, value in memory.items() if value is not None}
+    pairs = optimizer.rebased_pairs
+    if optimizer.rebase_count:
+        tensors |= {f"base:{pair.name}": pair.base_weight for pair in pairs}
+    state["adapter"] = peft_layers.adapter_checksums(pairs)
+    path = Path(folder) / STATE_FILE
+    write_tensors(path, tensors, {"scalora": json.dumps(state)})
+    return path
+
+
+@torch.no_grad()
+def load_training_state(optimizer: ScaLoRA, folder: str | PathLike[str]) -> None:
+    """Restore what `save_training_state` wrote; load the adapter of the same checkpoint first.
+
+    Args:
+        optimizer: a new optimizer over the same kind of model, with the same rule and seed.
+        folder: the checkpoint's folder.
+
+    Raises:
+        ValueError: the file is missing or damaged, or belongs to another model, rank, rule or
+            adapter; nothing is changed then.
+    """
+    path = Path(folder) / STATE_FILE
+    tensors, metadata = read_tensors(path)
+    if "scalora" not in metadata:
+        raise ValueError(f"{path} was not written by scalora.save_training_state.")
+    state: dict[str, Any] = json.loads(metadata["scalora"])
+    pairs = optimizer.rebased_pairs
+    state["layers"] = {
+        pair.name: {key: tensors.get(f"{key}:{pair.name}") for key in ("product", "residual")}
+        for pair in pairs
+    }
+    optimizer.check_rebasing_state(state)
+    if state["adapter"] != peft_layers.adapter_checksums(pairs):
+        raise ValueError(
+            f"the model's adapter is not the one {path} was saved with: load the adapter of the "
+            "same checkpoint first. Nothing was loaded."
+        )
+    weights = {pair.name: tensors.get(f"base:{pair.name}") for pair in pairs}
+    for pair in pairs if state["rebase_count"] else ():
+        _check_weight(path, pair.name, weights[pair.name], pair.base_weight)
+
+    for pair in pairs:
+        weight = weights[pair.name]
+        if weight is not None:
+            pair.base_weight.copy_(weight)
+    optimizer.load_rebasing_state(state)
+
+
+def _check_weight(path: Path, name: str, saved: Tensor | None, present: Tensor) -> None:
+    if saved is None:
+        raise ValueError(f"{path} lacks the base weight of {name!r}. Nothing was loaded.")
+    if saved.shape != present.shape or saved.dtype != present.dtype:
+        raise ValueError(
+            f"{path} holds a base weight {tuple(saved.shape)} {saved.dtype} for {name!r}, the "
+            f"model has {tuple(present.shape)} {present.dtype}. Nothing was loaded."
+        )

@@ -1,0 +1,130 @@
+"""The one place that knows the transformers Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from scalora.optimizer import ScaLoRA
+from scalora.options import RebasingOptions
+from scalora.training_state import STATE_FILE, load_training_state, save_training_state
+
+_OPTIMIZER_FILE = "optimizer.pt"
+
+
+class ScaLoRACallback(TrainerCallback):
+    """Turns the optimizer of any ``transformers.Trainer`` into ScaLoRA when training begins.
+
+    ::
+
+        trainer = Trainer(model, args, callbacks=[scalora.ScaLoRACallback()])
+
+    It wraps whatever optimizer the Trainer made (or takes the ScaLoRA it was given), completes the
+    Trainer's checkpoints with the base weights, restores them on
+    ``trainer.train(resume_from_checkpoint=...)``, and with ``load_best_model_at_end`` brings back
+    the base that belongs to the best adapter.
+
+    Args:
+        resume_from: the checkpoint's folder, needed only when a run is resumed from a folder that
+            is not ``output_dir/checkpoint-<step>`` nor ``args.resume_from_checkpoint``.
+        options: as for `scalora.ScaLoRA`: ``interval``, ``rule``, ``lipschitz``, and so on.
+
+    Raises:
+        TypeError, ValueError: as `scalora.ScaLoRA` does; those about ``options`` at once.
+    """
+
+    def __init__(self, *, resume_from: str | None = None, **options: Any) -> None:
+        RebasingOptions(**options)
+        self.resume_from = resume_from
+        self.options = options
+        self.optimizer: ScaLoRA | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Attach to the Trainer's optimizer, and restore the base weights of a resumed run."""
+        self.optimizer = _attach(kwargs["optimizer"], kwargs["model"], self.options)
+        if state.global_step > 0:
+            self._resume(self._checkpoint(args, state))
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Complete the checkpoint that the Trainer has just written."""
+        if args.should_save and self.optimizer is not None:
+            save_training_state(self.optimizer, _checkpoint_folder(args, state))
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """With ``load_best_model_at_end``: bring back the base of the best adapter."""
+        best = state.best_model_checkpoint
+        if args.load_best_model_at_end and best is not None and self.optimizer is not None:
+            load_training_state(self.optimizer, best)
+
+    def _checkpoint(self, args: TrainingArguments, state: TrainerState) -> Path:
+        candidates = [
+            self.resume_from,
+            args.resume_from_checkpoint,
+            _checkpoint_folder(args, state),
+        ]
+        folders = [Path(c) for c in candidates if c is not None and Path(c).is_dir()]
+        if not folders:
+            raise ValueError(
+                f"training resumes at step {state.global_step} from a checkpoint that is not in "
+                f"{args.output_dir!r}: pass its folder as ScaLoRACallback(resume_from=...)."
+            )
+        return folders[0]
+
+    def _resume(self, folder: Path) -> None:
+        assert self.optimizer is not None
+        if (folder / STATE_FILE).exists():
+            load_training_state(self.optimizer, folder)
+        elif _was_rebased(folder / _OPTIMIZER_FILE):
+            raise ValueError(
+                f"{folder} is incomplete: its optimizer state is ScaLoRA's, but {STATE_FILE}, "
+                "which holds the re-based weights, is missing. Resume from an earlier checkpoint."
+            )
+
+
+def _attach(optimizer: Any, model: nn.Module, options: dict[str, Any]) -> ScaLoRA:
+    if isinstance(optimizer, ScaLoRA):
+        return optimizer
+    if type(optimizer) is not AcceleratedOptimizer:
+        raise TypeError(
+            f"ScaLoRACallback cannot attach to {type(optimizer).__name__}; it works where "
+            "accelerate drives a torch.optim optimizer (not DeepSpeed)."
+        )
+    if isinstance(optimizer.optimizer, ScaLoRA):
+        return optimizer.optimizer
+    optimizer.optimizer = ScaLoRA(optimizer.optimizer, model, **options)
+    optimizer.__setstate__(optimizer.__getstate__())  # it keeps bound methods of the one it wraps
+    return optimizer.optimizer
+
+
+def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _was_rebased(path: Path) -> bool:
+    if not path.exists():
+        return False
+    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return saved.get("scalora", {}).get("rebase_count", 0) > 0

@@ -1,0 +1,201 @@
+"""The Trainer callback: attach, checkpoint, resume, best model."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+import scalora
+
+STEPS = 12
+
+
+class Examples(torch.utils.data.Dataset):
+    def __init__(self, count: int = 64) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.ids = torch.randint(1, 50, (count, 10), generator=generator)
+        self.labels = (self.ids.sum(1) % 2).long()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids[i], "labels": self.labels[i]}
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=40,
+        vocab_size=50,
+        hidden_dropout_prob=0.1,
+    )
+    base = BertForSequenceClassification(config)
+    return get_peft_model(base, LoraConfig(task_type="SEQ_CLS", r=4, target_modules="all-linear"))
+
+
+def make_trainer(folder, *, model=None, callback=None, optimizers=(None, None), **arguments):
+    defaults = dict(
+        max_steps=STEPS,
+        per_device_train_batch_size=8,
+        learning_rate=1e-2,
+        warmup_steps=2,
+        logging_steps=1,
+        save_steps=4,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=3,
+    )
+    args = TrainingArguments(output_dir=str(folder), **{**defaults, **arguments})
+    return Trainer(
+        model if model is not None else make_model(),
+        args,
+        train_dataset=Examples(),
+        eval_dataset=Examples(16),
+        callbacks=[callback if callback is not None else scalora.ScaLoRACallback()],
+        optimizers=optimizers,
+    )
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name: p.detach().clone() for name, p in model.named_parameters() if "base_layer" in name
+    }
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:save_pretrained writes the adapter alone")
+
+
+def test_callback_rebases_under_the_optimizer_that_the_trainer_made(tmp_path):
+    callback = scalora.ScaLoRACallback(interval=2)
+    trainer = make_trainer(tmp_path, callback=callback)
+    before = base_weights(trainer.model)
+    trainer.train()
+    assert callback.optimizer is not None
+    assert callback.optimizer.rebase_count == STEPS // 2
+    after = base_weights(trainer.model)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_callback_gives_the_same_losses_as_the_optimizer_passed_in(tmp_path):
+    by_callback = make_trainer(tmp_path / "callback")
+    by_callback.train()
+    model = make_model()
+    optimizer = scalora.create_scalora_optimizer(
+        model, torch.optim.AdamW, lr=1e-2, weight_decay=0, fused=True
+    )
+    passed = make_trainer(tmp_path / "passed", model=model, optimizers=(optimizer, None))
+    passed.train()
+    assert losses(by_callback) == losses(passed)
+
+
+@pytest.mark.parametrize("passed_in", [False, True])
+def test_resumed_run_continues_to_the_same_numbers(tmp_path, passed_in):
+    def trainer():
+        model = make_model()
+        optimizer = None
+        if passed_in:
+            optimizer = scalora.create_scalora_optimizer(model, torch.optim.AdamW, lr=1e-2)
+        return make_trainer(tmp_path, model=model, optimizers=(optimizer, None))
+
+    whole = trainer()
+    whole.train()
+    for step in (8, 12):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert losses(resumed)[4:] == losses(whole)[4:]
+    for name, weight in base_weights(whole.model).items():
+        assert torch.equal(weight, base_weights(resumed.model)[name])
+
+
+def test_checkpoint_in_another_folder_is_found_when_named(tmp_path):
+    whole = make_trainer(tmp_path / "first")
+    whole.train()
+    moved = tmp_path / "elsewhere"
+    shutil.move(tmp_path / "first" / "checkpoint-8", moved)
+    lost = make_trainer(tmp_path / "second")
+    with pytest.raises(ValueError, match="resume_from"):
+        lost.train(resume_from_checkpoint=str(moved))
+    found = make_trainer(
+        tmp_path / "third", callback=scalora.ScaLoRACallback(resume_from=str(moved))
+    )
+    found.train(resume_from_checkpoint=str(moved))
+    assert losses(found)[8:] == losses(whole)[8:]
+
+
+def test_checkpoint_without_the_base_weights_is_refused(tmp_path):
+    make_trainer(tmp_path).train()
+    (tmp_path / "checkpoint-8" / "scalora.safetensors").unlink()
+    with pytest.raises(ValueError, match="incomplete"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+
+
+def test_optimizer_passed_in_without_the_callback_refuses_to_resume_on_the_wrong_base(tmp_path):
+    def trainer_without_callback():
+        model = make_model()
+        optimizer = scalora.create_scalora_optimizer(model, torch.optim.AdamW, lr=1e-2)
+        trainer = make_trainer(tmp_path, model=model, optimizers=(optimizer, None))
+        trainer.remove_callback(scalora.ScaLoRACallback)
+        return trainer
+
+    trainer_without_callback().train()
+    trainer = trainer_without_callback()
+    with pytest.raises(ValueError, match="base weight"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+
+
+def test_best_model_at_the_end_has_the_base_that_belongs_to_it(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        eval_strategy="steps",
+        eval_steps=4,
+        load_best_model_at_end=True,
+        learning_rate=3e-2,
+    )
+    trainer.train()
+    evaluated = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
+    best = min(evaluated, key=evaluated.get)
+    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(evaluated[best], abs=1e-7)
+
+
+def test_wrong_options_are_refused_before_training():
+    with pytest.raises(ValueError, match="rule"):
+        scalora.ScaLoRACallback(rule="best")
+
+
+def test_plain_checkpoint_can_be_continued_with_scalora(tmp_path):
+    plain = make_trainer(tmp_path)
+    plain.remove_callback(scalora.ScaLoRACallback)
+    plain.train()
+    callback = scalora.ScaLoRACallback()
+    continued = make_trainer(tmp_path, callback=callback)
+    continued.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert callback.optimizer is not None
+    assert callback.optimizer.rebase_count == STEPS - 8
+
+
+def test_trained_model_saves_merged_and_answers_the_same(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    model = trainer.model.eval()
+    scalora.save_merged(model, tmp_path / "merged")
+    reloaded = BertForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    ids = Examples().ids
+    torch.testing.assert_close(reloaded(ids).logits, model(ids).logits, atol=1e-5, rtol=0)
+    assert copy.deepcopy(model).save_pretrained is not model.save_pretrained
