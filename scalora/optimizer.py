@@ -172,6 +172,10 @@ class ScaLoRA(torch.optim.Optimizer):
         """How many steps were left out because a gradient was not finite.  Waits for the device."""
         return 0 if self._skipped is None else int(self._skipped)
 
+    def kept_tensors(self) -> list[Tensor]:
+        """Tensors that re-basing keeps between steps, besides the inner optimizer's state."""
+        return self._rebaser.kept_tensors()
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Re-base if it is time to, then step the inner optimizer.
 

@@ -175,7 +175,7 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def why_not_rebased(pair: LoRAPair) -> str | None:
-    """Why this layer must stay plain LoRA, or None: re-basing it would not preserve its function."""
+    """Why re-basing this layer would not preserve its function, or None if it would."""
     module = pair.module
     if type(module) not in _SUPPORTED:
         return f"{type(module).__name__} layers are not supported"

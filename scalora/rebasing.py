@@ -84,6 +84,13 @@ class Rebaser:
             for i, name in enumerate(names)
         }
 
+    def kept_tensors(self) -> list[Tensor]:
+        """Everything kept between steps: products, residuals, and the newest scaling."""
+        kept = [factor for _, *factors in self._last for factor in factors]
+        for memory in self.memory.values():
+            kept += [t for t in (memory.product, memory.residual) if t is not None]
+        return kept
+
     def forget(self) -> None:
         """As if nothing had been re-based."""
         for memory in self.memory.values():
@@ -238,7 +245,11 @@ class Rebaser:
             writes += self._moved_states(optimizer, parameters, factor, axis)
         writes = [(targets, old, new.to(old.dtype)) for targets, old, new in writes]
 
-        finite = torch.stack([new.isfinite().flatten(1).all(1) for _, _, new in writes]).all(0)
+        totals = [
+            new.flatten(1).sum(1, dtype=torch.promote_types(new.dtype, torch.float32))
+            for *_, new in writes
+        ]
+        finite = torch.stack(totals).isfinite().all(0)
         writes = [(targets, old, _where(finite, new, old)) for targets, old, new in writes]
         alpha, beta = (_where(finite, f, torch.ones_like(f)) for f in (alpha, beta))
 
@@ -296,6 +307,8 @@ class Rebaser:
 
         def write() -> None:
             folded = [i for i, base in enumerate(bases) if base._version != versions[i]]
+            if not folded:
+                return
             for targets, _, new in writes:
                 torch._foreach_copy_(
                     [targets[i] for i in folded], [new[i].view_as(targets[i]) for i in folded]

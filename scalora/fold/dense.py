@@ -26,14 +26,15 @@ def fold(
 
     float32 and float64 weights take the increment to round-off.  In bfloat16 and float16:
     ``"stochastic"`` is unbiased; ``"compensated"`` keeps what rounding cut in ``residuals`` and
-    adds it the next time; ``"nearest"`` loses what is below half a unit in the last place.
+    adds it the next time (that in turn is rounded stochastically: residuals have few bits too);
+    ``"nearest"`` loses what is below half a unit in the last place.
 
     Args:
         weights: each (m, n), one dtype and device.
         left: (layers, m, k), float32 or wider.
         right: (layers, n, k), likewise.
         rounding: one of `ROUNDINGS`; half precision only.
-        seeds: one for each layer (`noise_seed`); ``"stochastic"`` only.
+        seeds: one for each layer (`noise_seed`); all but ``"nearest"``.
         residuals: each (m, n), the weights' dtype; ``"compensated"`` only.
     """
     if _fused_kernel_applies(weights, left):
@@ -74,15 +75,16 @@ def _half_precision_sum(
     for start in range(0, rows, chunk):
         part = slice(start, min(start + chunk, rows))
         exact = torch.addmm(weight[part].float(), left[part].float(), right.float().T)
+        if rounding == "nearest":
+            result[part] = exact
+            continue
+        bits = noise_bits(seed, start * columns, exact.numel(), weight.device)
         if residual is not None and cut is not None:
             exact += residual[part]
             result[part] = exact
-            cut[part] = exact - result[part]
-        elif rounding == "stochastic":
-            bits = noise_bits(seed, start * columns, exact.numel(), weight.device)
-            result[part] = round_stochastically(exact, weight.dtype, bits)
+            cut[part] = round_stochastically(exact - result[part], residual.dtype, bits)
         else:
-            result[part] = exact
+            result[part] = round_stochastically(exact, weight.dtype, bits)
     return result, cut
 
 

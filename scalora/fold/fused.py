@@ -57,13 +57,15 @@ def _fold_kernel(
     position = row[:, None].to(tl.int64) * columns + column[None, :]
     weight = tl.load(weight_addresses + layer).to(tl.pointer_type(element)) + position
     exact = tl.load(weight, mask=inside, other=0.0).to(tl.float32) + increment
+    if mode != _NEAREST:
+        bits = _noise_bits(tl.load(seeds + layer), position)
     if mode == _COMPENSATED:
         residual = tl.load(residual_addresses + layer).to(tl.pointer_type(element)) + position
         exact += tl.load(residual, mask=inside, other=0.0).to(tl.float32)
         rounded = exact.to(element)
-        tl.store(residual, (exact - rounded.to(tl.float32)).to(element), mask=inside)
+        cut = _round_stochastically(exact - rounded.to(tl.float32), bits, element)
+        tl.store(residual, cut, mask=inside)
     elif mode == _STOCHASTIC:
-        bits = _noise_bits(tl.load(seeds + layer), position)
         rounded = _round_stochastically(exact, bits, element)
     else:
         rounded = exact.to(element)
@@ -119,7 +121,7 @@ def fold_fused(
     residual_addresses, seed_words = addresses, addresses
     if mode == _MODES["compensated"]:
         residual_addresses = _to_device([r.data_ptr() for r in residuals], torch.int64, device)
-    if mode == _MODES["stochastic"]:
+    if mode != _MODES["nearest"]:
         words = [seed - (1 << 32) if seed >> 31 else seed for seed in seeds]
         seed_words = _to_device(words, torch.int32, device)
     tiles = triton.cdiv(rows, _BLOCK_ROWS) * triton.cdiv(columns, _BLOCK_COLUMNS)

@@ -64,7 +64,7 @@ def _interior_point(H: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
         dz = (centre - z * dx) / x - z
         step = _TO_BOUNDARY * _step_length(x, dx, z, dz)
         moved_x, moved_z = x + step * dx, z + step * dz
-        keep = done | ~(torch.isfinite(moved_x) & torch.isfinite(moved_z)).all(-1, keepdim=True)
+        keep = done | (moved_x + moved_z).sum(-1, keepdim=True).isfinite().logical_not()
         x, z = torch.where(keep, x, moved_x), torch.where(keep, z, moved_z)
     return x, z
 

@@ -1,0 +1,5 @@
+"""``python -m scalora``."""
+
+from scalora.cli import main
+
+main()
