@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from scalora.fold import fold, noise_seed
+from scalora.layer_batches import (
+    LayerBatch,
+    batches_with_gradients,
+    gradients,
+    stack,
+    stacked_states,
+    widened,
+)
 from scalora.moments import Moments, transfer, transfer_reduced
 from scalora.options import RebasingOptions
 from scalora.peft_layers import LoRAPair
@@ -34,27 +42,6 @@ class LayerMemory:
     index: int
     product: Tensor | None = None
     residual: Tensor | None = None
-
-
-@dataclass
-class _Batch:
-    """Layers whose tensors all have the same shapes, dtypes and hyperparameters."""
-
-    group_P: dict[str, Any]
-    group_Q: dict[str, Any]
-    pairs: list[LoRAPair] = field(default_factory=list)
-
-    @property
-    def P(self) -> list[nn.Parameter]:
-        return [pair.P_parameter for pair in self.pairs]
-
-    @property
-    def Q(self) -> list[nn.Parameter]:
-        return [pair.Q_parameter for pair in self.pairs]
-
-    @property
-    def learning_rates(self) -> tuple[float | Tensor, float | Tensor]:
-        return _rate(self.group_P["lr"]), _rate(self.group_Q["lr"])
 
 
 class Rebaser:
@@ -126,7 +113,7 @@ class Rebaser:
             optimizer: the inner optimizer; its state and the gradients change coordinates.
             count: how many re-basings came before, part of the rounding noise's seed.
         """
-        batches = self._batches(optimizer)
+        batches = batches_with_gradients(self.pairs, optimizer)
         models = [self._model(batch, optimizer) for batch in batches]
         self._last = []
         for batch, model, x in zip(batches, models, self._solve(models), strict=True):
@@ -136,39 +123,15 @@ class Rebaser:
                 self.memory[pair.name].product = product
             self._last.append(([pair.name for pair in batch.pairs], alpha, beta))
 
-    def _batches(self, optimizer: torch.optim.Optimizer) -> list[_Batch]:
-        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        batches: dict[Any, _Batch] = {}
-        for pair in self.pairs:
-            P, Q = pair.P_parameter, pair.Q_parameter
-            if P.grad is None or Q.grad is None or pair.is_merged:
-                continue
-            group_P, group_Q = groups.get(id(P)), groups.get(id(Q))
-            if group_P is None or group_Q is None:
-                continue
-            if _is_zero(group_P["lr"]) or _is_zero(group_Q["lr"]):
-                continue
-            state_P, state_Q = optimizer.state.get(P, {}), optimizer.state.get(Q, {})
-            base = pair.base_weight
-            key = (
-                *(P.shape, P.dtype, P.grad.dtype, Q.shape, Q.dtype, Q.grad.dtype, P.device),
-                *(base.shape, base.dtype, pair.base_is_transposed, pair.scaling),
-                *(id(group_P), id(group_Q), _layout(state_P), _layout(state_Q)),
-            )
-            batches.setdefault(key, _Batch(group_P, group_Q)).pairs.append(pair)
-        return list(batches.values())
-
-    def _model(self, batch: _Batch, optimizer: torch.optim.Optimizer) -> QuadraticModel:
-        P, Q = _stack(batch.P), _stack(batch.Q)
-        grad_P, grad_Q = _stack(_grads(batch.P)), _stack(_grads(batch.Q))
+    def _model(self, batch: LayerBatch, optimizer: torch.optim.Optimizer) -> QuadraticModel:
+        P, Q = stack(batch.P), stack(batch.Q)
+        grad_P, grad_Q = stack(gradients(batch.P)), stack(gradients(batch.Q))
         direction_P, direction_Q = grad_P, grad_Q
         if self.options.resolved_rule == "direction":
-            assert self.moments.direction is not None
-            grad_P = -grad_P if batch.group_P.get("maximize") else grad_P
-            grad_Q = -grad_Q if batch.group_Q.get("maximize") else grad_Q
-            state_P, state_Q = _states(optimizer, batch.P), _states(optimizer, batch.Q)
-            direction_P = self.moments.direction(_wide(P), _wide(grad_P), state_P, batch.group_P)
-            direction_Q = self.moments.direction(_wide(Q), _wide(grad_Q), state_Q, batch.group_Q)
+            if batch.group_P.get("maximize"):
+                grad_P, grad_Q = -grad_P, -grad_Q
+            direction_P = self._direction(optimizer, batch.P, P, grad_P, batch.group_P)
+            direction_Q = self._direction(optimizer, batch.Q, Q, grad_Q, batch.group_Q)
         return quadratic_model(
             P.flatten(2),
             Q.flatten(2).mT,
@@ -178,6 +141,18 @@ class Rebaser:
             direction_Q.flatten(2).mT,
             batch.pairs[0].scaling,
         )
+
+    def _direction(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Sequence[nn.Parameter],
+        values: Tensor,
+        grad: Tensor,
+        group: dict[str, Any],
+    ) -> Tensor:
+        assert self.moments.direction is not None
+        state = stacked_states(optimizer, parameters)
+        return self.moments.direction(widened(values), widened(grad), state, group)
 
     def _solve(self, models: Sequence[QuadraticModel]) -> list[Tensor]:
         """The rule's weights of every model, all layers of one rank and device in one call."""
@@ -196,7 +171,7 @@ class Rebaser:
         return [solutions[i] for i in range(len(models))]
 
     def _scaling(
-        self, batch: _Batch, model: QuadraticModel, x: Tensor
+        self, batch: LayerBatch, model: QuadraticModel, x: Tensor
     ) -> tuple[Tensor, Tensor, Sequence[Tensor | None]]:
         """alpha, beta: (layers, r), and every layer's product of L and the learning rate."""
         lr_P, lr_Q = batch.learning_rates
@@ -223,14 +198,14 @@ class Rebaser:
 
     def _apply(
         self,
-        batch: _Batch,
+        batch: LayerBatch,
         optimizer: torch.optim.Optimizer,
         alpha: Tensor,
         beta: Tensor,
         count: int,
     ) -> tuple[Tensor, Tensor]:
         """Commit one batch; returns the scaling that was applied."""
-        P, Q = _stack(batch.P), _stack(batch.Q)
+        P, Q = stack(batch.P), stack(batch.Q)
         writes: list[_Write] = [
             (batch.P, P, transfer(P, alpha, 1, _P_RANK_AXIS)),
             (batch.Q, Q, transfer(Q, beta, 1, _Q_RANK_AXIS)),
@@ -239,8 +214,8 @@ class Rebaser:
             (batch.P, beta, _P_RANK_AXIS),
             (batch.Q, alpha, _Q_RANK_AXIS),
         ):
-            grads = _grads(parameters)
-            stacked = _stack(grads)
+            grads = gradients(parameters)
+            stacked = stack(grads)
             writes.append((grads, stacked, transfer(stacked, factor, 1, axis)))
             writes += self._moved_states(optimizer, parameters, factor, axis)
         writes = [(targets, old, new.to(old.dtype)) for targets, old, new in writes]
@@ -280,19 +255,19 @@ class Rebaser:
             if degree == 0:
                 continue
             targets = [state[name] for state in states]
-            old = _stack(targets)
+            old = stack(targets)
             if old.shape[axis] == factor.shape[-1]:
                 new = transfer(old, factor, degree, axis)
             else:
                 assert self.moments.partners is not None
-                partner = _stack([state[self.moments.partners[name]] for state in states])
+                partner = stack([state[self.moments.partners[name]] for state in states])
                 new = transfer_reduced(old, partner, factor, degree, axis)
             moved.append((targets, old, new))
         return moved
 
     def _commit(
         self,
-        batch: _Batch,
+        batch: LayerBatch,
         left: Tensor,
         right: Tensor,
         writes: Sequence[_Write],
@@ -328,7 +303,7 @@ class Rebaser:
                         pair.mark_rebased()
 
     def _fold(
-        self, batch: _Batch, bases: Sequence[Tensor], left: Tensor, right: Tensor, count: int
+        self, batch: LayerBatch, bases: Sequence[Tensor], left: Tensor, right: Tensor, count: int
     ) -> None:
         memories = [self.memory[pair.name] for pair in batch.pairs]
         if batch.pairs[0].base_is_transposed:
@@ -375,61 +350,9 @@ def _increment(
     return torch.where(changed, left, torch.zeros_like(left)), right
 
 
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack([tensor.detach() for tensor in tensors])
-
-
-def _grads(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    return [p.grad for p in parameters if p.grad is not None]
-
-
 def _copy_to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     return None if tensor is None else tensor.detach().clone().to(device)
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def _where(layers: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(layers.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
-
-
-def _states(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]
-) -> dict[str, Tensor]:
-    """Every state of the batch, stacked, float32 at least, on the parameters' device."""
-    states = [optimizer.state.get(p, {}) for p in parameters]
-    device = parameters[0].device
-    stacked = {}
-    for name, value in states[0].items():
-        if not isinstance(value, Tensor):
-            continue
-        if value.device == device:
-            stacked[name] = _wide(_stack([state[name] for state in states]))
-        else:  # a host-side step counter, equal within a batch: a fill does not wait for the device
-            stacked[name] = torch.full((), float(value), device=device)
-    return stacked
-
-
-def _layout(state: dict[str, Any]) -> tuple[Any, ...]:
-    """What must agree for two parameters' states to be stacked."""
-    return tuple(
-        (name, value.shape, value.dtype, float(value) if _is_host_scalar(value) else None)
-        for name, value in state.items()
-        if isinstance(value, Tensor)
-    )
-
-
-def _is_host_scalar(value: Tensor) -> bool:
-    return value.ndim == 0 and value.device.type == "cpu"
-
-
-def _rate(lr: float | Tensor) -> float | Tensor:
-    """A learning rate; one kept in a host tensor can be read without waiting."""
-    return float(lr) if isinstance(lr, Tensor) and lr.device.type == "cpu" else lr
-
-
-def _is_zero(lr: float | Tensor) -> bool:
-    rate = _rate(lr)
-    return not isinstance(rate, Tensor) and rate == 0

@@ -86,33 +86,38 @@ def _seconds(call: Callable[[], Any], device: torch.device) -> float:
 def _launches(device: torch.device) -> str:
     rows = []
     for layers in (8, 16, 32):
-        torch.manual_seed(0)
-        base = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(layers)))
-        names = [str(i) for i in range(layers)]
-        model = get_peft_model(
-            base.to(device, torch.bfloat16), LoraConfig(r=_RANK, target_modules=names)
-        )
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        counts = []
-        for rule in ("none", "exact"):
-            inner = torch.optim.AdamW(trainable, lr=1e-3, fused=True)
-            optimizer = scalora.ScaLoRA(inner, model, rule=rule)
-            counts.append(_kernels_of_a_step(optimizer, trainable))
-        rows.append([str(layers), *map(str, counts), str(counts[1] - counts[0])])
+        plain, rebased = (_kernels(layers, rule, device) for rule in ("none", "exact"))
+        rows.append([str(layers), str(plain), str(rebased), str(rebased - plain)])
     header = ["layers of one shape", "kernels, rule='none'", "kernels, rule='exact'", "added"]
     return markdown(header, rows)
 
 
+def kernels_added(layers: int, device: torch.device) -> int:
+    """Kernel launches that re-basing adds to the step of so many layers of one shape."""
+    return _kernels(layers, "exact", device) - _kernels(layers, "none", device)
+
+
+def _kernels(layers: int, rule: str, device: torch.device) -> int:
+    torch.manual_seed(0)
+    base = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(layers)))
+    names = [str(i) for i in range(layers)]
+    adapter = LoraConfig(r=_RANK, target_modules=names)
+    model = get_peft_model(base.to(device, torch.bfloat16), adapter)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    inner = torch.optim.AdamW(trainable, lr=1e-3, fused=True)
+    return _kernels_of_a_step(scalora.ScaLoRA(inner, model, rule=rule), trainable)
+
+
 def _kernels_of_a_step(optimizer: scalora.ScaLoRA, parameters: list[nn.Parameter]) -> int:
-    def step() -> None:
+    def set_gradients() -> None:
         for parameter in parameters:
             parameter.grad = torch.randn_like(parameter)
-        torch.cuda.synchronize()
 
     for _ in range(3):
-        step()
+        set_gradients()
         optimizer.step()
-    step()
+    set_gradients()
+    torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as profiler:
         optimizer.step()

@@ -1,0 +1,125 @@
+"""Layers whose tensors can be stacked, so that one call serves all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scalora.peft_layers import LoRAPair
+
+
+@dataclass
+class LayerBatch:
+    """Layers whose tensors all have the same shapes, dtypes and hyperparameters.
+
+    Attributes:
+        group_P, group_Q: the optimizer's parameter groups of the factors.
+        pairs: the layers.
+    """
+
+    group_P: dict[str, Any]
+    group_Q: dict[str, Any]
+    pairs: list[LoRAPair] = field(default_factory=list)
+
+    @property
+    def P(self) -> list[nn.Parameter]:
+        """Each as PEFT stores it, (m, r, ...)."""
+        return [pair.P_parameter for pair in self.pairs]
+
+    @property
+    def Q(self) -> list[nn.Parameter]:
+        """Each as PEFT stores it, (r, n, ...)."""
+        return [pair.Q_parameter for pair in self.pairs]
+
+    @property
+    def learning_rates(self) -> tuple[float | Tensor, float | Tensor]:
+        """Of P and of Q."""
+        return _rate(self.group_P["lr"]), _rate(self.group_Q["lr"])
+
+
+def batches_with_gradients(
+    pairs: Sequence[LoRAPair], optimizer: torch.optim.Optimizer
+) -> list[LayerBatch]:
+    """The layers that take part in this step, grouped so that their tensors can be stacked.
+
+    A layer without gradients, with a merged adapter or at learning rate 0 takes no part.
+    """
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    batches: dict[Any, LayerBatch] = {}
+    for pair in pairs:
+        P, Q = pair.P_parameter, pair.Q_parameter
+        if P.grad is None or Q.grad is None or pair.is_merged:
+            continue
+        group_P, group_Q = groups.get(id(P)), groups.get(id(Q))
+        if group_P is None or group_Q is None:
+            continue
+        if _is_zero(group_P["lr"]) or _is_zero(group_Q["lr"]):
+            continue
+        state_P, state_Q = optimizer.state.get(P, {}), optimizer.state.get(Q, {})
+        base = pair.base_weight
+        key = (
+            *(P.shape, P.dtype, P.grad.dtype, Q.shape, Q.dtype, Q.grad.dtype, P.device),
+            *(base.shape, base.dtype, pair.base_is_transposed, pair.scaling),
+            *(id(group_P), id(group_Q), _layout(state_P), _layout(state_Q)),
+        )
+        batches.setdefault(key, LayerBatch(group_P, group_Q)).pairs.append(pair)
+    return list(batches.values())
+
+
+def stack(tensors: Sequence[Tensor]) -> Tensor:
+    """(layers, ...), outside of autograd."""
+    return torch.stack([tensor.detach() for tensor in tensors])
+
+
+def gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """The gradient of each, all of which have one."""
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """In float32, or wider if it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def stacked_states(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]
+) -> dict[str, Tensor]:
+    """Every state of the batch, stacked, float32 at least, on the parameters' device."""
+    states = [optimizer.state.get(p, {}) for p in parameters]
+    device = parameters[0].device
+    stacked = {}
+    for name, value in states[0].items():
+        if not isinstance(value, Tensor):
+            continue
+        if value.device == device:
+            stacked[name] = widened(stack([state[name] for state in states]))
+        else:  # a host-side step counter, equal within a batch: a fill does not wait for the device
+            stacked[name] = torch.full((), float(value), device=device)
+    return stacked
+
+
+def _layout(state: dict[str, Any]) -> tuple[Any, ...]:
+    """What must agree for two parameters' states to be stacked."""
+    return tuple(
+        (name, value.shape, value.dtype, float(value) if _is_host_scalar(value) else None)
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+    )
+
+
+def _is_host_scalar(value: Tensor) -> bool:
+    return value.ndim == 0 and value.device.type == "cpu"
+
+
+def _rate(lr: float | Tensor) -> float | Tensor:
+    """A learning rate; one kept in a host tensor can be read without waiting."""
+    return float(lr) if isinstance(lr, Tensor) and lr.device.type == "cpu" else lr
+
+
+def _is_zero(lr: float | Tensor) -> bool:
+    rate = _rate(lr)
+    return not isinstance(rate, Tensor) and rate == 0

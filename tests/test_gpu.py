@@ -1,0 +1,153 @@
+"""What only a GPU can show: no waiting for the device, few launches, the same numbers.
+
+``make test-gpu`` runs these and the GPU benchmark in one command.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import scalora
+from scalora.peft_layers import lora_pairs
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def make_model(device: str, dtype: torch.dtype = torch.float32, layers: int = 4) -> nn.Module:
+    torch.manual_seed(0)
+    base = nn.Sequential(*(nn.Linear(96, 96) for _ in range(layers)))
+    names = [str(i) for i in range(layers)]
+    model = get_peft_model(base.to(dtype), LoraConfig(r=4, target_modules=names))
+    return model.to(device)
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def set_gradients(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in trainable(model):
+        p.grad = torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
+
+
+def optimizer_for(model: nn.Module, **options) -> scalora.ScaLoRA:
+    inner = torch.optim.AdamW(trainable(model), lr=1e-3, fused=options.pop("fused", None))
+    return scalora.ScaLoRA(inner, model, **options)
+
+
+@pytest.mark.parametrize("rule", ["exact", "paper", "scalar", "direction"])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_step_never_waits_for_the_device(rule, fused, dtype):
+    model = make_model("cuda", dtype)
+    optimizer = optimizer_for(model, rule=rule, fused=fused)
+    for seed in range(3):
+        set_gradients(model, seed)
+        optimizer.step()
+    set_gradients(model, 3)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "compensated"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gpu_and_cpu_agree(dtype, rounding):
+    effective = {}
+    for device in ("cpu", "cuda"):
+        model = make_model(device, dtype)
+        optimizer = optimizer_for(model, rounding=rounding)
+        for seed in range(5):
+            set_gradients(model, seed)
+            optimizer.step()
+        effective[device] = {
+            pair.name: pair.effective_weight().cpu() for pair in lora_pairs(model, "default")
+        }
+    unit = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
+    for name, weight in effective["cpu"].items():
+        largest = weight.abs().max().item()
+        torch.testing.assert_close(
+            effective["cuda"][name], weight, atol=2 * unit * largest + 1e-5, rtol=0
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rebasing_preserves_the_function(dtype):
+    model = make_model("cuda", dtype)
+    optimizer = optimizer_for(model, rounding="compensated")
+    for seed in range(4):
+        set_gradients(model, seed)
+        optimizer.step()
+    set_gradients(model, 4)
+    before = [pair.effective_weight() for pair in lora_pairs(model, "default")]
+    optimizer._rebaser.rebase(optimizer.inner, optimizer.rebase_count)
+    unit = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
+    for pair, weight in zip(lora_pairs(model, "default"), before, strict=True):
+        atol = unit * weight.abs().max().item()
+        torch.testing.assert_close(pair.effective_weight(), weight, atol=atol, rtol=0)
+
+
+def test_fused_inner_optimizer_leaves_a_non_finite_step_out():
+    model = make_model("cuda")
+    optimizer = optimizer_for(model, fused=True)
+    for seed in range(3):
+        set_gradients(model, seed)
+        optimizer.step()
+    set_gradients(model, 3)
+    trainable(model)[0].grad.view(-1)[0] = torch.nan
+    before = [p.detach().clone() for p in model.parameters()]
+    state = copy.deepcopy(optimizer.inner.state_dict()["state"])
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    for p, old in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(p, old, atol=1e-6, rtol=1e-6)
+    for index, moments in optimizer.inner.state_dict()["state"].items():
+        assert all(value.isfinite().all() for value in moments.values())
+        assert torch.equal(moments["step"], state[index]["step"])
+
+
+def test_non_finite_gradient_never_reaches_the_base():
+    model = make_model("cuda")
+    optimizer = optimizer_for(model, fused=False)
+    for seed in range(4):
+        set_gradients(model, seed)
+        if seed == 3:
+            trainable(model)[0].grad.view(-1)[0] = torch.inf
+        optimizer.step()
+    assert all(pair.base_weight.isfinite().all() for pair in lora_pairs(model, "default"))
+
+
+def test_launches_do_not_grow_with_the_layers_of_one_shape():
+    from scalora.benchmark.fold import kernels_added
+
+    device = torch.device("cuda")
+    assert kernels_added(8, device) == kernels_added(32, device)
+
+
+def test_large_increments_fold_as_on_the_cpu_at_ragged_shapes():
+    from scalora.fold import fold, noise_seed
+
+    generator = torch.Generator().manual_seed(0)
+    for shape, rank in [((130, 257), 8), ((64, 128), 16), ((33, 31), 3), ((5, 1000), 24)]:
+        for dtype in DTYPES:
+            weights = [torch.randn(shape, generator=generator).to(dtype) for _ in range(3)]
+            left = torch.randn(3, shape[0], rank, generator=generator)
+            right = torch.randn(3, shape[1], rank, generator=generator)
+            seeds = [noise_seed(0, layer) for layer in range(3)]
+            on_gpu = [weight.cuda() for weight in weights]
+            fold(weights, left, right, seeds=seeds)
+            fold(on_gpu, left.cuda(), right.cuda(), seeds=seeds)
+            unit = {torch.float32: 1e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[dtype]
+            for one, other in zip(weights, on_gpu, strict=True):
+                torch.testing.assert_close(other.cpu(), one, atol=1e-5, rtol=2 * unit)
