@@ -54,9 +54,10 @@ class ScaLoRA(torch.optim.Optimizer):
         lipschitz: for ``"paper"``, ``"exact"`` and ``"scalar"``: the smoothness constant L of the
             theorem, or ``"auto"`` (the default): L times the learning rate is calibrated at a
             layer's first re-basing, so that the predicted step is as long as plain LoRA's, and
-            held from then on.  With a number, the optimum answers a smaller learning rate with a
-            larger scaling, which undoes a schedule.  ``"direction"`` holds the step at plain
-            LoRA's length at every re-basing and takes none.
+            held from then on (from when the factor that began at zero has caught up with the
+            other; until then it is calibrated anew).  With a number, the optimum answers a smaller
+            learning rate with a larger scaling, which undoes a schedule.  ``"direction"`` holds
+            the step at plain LoRA's length at every re-basing and takes none.
         accumulator: where the frozen increments go; ``"dense"``, into the base weight, which is
             also what ``"auto"`` means at present.
         adapter_name: which adapter to re-base.
@@ -108,6 +109,11 @@ class ScaLoRA(torch.optim.Optimizer):
             raise TypeError("optimizer is a ScaLoRA already; pass the optimizer it wraps.")
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer={optimizer!r} is not a torch.optim.Optimizer.")
+        if isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+            raise TypeError(
+                f"optimizer is a {type(optimizer).__name__} around another: wrap the innermost "
+                "one, before accelerator.prepare."
+            )
         if not isinstance(model, nn.Module):
             raise TypeError(f"model={model!r} is not a torch.nn.Module.")
         moments = moments_of(optimizer)

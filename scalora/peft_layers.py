@@ -52,6 +52,11 @@ class LoRAPair:
         return isinstance(self.module, lora_layers.Embedding)
 
     @property
+    def zero_at_first(self) -> str:
+        """The factor that PEFT initialises to zero: "P", for embeddings "Q"."""
+        return "Q" if self.is_embedding else "P"
+
+    @property
     def P_parameter(self) -> nn.Parameter:
         """``lora_B``: (m, r) followed by ones (convolutions); axis 1 is the rank's."""
         if self.is_embedding:

@@ -35,7 +35,7 @@ class LayerMemory:
 
     Attributes:
         index: the layer's place in the model, part of its rounding noise's seed.
-        product: L times the learning rate, calibrated at the layer's first re-basing: 0-d tensor.
+        product: L times the learning rate, 0-d; NaN until it is held.
         residual: what rounding cut from the base weight; ``rounding="compensated"`` only.
     """
 
@@ -188,7 +188,8 @@ class Rebaser:
             now = rules.matching_lipschitz(model, x, plain)
             held = torch.stack([now.new_full((), torch.nan) if p is None else p for p in products])
             product = torch.where(held.isnan(), now, held)
-            products = product.unbind()
+            final = rules.grown(model, batch.pairs[0].zero_at_first) | held.isfinite()
+            products = torch.where(final, product, torch.nan).unbind()
         else:
             assert not isinstance(lipschitz, str)
             product = torch.ones_like(x[..., 0]) * (lipschitz * rate)

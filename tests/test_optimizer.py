@@ -18,7 +18,8 @@ import scalora
 from scalora.peft_layers import lora_pairs
 
 
-def make_model(dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> nn.Module:
+def make_model(dtype: torch.dtype = torch.float32, *, from_zero: bool = False) -> nn.Module:
+    """Two LoRA layers and a trained head; both factors random unless ``from_zero``, PEFT's way."""
     torch.manual_seed(0)
     base = nn.Sequential(
         nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 6)
@@ -28,7 +29,7 @@ def make_model(dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> nn.M
         lora_alpha=6,
         target_modules=["0", "2"],
         modules_to_save=["4"],
-        lora_dropout=dropout,
+        init_lora_weights=from_zero,
     )
     return get_peft_model(base.to(dtype), config)
 
@@ -142,13 +143,50 @@ def test_last_scaling_names_layers_as_the_base_model_does():
     assert (alpha > 0).all() and (beta > 0).all()
 
 
-def test_first_step_finds_nothing_to_scale():
-    model = make_model()
-    optimizer = scalora.ScaLoRA(adamw(model), model)
+@pytest.mark.parametrize("rule", ["paper", "exact", "direction", "scalar"])
+def test_first_step_finds_nothing_to_scale(rule):
+    model = make_model(from_zero=True)
+    optimizer = scalora.ScaLoRA(adamw(model), model, rule=rule)
     train(model, optimizer, range(1))
     for alpha, beta in optimizer.last_scaling.values():
         assert torch.equal(alpha, torch.ones_like(alpha))
         assert torch.equal(beta, torch.ones_like(beta))
+
+
+def predicted_steps(model, optimizer):
+    """|D| of plain LoRA and of the re-based layer, for the coming step of layer "0"."""
+    [pair] = [p for p in lora_pairs(model, "default") if p.name == "0"]
+    P, Q = pair.P_parameter.detach().clone(), pair.Q_parameter.detach().T.clone()
+    grad_P, grad_Q = pair.P_parameter.grad.clone(), pair.Q_parameter.grad.T.clone()
+    optimizer.step()
+    alpha, beta = (factor.to(P.dtype) for factor in optimizer.last_scaling["0"])
+    plain = grad_P @ Q.T + P @ grad_Q.T
+    scaled = (grad_P * beta) @ (Q * beta).T + (P * alpha) @ (grad_Q * alpha).T
+    return plain.norm().item(), scaled.norm().item()
+
+
+@pytest.mark.parametrize("from_zero", [False, True])
+def test_first_rebasing_predicts_a_step_as_long_as_plain_loras(from_zero):
+    model = make_model(torch.float64, from_zero=from_zero)
+    optimizer = scalora.ScaLoRA(adamw(model), model, interval=4, bound=1e9)
+    train(model, optimizer, range(3))
+    optimizer.zero_grad()
+    backward(model, 3)
+    plain, scaled = predicted_steps(model, optimizer)
+    assert scaled == pytest.approx(plain, rel=1e-6)
+
+
+def test_product_is_held_once_the_factor_that_was_zero_has_caught_up():
+    model = make_model(from_zero=True)
+    optimizer = scalora.ScaLoRA(adamw(model), model)
+    products = []
+    for seed in range(12):
+        train(model, optimizer, range(seed, seed + 1))
+        product = optimizer.state_dict()["scalora"]["layers"]["0"]["product"]
+        products.append(product.item())
+    held = [product for product in products if product == product]
+    assert products[0] != products[0], "nothing can be held at the first step"
+    assert len(set(held)) == 1 and products[-1] == held[0]
 
 
 @pytest.mark.parametrize("rule", ["paper", "exact", "direction", "scalar"])
@@ -231,22 +269,6 @@ def test_fixed_lipschitz_constant_answers_a_smaller_rate_with_a_larger_scaling()
         scaling_after_changing_the_rate(0.01, **fixed),
         10 * scaling_after_changing_the_rate(1.0, **fixed),
     )
-
-
-def test_calibrated_step_is_predicted_as_long_as_plain_loras():
-    model = make_model(torch.float64)
-    optimizer = scalora.ScaLoRA(adamw(model), model, interval=4, bound=1e9)
-    train(model, optimizer, range(3))
-    optimizer.zero_grad()
-    backward(model, 3)
-    [pair] = [p for p in lora_pairs(model, "default") if p.name == "0"]
-    P, Q = pair.P_parameter.detach().clone(), pair.Q_parameter.detach().T.clone()
-    grad_P, grad_Q = pair.P_parameter.grad.clone(), pair.Q_parameter.grad.T.clone()
-    optimizer.step()
-    alpha, beta = (factor.double() for factor in optimizer.last_scaling["0"])
-    plain = grad_P @ Q.T + P @ grad_Q.T
-    scaled = (grad_P * beta) @ (Q * beta).T + (P * alpha) @ (grad_Q * alpha).T
-    assert scaled.norm().item() == pytest.approx(plain.norm().item(), rel=1e-6)
 
 
 def test_zero_learning_rate_leaves_every_layer_alone():
@@ -616,6 +638,8 @@ def test_wrong_arguments_are_refused():
         scalora.ScaLoRA(optimizer, model)
     with pytest.raises(TypeError, match="Optimizer"):
         scalora.ScaLoRA(model, model)
+    with pytest.raises(TypeError, match=r"before accelerator\.prepare"):
+        scalora.ScaLoRA(accelerate.Accelerator(cpu=True).prepare(adamw(model)), model)
     with pytest.raises(TypeError, match="Module"):
         scalora.ScaLoRA(adamw(model), [1])
     with pytest.raises(TypeError, match="optimizer_cls"):

@@ -69,6 +69,20 @@ def matching_lipschitz(model: QuadraticModel, x: Tensor, plain: Tensor) -> Tenso
     return torch.where(live(model) & torch.isfinite(ratio) & (ratio > 0), ratio, torch.nan)
 
 
+def grown(model: QuadraticModel, zero_at_first: str) -> Tensor:
+    """Whether the factor that started at zero has caught up with the other: (...,), bool.
+
+    Compares the two parts of the weight's move, ``|s P U_Q^T|`` and ``|s U_P Q^T|``.  Before that,
+    plain LoRA's step is shorter than it is going to be, and no measure for what is to be held.
+
+    Args:
+        model: the model.
+        zero_at_first: ``"P"`` or ``"Q"``.
+    """
+    part_P, part_Q = model.tied().H.diagonal(dim1=-2, dim2=-1).unbind(-1)
+    return part_P >= part_Q if zero_at_first == "P" else part_Q >= part_P
+
+
 def live(model: QuadraticModel) -> Tensor:
     """Where there is something to scale: (...,), bool.
 
