@@ -63,7 +63,7 @@ def batches_with_gradients(
         base = pair.base_weight
         key = (
             *(P.shape, P.dtype, P.grad.dtype, Q.shape, Q.dtype, Q.grad.dtype, P.device),
-            *(base.shape, base.dtype, pair.base_is_transposed, pair.scaling, pair.zero_at_first),
+            *(base.shape, base.dtype, pair.base_is_transposed, pair.scaling),
             *(id(group_P), id(group_Q), _layout(state_P), _layout(state_Q)),
         )
         batches.setdefault(key, LayerBatch(group_P, group_Q)).pairs.append(pair)

@@ -53,11 +53,10 @@ class ScaLoRA(torch.optim.Optimizer):
             LoRA); ``"auto"``: at present ``"exact"``.
         lipschitz: for ``"paper"``, ``"exact"`` and ``"scalar"``: the smoothness constant L of the
             theorem, or ``"auto"`` (the default): L times the learning rate is calibrated at a
-            layer's first re-basing, so that the predicted step is as long as plain LoRA's, and
-            held from then on (from when the factor that began at zero has caught up with the
-            other; until then it is calibrated anew).  With a number, the optimum answers a smaller
-            learning rate with a larger scaling, which undoes a schedule.  ``"direction"`` holds
-            the step at plain LoRA's length at every re-basing and takes none.
+            layer's first re-basing, so that the inner optimizer's coming step is predicted to be as
+            long as plain LoRA's, and held from then on.  With a number, the optimum answers a
+            smaller learning rate with a larger scaling, which undoes a schedule.  ``"direction"``
+            holds the step at plain LoRA's length at every re-basing and takes none.
         accumulator: where the frozen increments go; ``"dense"``, into the base weight, which is
             also what ``"auto"`` means at present.
         adapter_name: which adapter to re-base.

@@ -7,7 +7,7 @@ nothing else in the package says "A" or "B".
 from __future__ import annotations
 
 import copy
-import types
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import layer as lora_layers
 from peft.tuners.lora import variants as lora_variants
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 _CONVOLUTIONS = (lora_layers.Conv1d, lora_layers.Conv2d, lora_layers.Conv3d)
 _SUPPORTED = (lora_layers.Linear, lora_layers.Embedding, *_CONVOLUTIONS)
@@ -29,6 +30,7 @@ _PRESERVED_VARIANTS = (
     lora_variants.DoraConv3dVariant,
 )
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_MOVING_INITIALISATIONS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _PREFIX = "base_model.model."
 
 
@@ -50,11 +52,6 @@ class LoRAPair:
     def is_embedding(self) -> bool:
         """Whether the layer is an embedding, whose factors PEFT keeps elsewhere."""
         return isinstance(self.module, lora_layers.Embedding)
-
-    @property
-    def zero_at_first(self) -> str:
-        """The factor that PEFT initialises to zero: "P", for embeddings "Q"."""
-        return "Q" if self.is_embedding else "P"
 
     @property
     def P_parameter(self) -> nn.Parameter:
@@ -97,7 +94,7 @@ class LoRAPair:
 
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
-        """The weight the layer computes with, as stored, float32 at least; PEFT's own merging."""
+        """The weight the layer computes with, as stored, float32 at least."""
         base = self.base_weight.detach().to(
             torch.promote_types(self.base_weight.dtype, torch.float32)
         )
@@ -105,7 +102,10 @@ class LoRAPair:
         if self.is_merged:
             return base.clone()
         if variant is None:
-            return base + self.module.get_delta_weight(self.adapter).to(base.dtype)
+            # PEFT's own product is rounded to the factors' dtype.
+            P = self.P_parameter.to(base.dtype).flatten(1)
+            product = self.scaling * (P @ self.Q_parameter.to(base.dtype).flatten(1))
+            return base + (product.T if self.base_is_transposed else product.view(base.shape))
         merged = variant.merge_safe(self.module, self.adapter, base.clone())
         self.module._caches.clear()
         return merged
@@ -179,6 +179,13 @@ def base_model(model: nn.Module) -> nn.Module:
     return model if wrapped is None else wrapped.get_base_model()
 
 
+def moves_base_at_creation(model: nn.Module, adapter: str) -> bool:
+    """Whether PEFT's initialisation of the adapter took its product out of the base weights."""
+    wrapped = peft_model(model)
+    config: Any = None if wrapped is None else wrapped.peft_config.get(adapter)
+    return str(getattr(config, "init_lora_weights", "")).startswith(_MOVING_INITIALISATIONS)
+
+
 def why_not_rebased(pair: LoRAPair) -> str | None:
     """Why re-basing this layer would not preserve its function, or None if it would."""
     module = pair.module
@@ -188,6 +195,8 @@ def why_not_rebased(pair: LoRAPair) -> str | None:
     if variant is not None and not isinstance(variant, _PRESERVED_VARIANTS):
         return f"{type(variant).__name__} is more than a weight plus a low-rank product"
     base = module.get_base_layer()
+    if isinstance(base, NonDynamicallyQuantizableLinear):
+        return "PEFT adds the adapter of a MultiheadAttention's out_proj twice"
     weight = base._parameters.get("weight")
     if weight is None:
         return "its base weight is computed from others (a parametrization)"
@@ -232,16 +241,24 @@ def storage_address(tensor: Tensor) -> int:
 @torch.no_grad()
 def base_checksums(pairs: Sequence[LoRAPair]) -> dict[str, int]:
     """Layer name -> sum of the base weight's bits.  Waits for the device once."""
-    return _checksums({pair.name: pair.base_weight for pair in pairs})
+    return checksums({pair.name: pair.base_weight for pair in pairs})
 
 
 @torch.no_grad()
 def adapter_checksums(pairs: Sequence[LoRAPair]) -> dict[str, int]:
-    """Layer name -> sum of P's bits.  Waits for the device once."""
-    return _checksums({pair.name: pair.P_parameter for pair in pairs})
+    """``lora_B:`` or ``lora_A:`` and the layer's name -> sum of the factor's bits.
+
+    Waits for the device once.
+    """
+    factors = {f"lora_B:{pair.name}": pair.P_parameter for pair in pairs}
+    return checksums(factors | {f"lora_A:{pair.name}": pair.Q_parameter for pair in pairs})
 
 
-def _checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+@torch.no_grad()
+def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Name -> sum of the tensor's bits.  Waits for the device once."""
+    if not tensors:
+        return {}
     words = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums = [
         t.detach().view(words[t.element_size()]).sum(dtype=torch.int64) for t in tensors.values()
@@ -286,7 +303,7 @@ def adapter_with_factors(
         bias = f"{_PREFIX}{pair.name}.lora_B.bias"
         if bias in tensors:
             tensors[bias] = tensors[bias] * pair.scaling
-    ranks = {f"^{name}": P.shape[-1] for name, (P, _) in factors.items()}
+    ranks = {f"^{re.escape(name)}": P.shape[-1] for name, (P, _) in factors.items()}
     config.r = config.lora_alpha = max(ranks.values())
     config.rank_pattern, config.alpha_pattern = ranks, dict(ranks)
     config.use_rslora = config.use_dora = False
@@ -299,20 +316,26 @@ def warn_when_saved_alone(model: nn.Module) -> None:
     wrapped = peft_model(model)
     if wrapped is None or "save_pretrained" in vars(wrapped):
         return
-    wrapped.save_pretrained = types.MethodType(save_pretrained, wrapped)
+    wrapped.save_pretrained = _SavePretrained(wrapped)
 
 
-def save_pretrained(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+class _SavePretrained:
     """``PeftModel.save_pretrained`` with a warning.
 
-    Its name is its method's: a bound function so named survives copying and pickling.
+    An object, not a bound method: pickle would restore that as the method of the class.
     """
-    warnings.warn(
-        "save_pretrained writes the adapter alone, but ScaLoRA has folded part of what was learned "
-        "into the base weights: loaded on the original base, this adapter is not your model. Call "
-        "scalora.save_merged(model, path) or scalora.save_adapter(model, path, base=...) instead. "
-        "(Checkpoints that a Trainer writes with ScaLoRACallback are complete.)",
-        UserWarning,
-        stacklevel=2,
-    )
-    return type(self).save_pretrained(self, *args, **kwargs)
+
+    def __init__(self, model: PeftModel) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        warnings.warn(
+            "save_pretrained writes the adapter alone, but ScaLoRA has folded part of what was "
+            "learned into the base weights: loaded on the original base, this adapter is not your "
+            "model. Call scalora.save_merged(model, path) or scalora.save_adapter(model, path, "
+            "base=...) instead. (Checkpoints that a Trainer writes with ScaLoRACallback are "
+            "complete.)",
+            UserWarning,
+            stacklevel=2,
+        )
+        return type(self.model).save_pretrained(self.model, *args, **kwargs)

@@ -23,7 +23,8 @@ def weight_changes(
     Args:
         model: the fine-tuned PEFT model.
         base: the pretrained model, its state dict, or a folder or hub id that it loads from.  None
-            is enough while nothing has been folded; else the model's own ``name_or_path`` is tried.
+            is enough while the model's base weights are the pretrained ones; else the model's own
+            ``name_or_path`` is tried.
         adapter_name: None for the active adapter.
 
     Raises:
@@ -37,15 +38,17 @@ def weight_changes(
         reason = peft_layers.why_not_rebased(pair)
         if reason is not None:
             raise ValueError(f"the change of {pair.name!r} cannot be measured: {reason}.")
-    if base is None and not any(pair.was_rebased for pair in pairs):
+    moved = any(pair.was_rebased for pair in pairs)
+    moved = moved or peft_layers.moves_base_at_creation(model, name)
+    if base is None and not moved:
         return {
             pair.name: (pair, pair.effective_weight() - _wide(pair.base_weight)) for pair in pairs
         }
     weights = _weights_of(model, base)
-    return {pair.name: (pair, _change(pair, weights)) for pair in pairs}
+    return {pair.name: (pair, _change(pair, weights, moved)) for pair in pairs}
 
 
-def _change(pair: LoRAPair, weights: Mapping[str, Tensor]) -> Tensor:
+def _change(pair: LoRAPair, weights: Mapping[str, Tensor], moved: bool) -> Tensor:
     key = f"{pair.name}.weight"
     # A headless base names its weights without the head's prefix ("bert.").
     start = weights.get(key)
@@ -60,7 +63,14 @@ def _change(pair: LoRAPair, weights: Mapping[str, Tensor]) -> Tensor:
             f"base is another model: the weight of {pair.name!r} is {tuple(start.shape)} there and "
             f"{tuple(effective.shape)} here."
         )
-    return effective - start.detach().to(effective.device, effective.dtype)
+    own = pair.base_weight
+    if moved and peft_layers.storage_address(start) == peft_layers.storage_address(own):
+        raise ValueError(
+            f"base is the model itself: its weight of {pair.name!r} is not the pretrained one any "
+            "more. Pass a copy made before get_peft_model, or a folder or hub id."
+        )
+    # Rounded as the model's own was: what was lost on the way to half precision was not learned.
+    return effective - start.detach().to(effective.device, own.dtype).to(effective.dtype)
 
 
 def _weights_of(model: nn.Module, base: Base | None) -> dict[str, Tensor]:
@@ -72,9 +82,9 @@ def _weights_of(model: nn.Module, base: Base | None) -> dict[str, Tensor]:
     source = base if base is not None else getattr(own, "name_or_path", "")
     if not source or not hasattr(own, "from_pretrained"):
         raise ValueError(
-            "increments have been folded into this model's base weights, so the pretrained weights "
-            "are needed to tell what was learned: pass base= (a model, a state dict, a folder or a "
-            "hub id)."
+            "this model's base weights are not the pretrained ones any more (increments have been "
+            "folded into them, or init_lora_weights changed them), and those are needed to tell "
+            "what was learned: pass base= (a model, a state dict, a folder or a hub id)."
         )
     try:
         pretrained = type(own).from_pretrained(source)

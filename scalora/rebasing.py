@@ -35,7 +35,8 @@ class LayerMemory:
 
     Attributes:
         index: the layer's place in the model, part of its rounding noise's seed.
-        product: L times the learning rate, 0-d; NaN until it is held.
+        product: L times the learning rate, calibrated at the layer's first re-basing, 0-d; NaN
+            before it.
         residual: what rounding cut from the base weight; ``rounding="compensated"`` only.
     """
 
@@ -117,42 +118,31 @@ class Rebaser:
         models = [self._model(batch, optimizer) for batch in batches]
         self._last = []
         for batch, model, x in zip(batches, models, self._solve(models), strict=True):
-            alpha, beta, products = self._scaling(batch, model, x)
+            alpha, beta, products = self._scaling(batch, optimizer, model, x)
             alpha, beta = self._apply(batch, optimizer, alpha, beta, count)
             for pair, product in zip(batch.pairs, products, strict=True):
                 self.memory[pair.name].product = product
             self._last.append(([pair.name for pair in batch.pairs], alpha, beta))
 
     def _model(self, batch: LayerBatch, optimizer: torch.optim.Optimizer) -> QuadraticModel:
-        P, Q = stack(batch.P), stack(batch.Q)
-        grad_P, grad_Q = stack(gradients(batch.P)), stack(gradients(batch.Q))
-        direction_P, direction_Q = grad_P, grad_Q
+        """The model that the rule solves."""
         if self.options.resolved_rule == "direction":
-            if batch.group_P.get("maximize"):
-                grad_P, grad_Q = -grad_P, -grad_Q
-            direction_P = self._direction(optimizer, batch.P, P, grad_P, batch.group_P)
-            direction_Q = self._direction(optimizer, batch.Q, Q, grad_Q, batch.group_Q)
-        return quadratic_model(
-            P.flatten(2),
-            Q.flatten(2).mT,
-            grad_P.flatten(2),
-            grad_Q.flatten(2).mT,
-            direction_P.flatten(2),
-            direction_Q.flatten(2).mT,
-            batch.pairs[0].scaling,
-        )
+            return self._step_model(batch, optimizer)
+        grad_P, grad_Q = stack(gradients(batch.P)), stack(gradients(batch.Q))
+        return _quadratic_model(batch, grad_P, grad_Q, grad_P, grad_Q)
 
-    def _direction(
-        self,
-        optimizer: torch.optim.Optimizer,
-        parameters: Sequence[nn.Parameter],
-        values: Tensor,
-        grad: Tensor,
-        group: dict[str, Any],
-    ) -> Tensor:
-        assert self.moments.direction is not None
-        state = stacked_states(optimizer, parameters)
-        return self.moments.direction(widened(values), widened(grad), state, group)
+    def _step_model(self, batch: LayerBatch, optimizer: torch.optim.Optimizer) -> QuadraticModel:
+        """The model of the step that the inner optimizer is about to take."""
+        direction = self.moments.direction
+        assert direction is not None
+        arguments = []
+        for parameters, group in ((batch.P, batch.group_P), (batch.Q, batch.group_Q)):
+            grad = widened(stack(gradients(parameters)))
+            grad = -grad if group.get("maximize") else grad
+            state = stacked_states(optimizer, parameters)
+            arguments.append((grad, direction(widened(stack(parameters)), grad, state, group)))
+        (grad_P, direction_P), (grad_Q, direction_Q) = arguments
+        return _quadratic_model(batch, grad_P, grad_Q, direction_P, direction_Q)
 
     def _solve(self, models: Sequence[QuadraticModel]) -> list[Tensor]:
         """The rule's weights of every model, all layers of one rank and device in one call."""
@@ -171,31 +161,46 @@ class Rebaser:
         return [solutions[i] for i in range(len(models))]
 
     def _scaling(
-        self, batch: LayerBatch, model: QuadraticModel, x: Tensor
+        self, batch: LayerBatch, optimizer: torch.optim.Optimizer, model: QuadraticModel, x: Tensor
     ) -> tuple[Tensor, Tensor, Sequence[Tensor | None]]:
         """alpha, beta: (layers, r), and every layer's product of L and the learning rate."""
         lr_P, lr_Q = batch.learning_rates
         rate = (lr_P * lr_Q) ** 0.5
+        plain = rules.plain_weights(model, lr_P / rate, lr_Q / rate)
         products: Sequence[Tensor | None] = [self.memory[pair.name].product for pair in batch.pairs]
         lipschitz = self.options.lipschitz
-        rule = self.options.resolved_rule
-        plain = rules.plain_weights(model, lr_P / rate, lr_Q / rate)
         degree = 1
-        if rule == "direction":
+        if self.options.resolved_rule == "direction":
             degree = self.moments.direction_degree
-            product = rules.matching_lipschitz(model, x, plain)
-        elif lipschitz is None or lipschitz == "auto":
-            now = rules.matching_lipschitz(model, x, plain)
-            held = torch.stack([now.new_full((), torch.nan) if p is None else p for p in products])
-            product = torch.where(held.isnan(), now, held)
-            final = rules.grown(model, batch.pairs[0].zero_at_first) | held.isfinite()
-            products = torch.where(final, product, torch.nan).unbind()
+            product = rules.matching_lipschitz(x, plain, degree, model, degree)
+        elif lipschitz is None or isinstance(lipschitz, str):
+            product = self._calibrated(batch, optimizer, model, x, plain, products)
+            products = product.unbind()
         else:
-            assert not isinstance(lipschitz, str)
             product = torch.ones_like(x[..., 0]) * (lipschitz * rate)
         x = x * rate / product.unsqueeze(-1)
         alpha, beta = rules.scaling_from_weights(model, x, lr_P, lr_Q, degree, self.options.bound)
         return alpha, beta, products
+
+    def _calibrated(
+        self,
+        batch: LayerBatch,
+        optimizer: torch.optim.Optimizer,
+        model: QuadraticModel,
+        x: Tensor,
+        plain: Tensor,
+        products: Sequence[Tensor | None],
+    ) -> Tensor:
+        """What is held of L times the learning rate, where nothing is yet what matches: (layers,).
+
+        An optimizer that was registered without a direction is taken for gradient descent.
+        """
+        step, step_degree = model, 1
+        if self.moments.direction is not None:
+            step, step_degree = self._step_model(batch, optimizer), self.moments.direction_degree
+        now = rules.matching_lipschitz(x, plain, 1, step, step_degree)
+        held = torch.stack([now.new_full((), torch.nan) if p is None else p for p in products])
+        return torch.where(held.isnan(), now, held)
 
     def _apply(
         self,
@@ -332,6 +337,21 @@ class Rebaser:
                 base.detach().copy_(matrix.view_as(base))
 
 
+def _quadratic_model(
+    batch: LayerBatch, grad_P: Tensor, grad_Q: Tensor, direction_P: Tensor, direction_Q: Tensor
+) -> QuadraticModel:
+    """From stacks as PEFT stores them, (layers, m, r, ...) and (layers, r, n, ...)."""
+    return quadratic_model(
+        stack(batch.P).flatten(2),
+        stack(batch.Q).flatten(2).mT,
+        grad_P.flatten(2),
+        grad_Q.flatten(2).mT,
+        direction_P.flatten(2),
+        direction_Q.flatten(2).mT,
+        batch.pairs[0].scaling,
+    )
+
+
 def _increment(
     P: Tensor, P_new: Tensor, Q: Tensor, Q_new: Tensor, product: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
@@ -344,11 +364,13 @@ def _increment(
     Q, Q_new = Q.flatten(2).mT, Q_new.flatten(2).mT
     if P.dtype in (torch.float32, torch.float64) and Q.dtype == P.dtype:
         share = (scaling * (1 - product)).to(P.dtype).unsqueeze(-2)
-        return torch.where(share == 0, torch.zeros_like(P), P * share), Q
+        zero = torch.zeros_like(share)
+        return torch.where(share == 0, zero, P * share), torch.where(share == 0, zero, Q)
     left = torch.cat([P.float(), -P_new.float()], dim=-1) * scaling
     right = torch.cat([Q.float(), Q_new.float()], dim=-1)
     changed = (product != 1).any(-1)[:, None, None]
-    return torch.where(changed, left, torch.zeros_like(left)), right
+    zero = torch.zeros_like(left[:, :1, :1])
+    return torch.where(changed, left, zero), torch.where(changed, right, zero)
 
 
 def _copy_to(tensor: Tensor | None, device: torch.device) -> Tensor | None:

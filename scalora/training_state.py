@@ -15,6 +15,7 @@ from scalora.files import read_tensors, write_tensors
 from scalora.optimizer import ScaLoRA
 
 STATE_FILE = "scalora.safetensors"
+_KEYS = ("version", "steps", "rebase_count", "base", "adapter", "tensors")
 
 
 def save_training_state(optimizer: ScaLoRA, folder: str | PathLike[str]) -> Path:
@@ -38,6 +39,7 @@ def save_training_state(optimizer: ScaLoRA, folder: str | PathLike[str]) -> Path
     if optimizer.rebase_count:
         tensors |= {f"base:{pair.name}": pair.base_weight for pair in pairs}
     state["adapter"] = peft_layers.adapter_checksums(pairs)
+    state["tensors"] = peft_layers.checksums(tensors)
     path = Path(folder) / STATE_FILE
     write_tensors(path, tensors, {"scalora": json.dumps(state)})
     return path
@@ -57,15 +59,15 @@ def load_training_state(optimizer: ScaLoRA, folder: str | PathLike[str]) -> None
     """
     path = Path(folder) / STATE_FILE
     tensors, metadata = read_tensors(path)
-    if "scalora" not in metadata:
-        raise ValueError(f"{path} was not written by scalora.save_training_state.")
-    state: dict[str, Any] = json.loads(metadata["scalora"])
+    state = _state(path, metadata)
     pairs = optimizer.rebased_pairs
     state["layers"] = {
         pair.name: {key: tensors.get(f"{key}:{pair.name}") for key in ("product", "residual")}
         for pair in pairs
     }
     optimizer.check_rebasing_state(state)
+    if state["tensors"] != peft_layers.checksums(tensors):
+        raise ValueError(f"{path} is damaged: its tensors are not those written with it.")
     if state["adapter"] != peft_layers.adapter_checksums(pairs):
         raise ValueError(
             f"the model's adapter is not the one {path} was saved with: load the adapter of the "
@@ -80,6 +82,17 @@ def load_training_state(optimizer: ScaLoRA, folder: str | PathLike[str]) -> None
         if weight is not None:
             pair.base_weight.copy_(weight)
     optimizer.load_rebasing_state(state)
+
+
+def _state(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    try:
+        state = json.loads(metadata["scalora"])
+    except (KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} was not written by scalora.save_training_state.") from error
+    missing = [key for key in _KEYS if key not in state]
+    if missing:
+        raise ValueError(f"{path} is damaged: its entry {missing[0]!r} is missing.")
+    return state
 
 
 def _check_weight(path: Path, name: str, saved: Tensor | None, present: Tensor) -> None:

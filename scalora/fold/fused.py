@@ -32,6 +32,7 @@ def _fold_kernel(
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
     block_rank: tl.constexpr,
+    aligned: tl.constexpr,
 ):
     layer = tl.program_id(1)
     tiles_across = tl.cdiv(columns, block_columns)
@@ -55,12 +56,12 @@ def _fold_kernel(
 
     inside = (row[:, None] < rows) & (column[None, :] < columns)
     position = row[:, None].to(tl.int64) * columns + column[None, :]
-    weight = tl.load(weight_addresses + layer).to(tl.pointer_type(element)) + position
+    weight = _matrix(weight_addresses + layer, element, aligned) + position
     exact = tl.load(weight, mask=inside, other=0.0).to(tl.float32) + increment
     if mode != _NEAREST:
         bits = _noise_bits(tl.load(seeds + layer), position)
     if mode == _COMPENSATED:
-        residual = tl.load(residual_addresses + layer).to(tl.pointer_type(element)) + position
+        residual = _matrix(residual_addresses + layer, element, aligned) + position
         exact += tl.load(residual, mask=inside, other=0.0).to(tl.float32)
         rounded = exact.to(element)
         cut = _round_stochastically(exact - rounded.to(tl.float32), bits, element)
@@ -70,6 +71,15 @@ def _fold_kernel(
     else:
         rounded = exact.to(element)
     tl.store(weight, rounded, mask=inside)
+
+
+@triton.jit
+def _matrix(address, element: tl.constexpr, aligned: tl.constexpr):
+    """The pointer stored at ``address``; known to be aligned it is read 16 bytes at a time."""
+    pointer = tl.load(address).to(tl.pointer_type(element))
+    if aligned:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 @triton.jit
@@ -89,7 +99,6 @@ def _round_stochastically(exact, bits, element: tl.constexpr):
     raw = exact.to(tl.uint32, bitcast=True)
     if element == tl.bfloat16:
         rounded = ((raw + (bits & 0xFFFF)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-        largest: tl.constexpr = 3.3895313892515355e38
     else:
         rounded = ((raw + (bits & 0x1FFF)) & 0xFFFFE000).to(tl.float32, bitcast=True)
         uniform = (bits & 0xFFFFFF).to(tl.float32) * 5.9604644775390625e-08
@@ -97,7 +106,7 @@ def _round_stochastically(exact, bits, element: tl.constexpr):
         below = tl.floor(steps)
         steps = below + tl.where(uniform < steps - below, 1.0, 0.0)
         rounded = tl.where(tl.abs(exact) < 6.103515625e-05, steps * 5.9604644775390625e-08, rounded)
-        largest: tl.constexpr = 65504.0
+    largest: tl.constexpr = 3.3895313892515355e38 if element == tl.bfloat16 else 65504.0
     finite = tl.abs(exact) < float("inf")
     bounded = tl.minimum(tl.maximum(rounded, -largest), largest)
     return tl.where(finite, bounded, exact).to(element)
@@ -140,6 +149,7 @@ def fold_fused(
         block_rows=_BLOCK_ROWS,
         block_columns=_BLOCK_COLUMNS,
         block_rank=max(_SMALLEST_RANK_OF_DOT, triton.next_power_of_2(rank)),
+        aligned=all(matrix.data_ptr() % 16 == 0 for matrix in (*weights, *residuals)),
     )
     for weight in weights:
         torch.autograd.graph.increment_version(weight)

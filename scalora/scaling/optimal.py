@@ -15,6 +15,7 @@ LearningRate = float | Tensor
 DEFAULT_BOUND = 1e3
 
 
+@torch.no_grad()
 def optimal_scaling(
     P: Tensor,
     Q: Tensor,
@@ -88,7 +89,8 @@ def optimal_scaling(
     model = quadratic_model(P, Q, grad_P, grad_Q, direction_P, direction_Q, scaling)
     x = rules.solve(model, rule)
     if lipschitz == "auto":
-        constant = rules.matching_lipschitz(model, x, rules.plain_weights(model, lr_P, lr_Q))
+        plain = rules.plain_weights(model, lr_P, lr_Q)
+        constant = rules.matching_lipschitz(x, plain, direction_degree, model, direction_degree)
         x = x / constant.unsqueeze(-1)
     elif isinstance(lipschitz, str) or not (lipschitz > 0 and math.isfinite(lipschitz)):
         raise ValueError(f"lipschitz={lipschitz!r} must be 'auto' or a positive number.")

@@ -60,27 +60,31 @@ def plain_weights(model: QuadraticModel, lr_P: float | Tensor, lr_Q: float | Ten
     return torch.cat([ones[..., : model.rank] * lr_Q, ones[..., model.rank :] * lr_P], dim=-1)
 
 
-def matching_lipschitz(model: QuadraticModel, x: Tensor, plain: Tensor) -> Tensor:
-    """The L at which the step ``x / L`` is predicted to be as long as plain LoRA's: (...,).
+def matching_lipschitz(
+    x: Tensor, plain: Tensor, degree: int, step: QuadraticModel, step_degree: int
+) -> Tensor:
+    """The L at which ``x / L`` makes the coming step as long as plain LoRA's: (...,).
 
-    NaN where the model is not live: there is nothing to match yet.
-    """
-    ratio = model.step_size(x) / model.step_size(plain)
-    return torch.where(live(model) & torch.isfinite(ratio) & (ratio > 0), ratio, torch.nan)
-
-
-def grown(model: QuadraticModel, zero_at_first: str) -> Tensor:
-    """Whether the factor that started at zero has caught up with the other: (...,), bool.
-
-    Compares the two parts of the weight's move, ``|s P U_Q^T|`` and ``|s U_P Q^T|``.  Before that,
-    plain LoRA's step is shorter than it is going to be, and no measure for what is to be held.
+    A rule whose directions have ``degree`` d scales by ``f = (x / (L lr))^(1/(1+d))``.  The inner
+    optimizer, whose own directions ``step`` and ``step_degree`` describe, then moves the weight by
+    ``|[lr_Q alpha^(1+step_degree); lr_P beta^(1+step_degree)]|_H``, and plain LoRA's by the same
+    with ``f = 1``.
 
     Args:
-        model: the model.
-        zero_at_first: ``"P"`` or ``"Q"``.
+        x: (..., 2r), the rule's weights for L = 1.
+        plain: (..., 2r), plain LoRA's (`plain_weights`).
+        degree: of the directions that the rule assumes.
+        step: the quadratic model of the inner optimizer's directions.
+        step_degree: of those.
+
+    Returns:
+        NaN where there is nothing to match yet.
     """
-    part_P, part_Q = model.tied().H.diagonal(dim1=-2, dim2=-1).unbind(-1)
-    return part_P >= part_Q if zero_at_first == "P" else part_Q >= part_P
+    factors = (x / plain).pow(1 / (1 + degree))
+    ratio = step.step_size(plain * factors.pow(1 + step_degree)) / step.step_size(plain)
+    constant = ratio.pow((1 + degree) / (1 + step_degree))
+    usable = live(step) & torch.isfinite(constant) & (constant > 0)
+    return torch.where(usable, constant, torch.nan)
 
 
 def live(model: QuadraticModel) -> Tensor:

@@ -1,0 +1,178 @@
+"""Slow, obvious float64 versions of what scalora computes for many layers at once.
+
+One layer at a time, in loops, with nothing left unformed: the weight's whole gradient G, the 2r
+rank-one matrices, the weight's whole move.  NumPy arrays; the letters are those of theory.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import nnls
+
+Array = np.ndarray
+
+
+# The optimal scaling
+
+
+def factor_gradients(G: Array, P: Array, Q: Array, s: float) -> tuple[Array, Array]:
+    """The gradients of P (m, r) and Q (n, r) in ``W0 + s P Q^T``, where G (m, n) is W's."""
+    (m, r), n = P.shape, Q.shape[0]
+    g_P, g_Q = np.zeros((m, r)), np.zeros((n, r))
+    for i in range(m):
+        for k in range(n):
+            for j in range(r):
+                g_P[i, j] += s * G[i, k] * Q[k, j]
+                g_Q[k, j] += s * G[i, k] * P[i, j]
+    return g_P, g_Q
+
+
+def rank_one_matrices(P: Array, Q: Array, U_P: Array, U_Q: Array, s: float) -> list[Array]:
+    """``s P_j U_Q,j^T`` for every column j, then ``s U_P,j Q_j^T``: 2r matrices (m, n)."""
+    r = P.shape[1]
+    first = [s * np.outer(P[:, j], U_Q[:, j]) for j in range(r)]
+    second = [s * np.outer(U_P[:, j], Q[:, j]) for j in range(r)]
+    return first + second
+
+
+def quadratic(matrices: list[Array], G: Array) -> tuple[Array, Array]:
+    """H (2r, 2r), every inner product of two matrices, and lambda (2r,), those with G."""
+    count = len(matrices)
+    H, lam = np.zeros((count, count)), np.zeros(count)
+    for i in range(count):
+        lam[i] = np.sum(G * matrices[i])
+        for k in range(count):
+            H[i, k] = np.sum(matrices[i] * matrices[k])
+    return H, lam
+
+
+def objective(matrices: list[Array], G: Array, x: Array, L: float = 1.0) -> float:
+    """``1/2 |G/L - sum_i x_i M_i|^2``."""
+    remaining = G / L
+    for weight, matrix in zip(x, matrices, strict=True):
+        remaining = remaining - weight * matrix
+    return 0.5 * float(np.sum(remaining**2))
+
+
+def nonnegative_optimum(matrices: list[Array], G: Array, L: float = 1.0) -> Array:
+    """The non-negative weights (2r,) that minimise `objective`."""
+    lengths = np.array([np.linalg.norm(matrix) for matrix in matrices])
+    lengths[lengths == 0] = 1
+    columns = np.stack([M.ravel() / d for M, d in zip(matrices, lengths, strict=True)], axis=1)
+    return nnls(columns, G.ravel() / L, maxiter=10_000)[0] / lengths
+
+
+def scalar_optimum(matrices: list[Array], G: Array, L: float = 1.0) -> Array:
+    """The same with one weight for the first r matrices and one for the last r: (2r,)."""
+    r = len(matrices) // 2
+    tied = [sum(matrices[:r], np.zeros_like(G)), sum(matrices[r:], np.zeros_like(G))]
+    return np.repeat(nonnegative_optimum(tied, G, L), r)
+
+
+def theorem(P: Array, Q: Array, g_P: Array, g_Q: Array, L: float, lr: float) -> Array | None:
+    """``[alpha; beta]`` (2r,) as published (arXiv 2510.23818, s = 1); None where not feasible."""
+    S_A = np.concatenate([P, g_P], axis=1)
+    S_B = np.concatenate([g_Q, Q], axis=1)
+    lam = np.concatenate([np.sum(g_Q**2, axis=0), np.sum(g_P**2, axis=0)])
+    v = np.linalg.solve((S_A.T @ S_A) * (S_B.T @ S_B), lam)
+    return np.sqrt(v) / np.sqrt(L * lr) if np.all(v >= 0) else None
+
+
+def weights(alpha: Array, beta: Array, lr_P: float, lr_Q: float, degree: int) -> Array:
+    """The x (2r,) that a scaling stands for."""
+    return np.concatenate([lr_Q * alpha ** (1 + degree), lr_P * beta ** (1 + degree)])
+
+
+def move(
+    P: Array,
+    Q: Array,
+    U_P: Array,
+    U_Q: Array,
+    alpha: Array,
+    beta: Array,
+    lr_P: float,
+    lr_Q: float,
+    s: float,
+    degree: int,
+) -> Array:
+    """D (m, n): how one step on the re-based pair moves the weight, to first order."""
+    new_P, new_Q = P * alpha, Q * beta
+    new_U_P, new_U_Q = U_P * beta**degree, U_Q * alpha**degree
+    return -s * (lr_P * new_U_P @ new_Q.T + lr_Q * new_P @ new_U_Q.T)
+
+
+# Moments
+
+
+@dataclass(frozen=True)
+class OptimizerCase:
+    """An optimizer of the table, with options that change which state it keeps, or how."""
+
+    name: str
+    cls: type[torch.optim.Optimizer]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+OPTIMIZERS = [
+    OptimizerCase("adam", torch.optim.Adam),
+    OptimizerCase("adam_amsgrad", torch.optim.Adam, {"amsgrad": True}),
+    OptimizerCase("adamw", torch.optim.AdamW),
+    OptimizerCase("adamw_amsgrad", torch.optim.AdamW, {"amsgrad": True}),
+    OptimizerCase("nadam", torch.optim.NAdam),
+    OptimizerCase("radam", torch.optim.RAdam),
+    OptimizerCase("adamax", torch.optim.Adamax),
+    OptimizerCase("sgd", torch.optim.SGD),
+    OptimizerCase("sgd_momentum", torch.optim.SGD, {"momentum": 0.9}),
+    OptimizerCase("sgd_dampening", torch.optim.SGD, {"momentum": 0.9, "dampening": 0.3}),
+    OptimizerCase("sgd_nesterov", torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    OptimizerCase("rmsprop", torch.optim.RMSprop),
+    OptimizerCase("rmsprop_centered", torch.optim.RMSprop, {"centered": True}),
+    OptimizerCase("rmsprop_momentum", torch.optim.RMSprop, {"momentum": 0.9}),
+    OptimizerCase(
+        "rmsprop_centered_momentum", torch.optim.RMSprop, {"centered": True, "momentum": 0.9}
+    ),
+    OptimizerCase("adagrad", torch.optim.Adagrad),
+    OptimizerCase("adagrad_lr_decay", torch.optim.Adagrad, {"lr_decay": 0.1}),
+    OptimizerCase("adafactor", torch.optim.Adafactor),
+]
+
+
+def transferred(state: Array, factor: Array, degree: int, rank_axis: int) -> Array:
+    """One layer's state with column j multiplied by ``factor_j ** degree``."""
+    columns = np.moveaxis(state.astype(np.float64), rank_axis, 0).copy()
+    for j in range(len(factor)):
+        for _ in range(degree):
+            columns[j] = columns[j] * factor[j]
+    return np.moveaxis(columns, 0, rank_axis)
+
+
+# Rounding
+
+
+@cache
+def representable(dtype: torch.dtype) -> Array:
+    """Every finite value of a 16-bit floating dtype, ascending, as float64."""
+    words = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    values = words.view(dtype).double().numpy()
+    return np.unique(values[np.isfinite(values)])
+
+
+def neighbours(values: Array, dtype: torch.dtype) -> tuple[Array, Array]:
+    """The largest representable value not above, the smallest not below; clamped at the ends."""
+    grid = representable(dtype)
+    below = np.searchsorted(grid, values, side="right") - 1
+    above = np.searchsorted(grid, values, side="left")
+    return grid[below.clip(0)], grid[above.clip(max=len(grid) - 1)]
+
+
+def noise_word(seed: int, position: int) -> int:
+    """The 32 random bits of one element of a weight, in Python's integers."""
+    x = (position * 0x9E3779B9 + seed) % 2**32
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) % 2**32
+    x = ((x ^ (x >> 15)) * 0x846CA68B) % 2**32
+    return x ^ (x >> 16)
