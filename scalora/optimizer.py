@@ -50,7 +50,7 @@ class ScaLoRA(torch.optim.Optimizer):
             ``"paper"``: the theorem as published, ``H^-1 lambda`` where that is non-negative and
             two scalars elsewhere; ``"scalar"``: always two scalars; ``"direction"``: the inner
             optimizer's own direction in place of the gradient; ``"none"``: never re-base (plain
-            LoRA); ``"auto"``: at present ``"exact"``.
+            LoRA); ``"auto"``: at present ``"exact"``, with a first step twice as long.
         lipschitz: for ``"paper"``, ``"exact"`` and ``"scalar"``: the smoothness constant L of the
             theorem, or ``"auto"`` (the default): L times the learning rate is calibrated at a
             layer's first re-basing, so that the inner optimizer's coming step is predicted to be as

@@ -12,6 +12,10 @@ RULES = ("auto", "paper", "exact", "direction", "scalar", "none")
 ACCUMULATORS = ("auto", "dense")
 _HOLD_SIZE = ("direction", "none")
 
+# While lora_B grows out of zero, plain LoRA's own step becomes longer than its first ones, which
+# the calibration sees and then holds (docs/measurements.md, the default rule).
+_AUTO_FIRST_STEP_LENGTH = 2.0
+
 
 @dataclass(frozen=True)
 class RebasingOptions:
@@ -61,6 +65,11 @@ class RebasingOptions:
             self.lipschitz > 0 and math.isfinite(self.lipschitz)
         ):
             raise ValueError(f"lipschitz={self.lipschitz!r} must be 'auto' or a positive number.")
+
+    @property
+    def first_step_length(self) -> float:
+        """Length of a layer's first re-based step in units of plain LoRA's."""
+        return _AUTO_FIRST_STEP_LENGTH if self.rule == "auto" else 1.0
 
     @property
     def resolved_rule(self) -> str:

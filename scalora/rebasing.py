@@ -198,7 +198,8 @@ class Rebaser:
         step, step_degree = model, 1
         if self.moments.direction is not None:
             step, step_degree = self._step_model(batch, optimizer), self.moments.direction_degree
-        now = rules.matching_lipschitz(x, plain, 1, step, step_degree)
+        length = self.options.first_step_length
+        now = rules.matching_lipschitz(x, plain, 1, step, step_degree, length)
         held = torch.stack([now.new_full((), torch.nan) if p is None else p for p in products])
         return torch.where(held.isnan(), now, held)
 

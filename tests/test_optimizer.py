@@ -153,15 +153,16 @@ def test_first_step_finds_nothing_to_scale(rule):
         assert torch.equal(beta, torch.ones_like(beta))
 
 
+@pytest.mark.parametrize("rule, length", [("exact", 1), ("paper", 1), ("scalar", 1), ("auto", 2)])
 @pytest.mark.parametrize("from_zero", [False, True])
 @pytest.mark.parametrize(
     "make",
     [lambda m: adamw(m, weight_decay=0.0), lambda m: torch.optim.SGD(trainable(m), lr=0.5)],
     ids=["AdamW", "SGD"],
 )
-def test_first_rebasing_makes_the_coming_step_as_long_as_plain_loras(make, from_zero):
+def test_first_rebasing_makes_the_coming_step_as_long_as_plain_loras(make, from_zero, rule, length):
     model = make_model(torch.float64, from_zero=from_zero)
-    optimizer = scalora.ScaLoRA(make(model), model, interval=4, bound=1e9)
+    optimizer = scalora.ScaLoRA(make(model), model, rule=rule, interval=4, bound=1e9)
     train(model, optimizer, range(3))
     optimizer.zero_grad()
     backward(model, 3)
@@ -180,7 +181,7 @@ def test_first_rebasing_makes_the_coming_step_as_long_as_plain_loras(make, from_
     new_P, new_Q = P.detach().clone(), Q.detach().clone()
     optimizer.inner.step()
     taken = ((P - new_P) @ new_Q + new_P @ (Q - new_Q)).norm().item()
-    assert taken == pytest.approx(expected, rel=1e-5)
+    assert taken == pytest.approx(length * expected, rel=1e-5)
     assert not torch.equal(old_P, new_P)
 
 

@@ -1,4 +1,4 @@
-"""``python -m scalora.benchmark [step|fold|drift] [--device cpu|cuda]``."""
+"""``python -m scalora.benchmark [step|fold|drift|language] [--device cpu|cuda]``."""
 
 from __future__ import annotations
 
@@ -9,22 +9,25 @@ import peft
 import torch
 import transformers
 
-from scalora.benchmark import drift, fold, step
+from scalora.benchmark import drift, fold, language, step
 
-BENCHMARKS = {"step": step.run, "fold": fold.run, "drift": drift.run}
+BENCHMARKS = {"step": step.run, "fold": fold.run, "drift": drift.run, "language": language.run}
 
 
 def main() -> None:
     """Run the chosen benchmarks and print their tables."""
     parser = argparse.ArgumentParser(prog="python -m scalora.benchmark", description=__doc__)
-    parser.add_argument("which", nargs="*", choices=[*BENCHMARKS, []], help="default: all")
+    parser.add_argument("which", nargs="*", help=f"of {', '.join(BENCHMARKS)}; default: all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
+    unknown = set(arguments.which) - set(BENCHMARKS)
+    if unknown:
+        parser.error(f"no benchmark named {', '.join(sorted(unknown))}")
     device = torch.device(arguments.device)
     print(_machine(device))
     for name in arguments.which or BENCHMARKS:
-        print(f"\n## {name}\n")
-        print(BENCHMARKS[name](device))
+        print(f"\n## {name}\n", flush=True)
+        print(BENCHMARKS[name](device), flush=True)
 
 
 def _machine(device: torch.device) -> str:
