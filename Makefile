@@ -45,6 +45,6 @@ demo-short: $(STAMP) ## the same, a few steps
 benchmark: $(STAMP) ## step time and memory against the inner optimizer alone
 	$(BIN)/python -m scalora.benchmark
 
-clean: ## remove .venv, caches and builds
+clean: ## remove .venv, caches, builds and what the demo wrote
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -281,15 +281,31 @@ def adapter_with_factors(
     Args:
         model: where everything else (``modules_to_save``, biases) comes from.
         adapter: its name.
-        factors: layer name -> P (m, k), Q (n, k), the change being ``P Q^T``.
+        factors: layer name -> P (m, k), Q (n, k), the change being ``P Q^T``.  A layer that is not
+            named keeps its own.
+
+    Raises:
+        ValueError: such a layer has a LoRA variant, which the others' config cannot express.
     """
     config: Any = copy.deepcopy(model.peft_config[adapter])
     tensors = dict(
         get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     )
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
     for pair in lora_pairs(model, adapter):
+        pattern = f"^{re.escape(pair.name)}"
+        if pair.name not in factors:
+            if adapter in pair.module.lora_variant:
+                raise ValueError(
+                    f"{pair.name!r} has a LoRA variant and cannot be saved as plain LoRA; use "
+                    "scalora.save_merged."
+                )
+            ranks[pattern], alphas[pattern] = pair.rank, pair.scaling * pair.rank
+            continue
         P, Q = factors[pair.name]
         k = P.shape[-1]
+        ranks[pattern] = alphas[pattern] = k
         if pair.is_embedding:
             names = (
                 f"{_PREFIX}{pair.name}.lora_embedding_B",
@@ -303,9 +319,8 @@ def adapter_with_factors(
         bias = f"{_PREFIX}{pair.name}.lora_B.bias"
         if bias in tensors:
             tensors[bias] = tensors[bias] * pair.scaling
-    ranks = {f"^{re.escape(name)}": P.shape[-1] for name, (P, _) in factors.items()}
     config.r = config.lora_alpha = max(ranks.values())
-    config.rank_pattern, config.alpha_pattern = ranks, dict(ranks)
+    config.rank_pattern, config.alpha_pattern = ranks, alphas
     config.use_rslora = config.use_dora = False
     config.init_lora_weights = config.inference_mode = True
     return tensors, config

@@ -20,6 +20,9 @@ def weight_changes(
 ) -> dict[str, tuple[LoRAPair, Tensor]]:
     """Layer name -> (layer, everything learned since ``base`` as stored), float32 at least.
 
+    Layers whose change is not one matrix beside the base weight (those that ``why_not_rebased``
+    names, which stay plain LoRA) are left out.
+
     Args:
         model: the fine-tuned PEFT model.
         base: the pretrained model, its state dict, or a folder or hub id that it loads from.  None
@@ -28,16 +31,17 @@ def weight_changes(
         adapter_name: None for the active adapter.
 
     Raises:
-        ValueError: no such adapter, or a base whose weights do not fit the model's layers.
+        ValueError: no such adapter, no layer with such a change, or a base whose weights do not
+            fit the model's layers.
     """
     name = adapter_name or peft_layers.active_adapter(model)
-    pairs = peft_layers.lora_pairs(model, name)
-    if not pairs:
+    every = peft_layers.lora_pairs(model, name)
+    if not every:
         raise ValueError(f"the model has no LoRA adapter named {name!r}.")
-    for pair in pairs:
-        reason = peft_layers.why_not_rebased(pair)
-        if reason is not None:
-            raise ValueError(f"the change of {pair.name!r} cannot be measured: {reason}.")
+    pairs = [pair for pair in every if peft_layers.why_not_rebased(pair) is None]
+    if not pairs:
+        reason = peft_layers.why_not_rebased(every[0])
+        raise ValueError(f"the change of {every[0].name!r} cannot be measured: {reason}.")
     moved = any(pair.was_rebased for pair in pairs)
     moved = moved or peft_layers.moves_base_at_creation(model, name)
     if base is None and not moved:

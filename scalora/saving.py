@@ -63,7 +63,8 @@ def save_adapter(
         adapter_name: None for the active adapter.
 
     Returns:
-        Layer name -> relative error ``|change - saved|_F / |change|_F``.
+        Layer name -> relative error ``|change - saved|_F / |change|_F``.  Layers that stay plain
+        LoRA because their change is not one matrix are saved as they are.
 
     Raises:
         ValueError: a rank below 1, or a base that is missing or belongs to another model.

@@ -21,7 +21,8 @@ def delta_spectrum(
         adapter_name: None for the active adapter.
 
     Returns:
-        Layer name -> singular values, descending, (min(m, n),), float32 at least.
+        Layer name -> singular values, descending, (min(m, n),), float32 at least.  Layers whose
+        change is not one matrix (grouped convolutions, for example) are left out.
 
     Raises:
         ValueError: ``base`` is needed and missing, or belongs to another model.

@@ -1,0 +1,427 @@
+"""A run that was killed goes on as if it had not been; a file that does not fit is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import scalora
+from scalora import files
+
+pytestmark = pytest.mark.filterwarnings("ignore:save_pretrained writes the adapter alone")
+
+STEPS, STOP = 14, 6
+FILE = "scalora.safetensors"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A kind of training run, reproducible from its pretrained weights and the step's number."""
+
+    base: Callable[[], nn.Module] = models.Perceptron
+    inputs: Callable[[int], Tensor] = lambda step: models.vectors(16, 12) * (1 + step / 10)
+    dtype: torch.dtype = torch.float32
+    targets: tuple[str, ...] = ("first", "second")
+    r: int = 3
+    lora: tuple[tuple[str, Any], ...] = ()
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def pretrained(self) -> nn.Module:
+        torch.manual_seed(5)
+        return self.base().to(self.dtype)
+
+    def model(self) -> Any:
+        torch.manual_seed(6)
+        base = self.pretrained()
+        return models.with_lora(
+            base, r=self.r, target_modules=list(self.targets), **dict(self.lora)
+        )
+
+    def optimizer_of(self, model: Any) -> scalora.ScaLoRA:
+        inner = self.optimizer(models.trainable(model), lr=1e-2)
+        return scalora.ScaLoRA(inner, model, **dict(self.options))
+
+    def losses(
+        self, model: Any, optimizer: scalora.ScaLoRA, first: int = 0, last: int = STEPS
+    ) -> list[float]:
+        losses = []
+        for step in range(first, last):
+            inputs = self.inputs(step)
+            inputs = inputs.to(self.dtype) if inputs.is_floating_point() else inputs
+            losses += models.train(model, optimizer, inputs, steps=1)
+        return losses
+
+    def checkpoint(self, folder: Path, at: int = STOP) -> list[float]:
+        """Train, write a checkpoint at step ``at``, and train on: all losses."""
+        model = self.model()
+        optimizer = self.optimizer_of(model)
+        losses = self.losses(model, optimizer, last=at)
+        model.save_pretrained(folder)
+        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+        scalora.save_training_state(optimizer, folder)
+        return losses + self.losses(model, optimizer, first=at)
+
+    def reloaded(self, folder: Path) -> tuple[Any, scalora.ScaLoRA]:
+        """A new model with the checkpoint's adapter, and a new optimizer for it."""
+        model = PeftModel.from_pretrained(self.pretrained(), folder, is_trainable=True)
+        return model, self.optimizer_of(model)
+
+
+RUNS = {
+    "float32": Run(),
+    "float64": Run(dtype=torch.float64),
+    "bfloat16, stochastic rounding": Run(dtype=torch.bfloat16),
+    "bfloat16, compensated": Run(
+        dtype=torch.bfloat16, options=(("rounding", "compensated"), ("seed", 7))
+    ),
+    "float16, stochastic rounding": Run(dtype=torch.float16, options=(("seed", 7),)),
+    "every third step": Run(options=(("interval", 3),)),
+    "every fourth step, stopped between two": Run(options=(("interval", 4),)),
+    "nothing folded yet": Run(options=(("interval", STOP + 1),)),
+    "paper's rule": Run(options=(("rule", "paper"),)),
+    "direction rule": Run(options=(("rule", "direction"),)),
+    "fixed Lipschitz constant": Run(options=(("lipschitz", 3.0),)),
+    "no re-basing": Run(options=(("rule", "none"),)),
+    "SGD": Run(optimizer=torch.optim.SGD),
+    "Adafactor": Run(optimizer=torch.optim.Adafactor),
+    "DoRA": Run(lora=(("use_dora", True),)),
+    "GPT-2": Run(
+        base=models.gpt2,
+        inputs=lambda step: (models.token_ids(6, 9) + step) % models.VOCABULARY,
+        targets=("c_attn", "c_proj"),
+        lora=(("fan_in_fan_out", True),),
+    ),
+    "embedding": Run(
+        base=models.Embedder,
+        inputs=lambda step: (models.token_ids(6, 9) + step) % models.VOCABULARY,
+        targets=("tokens", "head"),
+    ),
+    "modules_to_save": Run(
+        base=models.bert,
+        inputs=lambda step: (models.token_ids(6, 9) + step) % models.VOCABULARY,
+        targets=("query", "dense"),
+        lora=(("modules_to_save", ["classifier"]),),
+    ),
+}
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS.keys())
+def test_resumed_run_continues_to_the_same_bits(run: Run, tmp_path: Path) -> None:
+    whole = run.checkpoint(tmp_path)
+    model, optimizer = run.reloaded(tmp_path)
+    optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
+    scalora.load_training_state(optimizer, tmp_path)
+    assert run.losses(model, optimizer, first=STOP) == whole[STOP:]
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16, compensated"])
+def test_order_of_the_two_files_does_not_matter(name: str, tmp_path: Path) -> None:
+    run = RUNS[name]
+    whole = run.checkpoint(tmp_path)
+    model, optimizer = run.reloaded(tmp_path)
+    scalora.load_training_state(optimizer, tmp_path)
+    optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
+    assert run.losses(model, optimizer, first=STOP) == whole[STOP:]
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16, compensated"])
+def test_models_full_state_dict_serves_as_well(name: str, tmp_path: Path) -> None:
+    run = RUNS[name]
+    model = run.model()
+    optimizer = run.optimizer_of(model)
+    run.losses(model, optimizer, last=STOP)
+    torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "both.pt")
+    rest = run.losses(model, optimizer, first=STOP)
+
+    model = run.model()
+    optimizer = run.optimizer_of(model)
+    weights, state = torch.load(tmp_path / "both.pt")
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(state)
+    assert run.losses(model, optimizer, first=STOP) == rest
+
+
+def test_saving_does_not_change_the_run(tmp_path: Path) -> None:
+    run = RUNS["bfloat16, compensated"]
+    model = run.model()
+    assert run.losses(model, run.optimizer_of(model)) == run.checkpoint(tmp_path)
+
+
+def test_state_of_a_resumed_run_can_be_saved_again(tmp_path: Path) -> None:
+    run = RUNS["bfloat16, compensated"]
+    whole = run.checkpoint(tmp_path)
+    for start in range(STOP, STOP + 3):
+        model, optimizer = run.reloaded(tmp_path)
+        optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
+        scalora.load_training_state(optimizer, tmp_path)
+        assert run.losses(model, optimizer, first=start, last=start + 1) == [whole[start]]
+        model.save_pretrained(tmp_path)
+        torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+        assert scalora.save_training_state(optimizer, tmp_path) == tmp_path / FILE
+
+
+def test_resumed_model_knows_that_it_was_rebased(tmp_path: Path) -> None:
+    run = RUNS["float32"]
+    run.checkpoint(tmp_path)
+    model, optimizer = run.reloaded(tmp_path)
+    scalora.load_training_state(optimizer, tmp_path)
+    with pytest.raises(ValueError, match="pass base="):
+        scalora.save_adapter(model, tmp_path / "adapter")
+    with pytest.warns(UserWarning, match="writes the adapter alone"):
+        model.save_pretrained(tmp_path / "alone")
+
+
+def _assert_refused_without_a_trace(
+    model: Any, optimizer: scalora.ScaLoRA, folder: Path, match: str
+) -> None:
+    bits, state = models.bits(model), copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=match):
+        scalora.load_training_state(optimizer, folder)
+    models.assert_same_bits(model, bits)
+    assert _plain(optimizer.state_dict()) == _plain(state)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.dtype, value.double().tolist()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _rewritten(folder: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], None]) -> None:
+    """Write the checkpoint's file again, whole and readable, but changed."""
+    with safe_open(folder / FILE, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = json.loads(file.metadata()["scalora"])
+    change(tensors, metadata)
+    save_file(tensors, folder / FILE, metadata={"scalora": json.dumps(metadata)})
+
+
+def _truncate(folder: Path) -> None:
+    whole = (folder / FILE).read_bytes()
+    (folder / FILE).write_bytes(whole[: len(whole) // 2])
+
+
+def _cut_off_the_last_byte(folder: Path) -> None:
+    (folder / FILE).write_bytes((folder / FILE).read_bytes()[:-1])
+
+
+def _empty(folder: Path) -> None:
+    (folder / FILE).write_bytes(b"")
+
+
+def _garble_the_header(folder: Path) -> None:
+    whole = bytearray((folder / FILE).read_bytes())
+    whole[8:40] = b"\xff" * 32
+    (folder / FILE).write_bytes(whole)
+
+
+def _flip_a_bit_of_a_weight(folder: Path) -> None:
+    def change(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        tensors["base:first"].view(torch.int32)[3, 4] ^= 1
+
+    _rewritten(folder, change)
+
+
+def _flip_a_bit_of_a_calibrated_constant(folder: Path) -> None:
+    def change(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        tensors["product:first"].view(torch.int64)[...] ^= 1
+
+    _rewritten(folder, change)
+
+
+def _leave_out_a_weight(folder: Path) -> None:
+    def change(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        del tensors["base:second"]
+
+    _rewritten(folder, change)
+
+
+def _reshape_a_weight(folder: Path) -> None:
+    def change(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        tensors["base:second"] = tensors["base:second"].T.contiguous()
+
+    _rewritten(folder, change)
+
+
+def _widen_a_weight(folder: Path) -> None:
+    def change(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        tensors["base:second"] = tensors["base:second"].double()
+
+    _rewritten(folder, change)
+
+
+def _leave_out_the_metadata(folder: Path) -> None:
+    save_file({"base:first": torch.zeros(2)}, folder / FILE)
+
+
+def _replace_the_metadata(folder: Path) -> None:
+    save_file({"base:first": torch.zeros(2)}, folder / FILE, metadata={"scalora": "{broken"})
+
+
+def _without(key: str) -> Callable[[Path], None]:
+    def change(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        del metadata[key]
+
+    return lambda folder: _rewritten(folder, change)
+
+
+def _of_another_version(folder: Path) -> None:
+    _rewritten(folder, lambda tensors, metadata: metadata.update(version=99))
+
+
+DAMAGES = {
+    "cut in half": _truncate,
+    "last byte missing": _cut_off_the_last_byte,
+    "empty": _empty,
+    "garbled header": _garble_the_header,
+    "one bit flipped": _flip_a_bit_of_a_weight,
+    "one bit of a constant flipped": _flip_a_bit_of_a_calibrated_constant,
+    "a weight missing": _leave_out_a_weight,
+    "a weight of another shape": _reshape_a_weight,
+    "a weight of another dtype": _widen_a_weight,
+    "no metadata": _leave_out_the_metadata,
+    "broken metadata": _replace_the_metadata,
+    "no record of the adapter": _without("adapter"),
+    "no record of the base": _without("base"),
+    "no step count": _without("steps"),
+    "another version": _of_another_version,
+    "missing": lambda folder: (folder / FILE).unlink(),
+    "a folder": lambda folder: ((folder / FILE).unlink(), (folder / FILE).mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_damaged_file_is_refused_and_nothing_is_changed(
+    damage: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    run = RUNS["float32"]
+    run.checkpoint(tmp_path)
+    damage(tmp_path)
+    model, optimizer = run.reloaded(tmp_path)
+    _assert_refused_without_a_trace(model, optimizer, tmp_path, match="scalora|version=99")
+
+
+OTHERS = {
+    "rank": (Run(r=2), "rank"),
+    "rule": (Run(options=(("rule", "scalar"),)), "rule"),
+    "seed": (Run(options=(("seed", 1),)), "seed"),
+    "model": (Run(base=lambda: models.Perceptron(12, 20, 9)), "adapter|base weight"),
+    "hidden size": (Run(base=lambda: models.Perceptron(12, 21, 8)), "adapter|base weight"),
+    "layers": (Run(targets=("first",)), "second"),
+}
+
+
+@pytest.mark.parametrize("other, match", OTHERS.values(), ids=OTHERS.keys())
+def test_state_of_another_kind_of_run_is_refused(other: Run, match: str, tmp_path: Path) -> None:
+    RUNS["float32"].checkpoint(tmp_path)
+    model = other.model()
+    _assert_refused_without_a_trace(model, other.optimizer_of(model), tmp_path, match)
+
+
+def test_state_of_a_base_in_another_precision_is_refused(tmp_path: Path) -> None:
+    RUNS["float32"].checkpoint(tmp_path)
+    model, optimizer = Run(dtype=torch.bfloat16).reloaded(tmp_path)
+    _assert_refused_without_a_trace(model, optimizer, tmp_path, "float32.*'first'.*bfloat16")
+
+
+@pytest.mark.parametrize("loaded", ["none", "a later one", "one that differs in lora_A alone"])
+def test_adapter_of_another_checkpoint_is_refused(loaded: str, tmp_path: Path) -> None:
+    run = RUNS["float32"]
+    run.checkpoint(tmp_path)
+    if loaded == "none":
+        model = run.model()
+        optimizer = run.optimizer_of(model)
+    elif loaded == "a later one":
+        (tmp_path / "later").mkdir()
+        run.checkpoint(tmp_path / "later", at=STOP + 1)
+        model, optimizer = run.reloaded(tmp_path / "later")
+    else:
+        model, optimizer = run.reloaded(tmp_path)
+        with torch.no_grad():
+            models.layer(model, "second").lora_A["default"].weight[0, 0] += 1e-3
+    _assert_refused_without_a_trace(
+        model, optimizer, tmp_path, match="adapter is not the one.*same checkpoint first"
+    )
+
+
+def test_optimizer_state_on_the_wrong_base_is_refused_at_the_first_step(tmp_path: Path) -> None:
+    run = RUNS["float32"]
+    whole = run.checkpoint(tmp_path)
+    model, optimizer = run.reloaded(tmp_path)
+    optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
+    bits = models.bits(model)
+    for _ in range(2):  # it stays refused
+        with pytest.raises(ValueError, match=r"base weight of 'first'.*load_training_state"):
+            run.losses(model, optimizer, first=STOP, last=STOP + 1)
+        models.assert_same_bits(model, bits)
+    scalora.load_training_state(optimizer, tmp_path)
+    assert run.losses(model, optimizer, first=STOP) == whole[STOP:]
+
+
+def test_optimizer_state_without_its_own_entry_begins_rebasing_anew(tmp_path: Path) -> None:
+    run = RUNS["float32"]
+    run.checkpoint(tmp_path)
+    model, optimizer = run.reloaded(tmp_path)
+    state = torch.load(tmp_path / "optimizer.pt")
+    del state["scalora"]
+    optimizer.load_state_dict(state)
+    assert optimizer.rebase_count == 0
+    run.losses(model, optimizer, first=STOP)
+    assert optimizer.rebase_count == STEPS - STOP
+
+
+@pytest.mark.parametrize("failing", ["save_file", "os.fsync", "os.replace"])
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_interrupted_write_keeps_the_old_file_and_leaves_no_other(
+    failing: str, error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RUNS["float32"]
+    model = run.model()
+    optimizer = run.optimizer_of(model)
+    run.losses(model, optimizer, last=STOP)
+    path = scalora.save_training_state(optimizer, tmp_path)
+    old = path.read_bytes()
+    run.losses(model, optimizer, first=STOP)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        if failing == "save_file":
+            Path(args[1]).write_bytes(old[: len(old) // 2])
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"scalora.files.{failing}", fail)
+        with pytest.raises(error):
+            scalora.save_training_state(optimizer, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [FILE]
+    assert path.read_bytes() == old
+    scalora.save_training_state(optimizer, tmp_path)
+    assert path.read_bytes() != old
+
+
+def test_first_write_that_fails_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(files, "save_file", fail)
+    model = RUNS["float32"].model()
+    with pytest.raises(OSError, match="disk full"):
+        scalora.save_training_state(RUNS["float32"].optimizer_of(model), tmp_path)
+    assert list(tmp_path.iterdir()) == []
