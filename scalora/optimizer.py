@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -365,14 +366,6 @@ def create_scalora_optimizer(
     optimizer_cls: type[torch.optim.Optimizer],
     *,
     lr: float,
-    interval: int = 1,
-    rule: str = "auto",
-    lipschitz: float | str | None = None,
-    accumulator: str = "auto",
-    adapter_name: str = "default",
-    rounding: str = "stochastic",
-    bound: float = RebasingOptions.bound,
-    seed: int = 0,
     **kwargs: Any,
 ) -> ScaLoRA:
     """Create a `ScaLoRA` over the trainable parameters of ``model``, in PEFT's spelling.
@@ -384,25 +377,16 @@ def create_scalora_optimizer(
         model: the PEFT model.
         optimizer_cls: the inner optimizer's class, for example ``torch.optim.AdamW``.
         lr: learning rate; what is right for plain LoRA is right here.
-        interval, rule, lipschitz, accumulator, adapter_name, rounding, bound, seed: see `ScaLoRA`.
-        kwargs: passed to ``optimizer_cls``.
+        kwargs: ScaLoRA's options (``interval``, ``rule``, ...) are its own, all others are passed
+            to ``optimizer_cls``.
 
     Raises:
         TypeError, ValueError: as `ScaLoRA` does.
     """
     if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, torch.optim.Optimizer)):
         raise TypeError(f"optimizer_cls={optimizer_cls!r} is not a torch.optim.Optimizer class.")
-    trainable: Any = [p for p in model.parameters() if p.requires_grad]
+    names = {option.name for option in dataclasses.fields(RebasingOptions)}
+    options = {name: kwargs.pop(name) for name in names & kwargs.keys()}
+    trainable = [p for p in model.parameters() if p.requires_grad]
     inner_cls: Any = optimizer_cls
-    return ScaLoRA(
-        inner_cls(trainable, lr=lr, **kwargs),
-        model,
-        interval=interval,
-        rule=rule,
-        lipschitz=lipschitz,
-        accumulator=accumulator,
-        adapter_name=adapter_name,
-        rounding=rounding,
-        bound=bound,
-        seed=seed,
-    )
+    return ScaLoRA(inner_cls(trainable, lr=lr, **kwargs), model, **options)
