@@ -19,21 +19,21 @@ class LayerBatch:
     Attributes:
         group_P, group_Q: the optimizer's parameter groups of the factors.
         pairs: the layers.
+        P: their factors as PEFT stores them, (m, r, ...).
+        Q: likewise, (r, n, ...).
     """
 
     group_P: dict[str, Any]
     group_Q: dict[str, Any]
     pairs: list[LoRAPair] = field(default_factory=list)
+    P: list[nn.Parameter] = field(default_factory=list)
+    Q: list[nn.Parameter] = field(default_factory=list)
 
-    @property
-    def P(self) -> list[nn.Parameter]:
-        """Each as PEFT stores it, (m, r, ...)."""
-        return [pair.P_parameter for pair in self.pairs]
-
-    @property
-    def Q(self) -> list[nn.Parameter]:
-        """Each as PEFT stores it, (r, n, ...)."""
-        return [pair.Q_parameter for pair in self.pairs]
+    def add(self, pair: LoRAPair, P: nn.Parameter, Q: nn.Parameter) -> None:
+        """Add one layer."""
+        self.pairs.append(pair)
+        self.P.append(P)
+        self.Q.append(Q)
 
     @property
     def learning_rates(self) -> tuple[float | Tensor, float | Tensor]:
@@ -66,7 +66,7 @@ def batches_with_gradients(
             *(base.shape, base.dtype, pair.base_is_transposed, pair.scaling),
             *(id(group_P), id(group_Q), _layout(state_P), _layout(state_Q)),
         )
-        batches.setdefault(key, LayerBatch(group_P, group_Q)).pairs.append(pair)
+        batches.setdefault(key, LayerBatch(group_P, group_Q)).add(pair, P, Q)
     return list(batches.values())
 
 
