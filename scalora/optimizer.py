@@ -204,9 +204,11 @@ class ScaLoRA(torch.optim.Optimizer):
             )
             return loss
         if self._rebaser.pairs and (self._steps + 1) % self.options.interval == 0:
-            self._rebaser.rebase(self.inner, self.rebase_count)
+            if self.rebase_count == 0:
+                peft_layers.warn_when_saved_alone(self.model)
+            # Counted first: a step that is tried again after a failure draws other noise.
             self.rebase_count += 1
-            peft_layers.warn_when_saved_alone(self.model)
+            self._rebaser.rebase(self.inner, self.rebase_count)
         self._steps += 1
         self._step_inner(overflow)
         return loss
@@ -235,7 +237,8 @@ class ScaLoRA(torch.optim.Optimizer):
         begins anew.
 
         Raises:
-            ValueError: another version, rule, seed, set of layers or rank; nothing is loaded then.
+            ValueError: another version, rule, rounding, seed, set of layers or rank; nothing is
+                loaded then.
         """
         own = state_dict.get("scalora")
         if own is not None:
@@ -251,12 +254,13 @@ class ScaLoRA(torch.optim.Optimizer):
         pairs = self._rebaser.pairs
         return {
             "version": _STATE_VERSION,
-            "rule": self.options.resolved_rule,
+            "rule": self.options.rule,
+            "rounding": self.options.rounding,
             "seed": self.options.seed,
             "steps": self._steps,
             "rebase_count": self.rebase_count,
             "ranks": {pair.name: pair.rank for pair in pairs},
-            "base": peft_layers.base_checksums(pairs) if self.rebase_count else {},
+            "base": peft_layers.base_checksums([p for p in pairs if p.was_rebased]),
             "layers": {
                 name: {"product": memory.product, "residual": memory.residual}
                 for name, memory in self._rebaser.memory.items()
@@ -267,17 +271,19 @@ class ScaLoRA(torch.optim.Optimizer):
         """Take up what `rebasing_state` returned.
 
         Raises:
-            ValueError: another version, rule, seed, set of layers or rank; nothing is loaded then.
+            ValueError: another version, rule, rounding, seed, set of layers or rank; nothing is
+                loaded then.
         """
         self.check_rebasing_state(own)
         self._steps, self.rebase_count = own["steps"], own["rebase_count"]
         self._expected_base = own["base"] or None
-        self._rebaser.remember(own["layers"], rebased=self.rebase_count > 0)
-        if self.rebase_count:
+        self._rebaser.remember(own["layers"], rebased=own["base"])
+        if own["base"]:
             peft_layers.warn_when_saved_alone(self.model)
 
     def __getstate__(self) -> dict[str, Any]:
-        return dict(self.__dict__)
+        # Not all of __dict__: schedulers and accelerate leave methods bound to this object there.
+        return {name: self.__dict__[name] for name in ScaLoRA.__annotations__}
 
     def __repr__(self) -> str:
         return f"ScaLoRA({self.inner!r}, {self.options!r}, layers={len(self._rebaser.pairs)})"
@@ -287,7 +293,8 @@ class ScaLoRA(torch.optim.Optimizer):
         ranks = {pair.name: pair.rank for pair in self._rebaser.pairs}
         expected = {
             "version": _STATE_VERSION,
-            "rule": self.options.resolved_rule,
+            "rule": self.options.rule,
+            "rounding": self.options.rounding,
             "seed": self.options.seed,
             "ranks": ranks,
         }
@@ -337,7 +344,10 @@ class ScaLoRA(torch.optim.Optimizer):
         ]
         if not flags:
             return None
-        return torch.stack([flag.to(flags[0].device, non_blocking=True) for flag in flags]).any()
+        # On an accelerator if there is one: a copy from there to the host would have to be waited
+        # for.
+        device = next((f.device for f in flags if f.device.type != "cpu"), flags[0].device)
+        return torch.stack([flag.to(device, non_blocking=True) for flag in flags]).any()
 
     def _step_inner(self, overflow: Tensor | None) -> None:
         """Step the inner optimizer; a fused one leaves the step out by itself on overflow."""

@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -126,11 +127,15 @@ class LoRAPair:
 
 def lora_pairs(model: nn.Module, adapter: str) -> list[LoRAPair]:
     """All LoRA layers of ``model`` that hold ``adapter``, whether they can be re-based or not."""
-    return [
-        LoRAPair(_layer_name(name), module, adapter)
+    found = [
+        (name, module)
         for name, module in model.named_modules()
         if isinstance(module, lora_layers.LoraLayer) and adapter in module.r
     ]
+    short = [_layer_name(name) for name, _ in found]
+    # Two PEFT models in one module may have layers of one name.
+    names = short if len(set(short)) == len(short) else [name for name, _ in found]
+    return [LoRAPair(name, module, adapter) for name, (_, module) in zip(names, found, strict=True)]
 
 
 def _layer_name(module_name: str) -> str:
@@ -202,6 +207,8 @@ def why_not_rebased(pair: LoRAPair) -> str | None:
         return "its base weight is computed from others (a parametrization)"
     if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in _FLOATS:
         return "its base weight is quantized or sharded"
+    if weight.numel() == 0:
+        return "its base weight is sharded"
     if weight.device.type == "meta":
         return "its base weight is offloaded"
     if isinstance(module, _CONVOLUTIONS):
@@ -246,12 +253,14 @@ def base_checksums(pairs: Sequence[LoRAPair]) -> dict[str, int]:
 
 @torch.no_grad()
 def adapter_checksums(pairs: Sequence[LoRAPair]) -> dict[str, int]:
-    """``lora_B:`` or ``lora_A:`` and the layer's name -> sum of the factor's bits.
+    """``lora_B:`` or ``lora_A:`` and the layer's name -> sum of the factor's bits in float32.
 
-    Waits for the device once.
+    PEFT loads half-precision adapters as float32: their values are what counts.  Waits for the
+    device once.
     """
-    factors = {f"lora_B:{pair.name}": pair.P_parameter for pair in pairs}
-    return checksums(factors | {f"lora_A:{pair.name}": pair.Q_parameter for pair in pairs})
+    factors: dict[str, Tensor] = {f"lora_B:{pair.name}": pair.P_parameter for pair in pairs}
+    factors |= {f"lora_A:{pair.name}": pair.Q_parameter for pair in pairs}
+    return checksums({name: factor.float() for name, factor in factors.items()})
 
 
 @torch.no_grad()
@@ -334,6 +343,14 @@ def warn_when_saved_alone(model: nn.Module) -> None:
     wrapped.save_pretrained = _SavePretrained(wrapped)
 
 
+def trust_checkpoints(model: nn.Module) -> None:
+    """Say nothing when a Trainer's checkpoint is written: a callback completes it."""
+    warn_when_saved_alone(model)
+    wrapped = peft_model(model)
+    if wrapped is not None:
+        wrapped.save_pretrained.checkpoints_are_completed = True
+
+
 class _SavePretrained:
     """``PeftModel.save_pretrained`` with a warning.
 
@@ -342,15 +359,18 @@ class _SavePretrained:
 
     def __init__(self, model: PeftModel) -> None:
         self.model = model
+        self.checkpoints_are_completed = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        warnings.warn(
-            "save_pretrained writes the adapter alone, but ScaLoRA has folded part of what was "
-            "learned into the base weights: loaded on the original base, this adapter is not your "
-            "model. Call scalora.save_merged(model, path) or scalora.save_adapter(model, path, "
-            "base=...) instead. (Checkpoints that a Trainer writes with ScaLoRACallback are "
-            "complete.)",
-            UserWarning,
-            stacklevel=2,
-        )
+        folder = Path(str(args[0] if args else kwargs.get("save_directory", "")))
+        if not (self.checkpoints_are_completed and re.fullmatch(r"checkpoint-\d+", folder.name)):
+            # With the folder, or Python would show it once for all that a Trainer saves.
+            warnings.warn(
+                f"save_pretrained writes the adapter alone to {str(folder)!r}, but ScaLoRA has "
+                "folded part of what was learned into the base weights: loaded on the original "
+                "base, this adapter is not your model. Call scalora.save_merged(model, path) or "
+                "scalora.save_adapter(model, path, base=...) instead.",
+                UserWarning,
+                stacklevel=2,
+            )
         return type(self.model).save_pretrained(self.model, *args, **kwargs)

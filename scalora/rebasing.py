@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,12 +85,14 @@ class Rebaser:
             memory.product = memory.residual = None
         self._last = []
 
-    def remember(self, layers: dict[str, dict[str, Tensor | None]], rebased: bool) -> None:
+    def remember(
+        self, layers: dict[str, dict[str, Tensor | None]], rebased: Collection[str]
+    ) -> None:
         """Take up what ``layers`` holds for each layer, on the layer's device.
 
         Args:
             layers: layer name -> ``product`` and ``residual`` of its `LayerMemory`.
-            rebased: whether the model's base weights have taken in increments.
+            rebased: names of the layers whose base weights have taken in increments.
         """
         for pair in self.pairs:
             memory, saved, device = (
@@ -100,7 +102,7 @@ class Rebaser:
             )
             memory.product = _copy_to(saved["product"], device)
             memory.residual = _copy_to(saved["residual"], device)
-            if rebased:
+            if pair.name in rebased:
                 pair.mark_rebased()
 
     @torch.no_grad()
@@ -266,12 +268,18 @@ class Rebaser:
                 continue
             targets = [state[name] for state in states]
             old = stack(targets)
-            if old.shape[axis] == factor.shape[-1]:
+            partner = (self.moments.partners or {}).get(name)
+            if old.ndim > axis and old.shape[axis] == factor.shape[-1]:
                 new = transfer(old, factor, degree, axis)
+            elif partner is not None:
+                other = stack([state[partner] for state in states])
+                new = transfer_reduced(old, other, factor, degree, axis)
             else:
-                assert self.moments.partners is not None
-                partner = stack([state[self.moments.partners[name]] for state in states])
-                new = transfer_reduced(old, partner, factor, degree, axis)
+                raise TypeError(
+                    f"{type(optimizer).__name__}'s state {name!r} has shape {tuple(value.shape)}, "
+                    f"which does not run over the {factor.shape[-1]} columns of its parameter: it "
+                    "cannot be carried across a re-basing. Nothing was changed."
+                )
             moved.append((targets, old, new))
         return moved
 

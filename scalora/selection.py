@@ -30,6 +30,13 @@ def pairs_to_rebase(
         )
     if options.resolved_rule == "none":
         return []
+    if peft_layers.peft_model(model) is None:
+        warnings.warn(
+            f"{type(model).__name__} is not a PeftModel: it trains, but scalora.save_merged and "
+            "save_adapter need one. Make it with peft.get_peft_model.",
+            UserWarning,
+            stacklevel=4,
+        )
     users = peft_layers.sharing_modules(model)
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     chosen, left = [], {}
@@ -54,7 +61,7 @@ def pairs_to_rebase(
         warnings.warn(
             f"{len(left)} LoRA layers stay plain LoRA, they are not re-based: {listed}.",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return chosen
 

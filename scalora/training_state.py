@@ -36,8 +36,7 @@ def save_training_state(optimizer: ScaLoRA, folder: str | PathLike[str]) -> Path
     for name, memory in state.pop("layers").items():
         tensors |= {f"{key}:{name}": value for key, value in memory.items() if value is not None}
     pairs = optimizer.rebased_pairs
-    if optimizer.rebase_count:
-        tensors |= {f"base:{pair.name}": pair.base_weight for pair in pairs}
+    tensors |= {f"base:{pair.name}": pair.base_weight for pair in pairs}
     state["adapter"] = peft_layers.adapter_checksums(pairs)
     state["tensors"] = peft_layers.checksums(tensors)
     path = Path(folder) / STATE_FILE
@@ -73,14 +72,10 @@ def load_training_state(optimizer: ScaLoRA, folder: str | PathLike[str]) -> None
             f"the model's adapter is not the one {path} was saved with: load the adapter of the "
             "same checkpoint first. Nothing was loaded."
         )
-    weights = {pair.name: tensors.get(f"base:{pair.name}") for pair in pairs}
-    for pair in pairs if state["rebase_count"] else ():
-        _check_weight(path, pair.name, weights[pair.name], pair.base_weight)
-
     for pair in pairs:
-        weight = weights[pair.name]
-        if weight is not None:
-            pair.base_weight.copy_(weight)
+        _check_weight(path, pair.name, tensors.get(f"base:{pair.name}"), pair.base_weight)
+    for pair in pairs:
+        pair.base_weight.copy_(tensors[f"base:{pair.name}"])
     optimizer.load_rebasing_state(state)
 
 

@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from scalora.optimizer import ScaLoRA
 from scalora.options import RebasingOptions
+from scalora.peft_layers import trust_checkpoints
 from scalora.training_state import STATE_FILE, load_training_state, save_training_state
 
 _OPTIMIZER_FILE = "optimizer.pt"
@@ -53,6 +54,7 @@ class ScaLoRACallback(TrainerCallback):
     ) -> None:
         """Attach to the Trainer's optimizer, and restore the base weights of a resumed run."""
         self.optimizer = _attach(kwargs["optimizer"], kwargs["model"], self.options)
+        trust_checkpoints(self.optimizer.model)
         if state.global_step > 0:
             self._resume(self._checkpoint(args, state))
 
@@ -127,4 +129,4 @@ def _was_rebased(path: Path) -> bool:
     if not path.exists():
         return False
     saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return saved.get("scalora", {}).get("rebase_count", 0) > 0
+    return bool(saved.get("scalora", {}).get("base"))

@@ -128,7 +128,7 @@ def test_kernel_folds_as_the_plain_code_does(
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-@pytest.mark.parametrize("rank", [1, 2, 3, 8, 15, 16, 17, 24])
+@pytest.mark.parametrize("rank", [1, 2, 3, 8, 15, 16, 17, 24, 130])
 def test_kernel_takes_every_rank(rank: int, dtype: torch.dtype, device: str) -> None:
     weights, left, right = _problem(2, 66, 40, rank, dtype)
     _assert_alike(*_both(weights, left, right, "stochastic", device))

@@ -400,6 +400,7 @@ def test_a_copy_goes_on_by_itself(clone):
     model = make_model()
     optimizer = scalora.ScaLoRA(adamw(model), model)
     train(model, optimizer, range(4))
+    torch.optim.lr_scheduler.ConstantLR(optimizer)  # it replaces optimizer.step
     other_model, other = clone((model, optimizer))
     assert train(other_model, other, range(4, 7)) == train(model, optimizer, range(4, 7))
     assert_same(snapshot(model), snapshot(other_model))
@@ -418,6 +419,27 @@ def test_equal_seeds_round_equally_and_others_do_not():
 
     assert torch.equal(base_after(5), base_after(5))
     assert not torch.equal(base_after(5), base_after(6))
+
+
+def test_new_optimizer_on_a_rebased_model_saves_the_base_it_found(tmp_path):
+    model = make_model()
+    train(model, scalora.ScaLoRA(adamw(model), model), range(4))
+    second_stage = scalora.ScaLoRA(adamw(model), model, interval=100)
+    scalora.save_training_state(second_stage, tmp_path)
+    adapter = {name: p for name, p in model.state_dict().items() if "base_layer" not in name}
+    resumed_model = make_model()
+    resumed_model.load_state_dict(adapter, strict=False)
+    resumed = scalora.ScaLoRA(adamw(resumed_model), resumed_model, interval=100)
+    scalora.load_training_state(resumed, tmp_path)
+    assert_same(snapshot(model), snapshot(resumed_model))
+
+
+def test_two_peft_models_in_one_module_keep_their_layers_apart():
+    towers = nn.ModuleDict({"query": make_model(), "passage": make_model()})
+    optimizer = scalora.ScaLoRA(torch.optim.SGD(trainable(towers), lr=0.1), towers)
+    names = [pair.name for pair in optimizer.rebased_pairs]
+    assert len(names) == 4
+    assert len(set(names)) == 4
 
 
 # All or nothing

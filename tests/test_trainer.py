@@ -198,4 +198,35 @@ def test_trained_model_saves_merged_and_answers_the_same(tmp_path):
     reloaded = BertForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
     ids = Examples().ids
     torch.testing.assert_close(reloaded(ids).logits, model(ids).logits, atol=1e-5, rtol=0)
-    assert copy.deepcopy(model).save_pretrained is not model.save_pretrained
+    twin = copy.deepcopy(model)
+    assert twin.save_pretrained.model is twin
+
+
+@pytest.mark.filterwarnings("always:save_pretrained writes the adapter alone")
+def test_only_what_the_callback_does_not_complete_is_warned_of(tmp_path):
+    trainer = make_trainer(tmp_path)
+    with pytest.warns(UserWarning) as caught:
+        trainer.train()
+        trainer.save_model(str(tmp_path / "final"))
+    alone = [str(w.message) for w in caught if "adapter alone" in str(w.message)]
+    assert len(alone) == 1 and "final" in alone[0]
+
+
+def test_best_model_from_before_the_first_rebasing_has_its_base_again(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        callback=scalora.ScaLoRACallback(interval=6),
+        eval_strategy="steps",
+        eval_steps=4,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=True,
+        learning_rate=3e-2,
+    )
+    start = base_weights(trainer.model)
+    trainer.train()
+    evaluated = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
+    best = max(evaluated, key=evaluated.get)
+    assert best == 4, "the test needs a best model from before step 6"
+    for name, weight in base_weights(trainer.model).items():
+        assert torch.equal(weight, start[name])

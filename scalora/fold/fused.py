@@ -11,7 +11,7 @@ from torch import Tensor
 
 _NEAREST, _STOCHASTIC, _COMPENSATED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _MODES = {"nearest": 0, "stochastic": 1, "compensated": 2}
-_SMALLEST_RANK_OF_DOT = 16
+_SMALLEST_RANK_OF_DOT, _LARGEST_RANK_AT_ONCE = 16, 64
 _BLOCK_ROWS, _BLOCK_COLUMNS = 64, 128
 _ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -38,21 +38,23 @@ def _fold_kernel(
     tiles_across = tl.cdiv(columns, block_columns)
     row = (tl.program_id(0) // tiles_across) * block_rows + tl.arange(0, block_rows)
     column = (tl.program_id(0) % tiles_across) * block_columns + tl.arange(0, block_columns)
-    k = tl.arange(0, block_rank)
 
     left += layer.to(tl.int64) * rows * rank
     right += layer.to(tl.int64) * columns * rank
-    a = tl.load(
-        left + row[:, None] * rank + k[None, :],
-        mask=(row[:, None] < rows) & (k[None, :] < rank),
-        other=0.0,
-    )
-    b = tl.load(
-        right + column[None, :] * rank + k[:, None],
-        mask=(column[None, :] < columns) & (k[:, None] < rank),
-        other=0.0,
-    )
-    increment = tl.dot(a, b, input_precision=precision)
+    increment = tl.zeros((block_rows, block_columns), dtype=tl.float32)
+    for start in range(0, rank, block_rank):
+        k = start + tl.arange(0, block_rank)
+        a = tl.load(
+            left + row[:, None] * rank + k[None, :],
+            mask=(row[:, None] < rows) & (k[None, :] < rank),
+            other=0.0,
+        )
+        b = tl.load(
+            right + column[None, :] * rank + k[:, None],
+            mask=(column[None, :] < columns) & (k[:, None] < rank),
+            other=0.0,
+        )
+        increment = tl.dot(a, b, increment, input_precision=precision)
 
     inside = (row[:, None] < rows) & (column[None, :] < columns)
     position = row[:, None].to(tl.int64) * columns + column[None, :]
@@ -134,25 +136,28 @@ def fold_fused(
         words = [seed - (1 << 32) if seed >> 31 else seed for seed in seeds]
         seed_words = _to_device(words, torch.int32, device)
     tiles = triton.cdiv(rows, _BLOCK_ROWS) * triton.cdiv(columns, _BLOCK_COLUMNS)
-    _fold_kernel[(tiles, len(weights))](
-        addresses,
-        residual_addresses,
-        seed_words,
-        left.float().contiguous(),
-        right.float().contiguous(),
-        rows,
-        columns,
-        rank,
-        element=_ELEMENTS[weights[0].dtype],
-        mode=mode,
-        precision="tf32x3" if half else "ieee",
-        block_rows=_BLOCK_ROWS,
-        block_columns=_BLOCK_COLUMNS,
-        block_rank=max(_SMALLEST_RANK_OF_DOT, triton.next_power_of_2(rank)),
-        aligned=all(matrix.data_ptr() % 16 == 0 for matrix in (*weights, *residuals)),
-    )
-    for weight in weights:
-        torch.autograd.graph.increment_version(weight)
+    # Triton launches on the current device, which need not be the weights'.
+    with torch.cuda.device_of(weights[0]):
+        _fold_kernel[(tiles, len(weights))](
+            addresses,
+            residual_addresses,
+            seed_words,
+            left.float().contiguous(),
+            right.float().contiguous(),
+            rows,
+            columns,
+            rank,
+            element=_ELEMENTS[weights[0].dtype],
+            mode=mode,
+            precision="tf32x3" if half else "ieee",
+            block_rows=_BLOCK_ROWS,
+            block_columns=_BLOCK_COLUMNS,
+            block_rank=min(
+                _LARGEST_RANK_AT_ONCE, max(_SMALLEST_RANK_OF_DOT, triton.next_power_of_2(rank))
+            ),
+            aligned=all(matrix.data_ptr() % 16 == 0 for matrix in (*weights, *residuals)),
+        )
+    torch.autograd.graph.increment_version(weights)
 
 
 def _to_device(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
