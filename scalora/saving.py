@@ -59,7 +59,8 @@ def save_adapter(
         path: folder, created if need be.
         rank: of every layer; None for the smallest that keeps a layer's error at most 1e-4.
         base: the pretrained model, its state dict, or a folder or hub id to load it from; may be
-            left out while nothing has been folded.
+            left out while nothing has been folded.  Pass it after ``model.load_state_dict`` in a
+            new process: nothing in the model then says that its base has changed.
         adapter_name: None for the active adapter.
 
     Returns:
