@@ -1,7 +1,7 @@
 """Adding small increments to half-precision weights without losing them.
 
 One unit in the last place of a bfloat16 weight of 0.02 is about 1e-4, larger than most increments:
-rounding to nearest would discard nearly all of them, silently.
+rounding to nearest would lose those below half of it, silently.
 """
 
 from __future__ import annotations
