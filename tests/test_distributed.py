@@ -1,0 +1,45 @@
+"""Data parallel training: every replica folds the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import scalora
+from scalora.peft_layers import adapter_checksums, base_checksums
+
+pytestmark = pytest.mark.distributed
+PROCESSES = 2
+
+
+def replica(rank: int, folder: str, dtype: torch.dtype) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", PROCESSES)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES)
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 6)).to(dtype)
+    model = get_peft_model(base, LoraConfig(r=3, target_modules=["0", "2"]))
+    parallel = nn.parallel.DistributedDataParallel(model)
+    optimizer = scalora.create_scalora_optimizer(parallel, torch.optim.AdamW, lr=1e-2)
+    generator = torch.Generator().manual_seed(rank)
+    for _ in range(20):
+        optimizer.zero_grad()
+        x = torch.randn(8, 12, generator=generator).to(dtype)
+        parallel(x).float().square().mean().backward()
+        optimizer.step()
+    pairs = optimizer.rebased_pairs
+    torch.save(base_checksums(pairs) | adapter_checksums(pairs), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_replicas_hold_the_same_bits(tmp_path: Path, dtype: torch.dtype) -> None:
+    torch.multiprocessing.spawn(replica, args=(str(tmp_path), dtype), nprocs=PROCESSES)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(PROCESSES))
+    assert first.keys() == second.keys()
+    assert first == second
