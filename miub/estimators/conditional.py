@@ -1,0 +1,116 @@
+"""Conditionals q(v|u) of the variational estimators: the interface, and the linear one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from miub.estimators.regression import regress
+from miub.estimators.ridge import logdet
+from miub.estimators.samples import Samples, squared_lengths
+
+_LOG_2PI = math.log(2 * math.pi)
+
+
+class Conditional(Protocol):
+    """A Gaussian q(v|u) for the u of n samples."""
+
+    def log_density(self, v: Tensor) -> Tensor:
+        """(..., n): log q(v_i|u_i) for v (..., n, d_v)."""
+
+    def log_density_pairs(self, v: Tensor) -> Tensor:
+        """(..., n_v, n): log q(v_i|u_j) for v (..., n_v, d_v)."""
+
+    def divergence(self, mean: Tensor, covariance: Tensor) -> Tensor:
+        """(..., n): KL divergence of q(.|u_i) from N(mean (..., 1, d_v), covariance)."""
+
+
+# Fitted to some samples; evaluated at the u of others, (..., n, d_u).  The generator draws the
+# noise on u where the conditional does not carry it analytically.
+Fitted = Callable[[Tensor, torch.Generator | None], Conditional]
+
+
+@dataclass(frozen=True)
+class LinearGaussian:
+    """``q(v|u_i) = N(means_i, covariance)``.
+
+    Attributes:
+        means: (..., n, d_v).
+        covariance: (..., d_v, d_v).
+        carried: (..., d_v, d_v): covariance of the means over the noise on u, where the means are
+            those of u without its noise; else zero.
+    """
+
+    means: Tensor
+    covariance: Tensor
+    carried: Tensor
+
+    def log_density(self, v: Tensor) -> Tensor:
+        """See `Conditional`."""
+        return self._log(squared_lengths(v - self.means, self.covariance))
+
+    def log_density_pairs(self, v: Tensor) -> Tensor:
+        """See `Conditional`."""
+        # Distances are of v and the means less a common origin, or they would cancel.
+        origin = self.means.mean(-2, keepdim=True)
+        factor = torch.linalg.cholesky_ex(self.covariance)[0]
+        left, right = (
+            torch.linalg.solve_triangular(factor, (x - origin).mT, upper=False).mT
+            for x in (v, self.means)
+        )
+        squares = left.square().sum(-1)[..., :, None] + right.square().sum(-1)[..., None, :]
+        return self._log((squares - 2 * left @ right.mT).clamp_min(0))
+
+    def divergence(self, mean: Tensor, covariance: Tensor) -> Tensor:
+        """See `Conditional`; in the mean over the noise on u."""
+        r = mean.shape[-1]
+        trace = torch.linalg.solve_ex(covariance, self.covariance + self.carried)[0]
+        fixed = logdet(covariance) - logdet(self.covariance) - r
+        fixed = fixed + trace.diagonal(dim1=-2, dim2=-1).sum(-1)
+        return (fixed[..., None] + squared_lengths(self.means - mean, covariance)) / 2
+
+    def _log(self, squares: Tensor) -> Tensor:
+        constant = logdet(self.covariance) + self.covariance.shape[-1] * _LOG_2PI
+        return -(squares + constant[(..., *(None,) * (squares.ndim - constant.ndim))]) / 2
+
+
+def fit_linear(samples: Samples) -> Fitted:
+    """The linear-Gaussian conditional, by `ridge.fit_ridge`; noise on u and v is in its covariance.
+
+    Called with a generator, it moves the means by the noise on u.
+    """
+    mean_u, mean_v = (x.mean(-2, keepdim=True) for x in (samples.u, samples.v))
+    regression = regress(replace(samples, u=samples.u - mean_u, v=samples.v - mean_v))
+    weight, carried = regression.ridge.weight, regression.carried
+
+    def at(u: Tensor, generator: torch.Generator | None) -> LinearGaussian:
+        means = mean_v + (u - mean_u) @ weight
+        if generator is None:
+            return LinearGaussian(means, regression.conditional, carried)
+        means = moved_by_noise(means, weight, samples.noise_u, generator)
+        return LinearGaussian(means, regression.conditional, torch.zeros_like(carried))
+
+    return at
+
+
+def moved_by_noise(
+    means: Tensor, weight: Tensor, variance: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Linear predictions (..., n, d_v) as they would be from u with noise of that variance.
+
+    The noise is drawn in the space of v, where weight (..., d_u, d_v) takes it.
+    """
+    # weight' weight = F'F with weight = Q F: no factorisation that could fail.
+    factor = torch.linalg.qr(weight, mode="r")[1]
+    noise = draw((*means.shape[:-1], factor.shape[-2]), generator, means)
+    return means + variance.sqrt() * (noise @ factor)
+
+
+def draw(shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:
+    """Standard normal numbers of a tensor's dtype, on its device."""
+    return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)

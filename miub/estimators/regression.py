@@ -1,0 +1,57 @@
+"""The moments of v, and of v given u, under the noise model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from miub.estimators.ridge import PENALTIES, Ridge, fit_ridge, jitter
+from miub.estimators.samples import Samples, centred
+
+
+@dataclass(frozen=True)
+class Regression:
+    """A ridge regression of v on u, and the covariances that follow from it.
+
+    Attributes:
+        samples: what it was made from.
+        ridge: the fit.
+        covariance: (..., d_v, d_v), of v with its noise.
+        conditional: (..., d_v, d_v), of v given u, both with their noise.
+        carried: (..., d_v, d_v), the part of ``conditional`` that the noise on u brings.
+        least: (..., d_v, d_v), the part of both that the noise on v brings.
+    """
+
+    samples: Samples
+    ridge: Ridge
+    covariance: Tensor
+    conditional: Tensor
+    carried: Tensor
+    least: Tensor
+
+
+def regress(samples: Samples, penalties: Sequence[float] = PENALTIES) -> Regression:
+    """Fit, and take the moments; see `ridge.fit_ridge`."""
+    ridge = fit_ridge(samples, penalties)
+    covariance, least = _covariance(samples)
+    carried = samples.noise_u * (ridge.weight.mT @ ridge.weight)
+    residual = ridge.unbiased_residual
+    conditional = residual.mT @ residual / samples.n + carried + least
+    return Regression(samples, ridge, covariance, conditional, carried, least)
+
+
+def spread(samples: Samples) -> tuple[Tensor, Tensor]:
+    """Mean (..., 1, d_v) and covariance (..., d_v, d_v) of v with its noise."""
+    return samples.v.mean(-2, keepdim=True), _covariance(samples)[0]
+
+
+def _covariance(samples: Samples) -> tuple[Tensor, Tensor]:
+    """Of v with its noise, and the part that the noise brings."""
+    v = centred(samples.v)
+    covariance = v.mT @ v / (samples.n - 1)
+    identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+    least = samples.noise_v * identity + jitter(covariance)
+    return covariance + least, least

@@ -1,0 +1,171 @@
+"""Ridge regression, regularised by leaving one out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from miub.estimators.samples import Samples, centred, energy
+
+# Penalties that are tried, over the total variance of u.  The first leaves the noise model's own.
+PENALTIES = (0.0, 1e-3, 1e-2, 10**-1.5, 1e-1, 10**-0.5, 1.0, 10**0.5, 10.0, 100.0)
+_SHRINKAGES = tuple(step / 20 for step in range(21))
+# Choosing a penalty takes a factorisation for each; more samples would not choose better.
+_SELECT_ON = 512
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """Ridge regression of v on u, both centred.
+
+    Attributes:
+        weight: (..., d_u, d_v).
+        residual: (..., N, d_v), the residuals of the samples it was fitted to.
+        freedom: (..., N, 1), one minus each sample's leverage: what a residual's variance is of
+            the noise's.
+    """
+
+    weight: Tensor
+    residual: Tensor
+    freedom: Tensor
+
+    @property
+    def unbiased_residual(self) -> Tensor:
+        """(..., N, d_v): residuals whose second moment is that of v given u.
+
+        Divided by the root of one minus their leverages (MacKinnon and White 1985, HC2): in-sample
+        residuals are too small by that factor, leave-one-out errors too large.  It is unbiased for
+        a linear dependence with equal variances.  For a Gaussian process with this kernel it is the
+        noise variance that maximises the leave-one-out predictive density at the given ratio of
+        penalty to noise (Rasmussen and Williams 2006, section 5.4.2), so it stays right where there
+        are more coordinates than samples.
+        """
+        return self.residual * self.freedom.rsqrt()
+
+    @property
+    def left_out_error(self) -> Tensor:
+        """(..., N, d_v): each sample's error under the fit to all others."""
+        return self.residual / self.freedom
+
+
+def fit_ridge(samples: Samples, penalties: Sequence[float] = PENALTIES) -> Ridge:
+    """Regularised as leaving one out asks for, and at least as the noise on u implies.
+
+    Noise of variance t on every coordinate of u is, in the mean over its draws, a penalty of N t.
+    On top of it two numbers are chosen: a penalty, and a factor in [0, 1] by which the weights are
+    shrunk (Breiman 1996, stacked regressions).  They are those whose leave-one-out errors (PRESS,
+    Allen 1974) have the smallest covariance determinant; the errors come from residuals and
+    leverages, without refitting.
+
+    Args:
+        samples: N of them.
+        penalties: those to try, over the total variance of u.
+
+    Cost: N d_u min(N, d_u) for the Gram matrix and min(N, d_u)^3 for each penalty.
+    """
+    u, v = centred(samples.u), centred(samples.v)
+    noise = samples.n * samples.noise_u
+    few = samples.part(0, min(samples.n, _SELECT_ON))
+    few_u, few_v = centred(few.u), centred(few.v)
+    added = torch.tensor(penalties, dtype=u.dtype, device=u.device)[:, None, None]
+    added = added * (energy(few_u) / few.n).unsqueeze(-3)
+    if len(penalties) == 1:
+        fit = _fit(u, v, added.squeeze(-3) + noise + _least_penalty(u))
+        return _shrunk(fit, v, _scores(fit, v).argmin(-1))
+    tried = added + (few.n * few.noise_u + _least_penalty(few_u)).unsqueeze(-3)
+    scores = _scores(_fit(few_u.unsqueeze(-3), few_v.unsqueeze(-3), tried), few_v.unsqueeze(-3))
+    best = scores.flatten(-2).argmin(-1)
+    chosen = (best // len(_SHRINKAGES))[..., None, None, None]
+    penalty = added.expand(*scores.shape[:-1], 1, 1).gather(-3, chosen).squeeze(-3)
+    fit = _fit(u, v, penalty + noise + _least_penalty(u))
+    return _shrunk(fit, v, best % len(_SHRINKAGES))
+
+
+def _least_penalty(u: Tensor) -> Tensor:
+    """(..., 1, 1): what the arithmetic resolves of the largest eigenvalue of a Gram matrix."""
+    return 4 * torch.finfo(u.dtype).eps * energy(u)
+
+
+def _scores(fit: Ridge, v: Tensor) -> Tensor:
+    """(..., shrinkages): log determinant of the leave-one-out errors' covariance.
+
+    It is taken together with d_v / N of v's own: with few samples for its dimension a sample
+    covariance is nearly singular by chance, and the chance would decide.
+    """
+    n, r = v.shape[-2:]
+    prediction = v - fit.left_out_error
+    spread, crossed = v.mT @ v / n, v.mT @ prediction / n
+    crossed = (crossed + crossed.mT).unsqueeze(-3)
+    predicted = (prediction.mT @ prediction / n).unsqueeze(-3)
+    factors = torch.tensor(_SHRINKAGES, dtype=v.dtype, device=v.device)[:, None, None]
+    error = spread.unsqueeze(-3) - factors * crossed + factors.square() * predicted
+    return logdet(error + (r / n * spread + jitter(spread)).unsqueeze(-3))
+
+
+def _shrunk(fit: Ridge, v: Tensor, index: Tensor) -> Ridge:
+    """The fit with its weights times ``_SHRINKAGES[index]``."""
+    factor = (index.to(v.dtype) / (len(_SHRINKAGES) - 1))[..., None, None]
+    whole = 1 - 1 / v.shape[-2]
+    return Ridge(
+        factor * fit.weight,
+        v - factor * (v - fit.residual),
+        whole - factor * (whole - fit.freedom),
+    )
+
+
+def _fit(u: Tensor, v: Tensor, penalty: Tensor) -> Ridge:
+    """Centred u (..., N, d), v (..., N, r), penalty (..., 1, 1)."""
+    n, d = u.shape[-2:]
+    penalty = penalty + torch.finfo(u.dtype).tiny
+    return (_fit_primal if d < n else _fit_dual)(u, v, penalty)
+
+
+def _fit_primal(u: Tensor, v: Tensor, penalty: Tensor) -> Ridge:
+    factor = _cholesky(u.mT @ u, penalty)
+    columns = u.mT.expand(*factor.shape[:-2], *u.mT.shape[-2:])
+    half = torch.linalg.solve_triangular(factor, columns, upper=False)
+    weight = torch.linalg.solve_triangular(factor.mT, half @ v, upper=True)
+    leverage = torch.linalg.vector_norm(half, dim=-2).square().unsqueeze(-1)
+    return Ridge(weight, v - u @ weight, _freedom(1 - leverage))
+
+
+def _fit_dual(u: Tensor, v: Tensor, penalty: Tensor) -> Ridge:
+    n = u.shape[-2]
+    factor = _cholesky(u @ u.mT, penalty)
+    identity = torch.eye(n, dtype=u.dtype, device=u.device).expand_as(factor)
+    inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
+    dual = inverse.mT @ (inverse @ v)
+    freedom = penalty * torch.linalg.vector_norm(inverse, dim=-2).square().unsqueeze(-1)
+    return Ridge(u.mT @ dual, penalty * dual, _freedom(freedom))
+
+
+def _freedom(one_minus_leverage: Tensor) -> Tensor:
+    """The mean took one more degree of freedom: 1/N of every sample's."""
+    n = one_minus_leverage.shape[-2]
+    resolution = torch.finfo(one_minus_leverage.dtype).eps
+    return (one_minus_leverage - 1 / n).clamp_min(resolution)
+
+
+def _cholesky(gram: Tensor, penalty: Tensor) -> Tensor:
+    size = gram.shape[-1]
+    identity = torch.eye(size, dtype=gram.dtype, device=gram.device)
+    # The _ex form: a check of the factorisation would wait for the device.
+    return torch.linalg.cholesky_ex(gram + penalty * identity)[0]
+
+
+def logdet(covariance: Tensor) -> Tensor:
+    """(...,): log determinant of positive definite matrices (..., r, r)."""
+    factor = torch.linalg.cholesky_ex(covariance)[0]
+    return 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
+def jitter(covariance: Tensor) -> Tensor:
+    """What keeps a covariance positive definite in its arithmetic, times the identity."""
+    r = covariance.shape[-1]
+    level = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    finfo = torch.finfo(covariance.dtype)
+    identity = torch.eye(r, dtype=covariance.dtype, device=covariance.device)
+    return (8 * finfo.eps * level + finfo.tiny) * identity

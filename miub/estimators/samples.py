@@ -1,0 +1,121 @@
+"""Samples as every estimator takes them: checked, wide enough, with the noise model's variances."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+FEWEST = 8
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Pairs of samples under the noise model of the derivation's section 5.
+
+    Attributes:
+        u: (..., N, d_u), centred, float32 at least.
+        v: (..., N, d_v), centred, the same dtype.
+        noise_u: (..., 1, 1), variance of the noise on each coordinate of u.
+        noise_v: (..., 1, 1), likewise of v.
+        informative: (...), whether both sides vary.  A constant is independent of everything.
+    """
+
+    u: Tensor
+    v: Tensor
+    noise_u: Tensor
+    noise_v: Tensor
+    informative: Tensor
+
+    @property
+    def n(self) -> int:
+        """How many there are."""
+        return self.u.shape[-2]
+
+    def part(self, start: int, end: int) -> Samples:
+        """The samples from ``start`` to ``end`` under the same noise, not centred again."""
+        return replace(self, u=self.u[..., start:end, :], v=self.v[..., start:end, :])
+
+
+def prepare(u: Tensor, v: Tensor, noise: float) -> Samples:
+    """Check the samples and work out the noise's variances.
+
+    Raises:
+        TypeError: samples that are not real floating-point tensors.
+        ValueError: shapes that do not fit, two devices, fewer than 8 samples, negative noise.
+    """
+    for name, x in (("u", u), ("v", v)):
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {_kind(x)}.")
+        if x.ndim < 2 or x.shape[-1] == 0:
+            raise ValueError(
+                f"{name} must be (..., N, dimension), got {tuple(x.shape)}; one-dimensional "
+                "samples are (N, 1)."
+            )
+    if u.shape[:-1] != v.shape[:-1]:
+        raise ValueError(
+            f"u and v must hold the same samples: {tuple(u.shape)} and {tuple(v.shape)} differ "
+            "before the last axis."
+        )
+    if u.device != v.device:
+        raise ValueError(f"u is on {u.device} and v on {v.device}; move one.")
+    if u.shape[-2] < FEWEST:
+        raise ValueError(f"at least {FEWEST} samples are needed, got {u.shape[-2]}.")
+    if not 0 <= noise < float("inf"):
+        raise ValueError(f"noise must be finite and at least 0, got {noise}.")
+    dtype = torch.promote_types(torch.promote_types(u.dtype, v.dtype), torch.float32)
+    u, variance_u = _centred_with_variance(u.detach().to(dtype))
+    v, variance_v = _centred_with_variance(v.detach().to(dtype))
+    informative = ((variance_u > 0) & (variance_v > 0))[..., 0, 0]
+    return Samples(u, v, noise * variance_u, noise * variance_v, informative)
+
+
+def _kind(x: object) -> str:
+    return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+
+
+def centred(x: Tensor) -> Tensor:
+    """Return x (..., N, d) minus its mean over the samples."""
+    return x - x.mean(-2, keepdim=True)
+
+
+def energy(x: Tensor) -> Tensor:
+    """(..., 1, 1): sum of all squares of x (..., N, d)."""
+    return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).square()
+
+
+def _centred_with_variance(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x centred, and (..., 1, 1) the mean variance of its coordinates.
+
+    Zero where what varies is below the arithmetic's resolution of the values themselves.
+    """
+    n, d = x.shape[-2:]
+    mean = x.mean(-2, keepdim=True)
+    x = x - mean
+    variance = energy(x) / (n * d)
+    resolution = 4 * torch.finfo(x.dtype).eps ** 2 * mean.square().mean(-1, keepdim=True)
+    # Negated, so that what is not a number stays: it must not pass for a constant.
+    return x, variance * ~(variance <= resolution)
+
+
+def squared_lengths(x: Tensor, covariance: Tensor) -> Tensor:
+    """(..., N): ``x_i' covariance^-1 x_i`` for x (..., N, r)."""
+    factor = torch.linalg.cholesky_ex(covariance)[0]
+    return torch.linalg.solve_triangular(factor, x.mT, upper=False).square().sum(-2)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Matrix products of float32 in float32, whatever the script allows for its own.
+
+    Gram matrices in TF32 would be off by 1e-3 of their largest entries, more than the noise.
+    """
+    allowed = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = allowed
