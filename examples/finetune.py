@@ -9,7 +9,8 @@ positive from negative sentences of movie reviews (examples/data/README.md). Bot
 start from the same weights and see the same batches, with the same dropout, in the same
 order. What differs is one line, in `start`.
 
-Writes to --output: loss.png, results.json, and the ScaLoRA model twice, as a plain
+Writes to --output: loss.png, results.json, the mutual information of every layer's two paths
+(miub.png, miub-*.json), and the ScaLoRA model twice, as a plain
 transformers checkpoint (merged/) and as a plain PEFT adapter (adapter/). Both are loaded
 again and must answer as the trained model does; if not, the exit status is 1.
 """
@@ -38,6 +39,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from rich.console import Console
 from rich.progress import track
 
+import miub
 import scalora
 
 PLAIN, SCALORA = "LoRA", "ScaLoRA"
@@ -45,6 +47,9 @@ PLAIN, SCALORA = "LoRA", "ScaLoRA"
 # The largest difference of a logit that may lie between a trained and a reloaded model.
 # Folding in float32 costs about 1e-5, the adapter's cut to the rank it needs about 1e-4.
 LOGIT_BOUND = 1e-3
+
+# Held-out batches that the mutual information is measured on, 512 tokens of each.
+MIUB_BATCHES = 8
 
 
 @dataclass
@@ -145,6 +150,19 @@ def measure(
         "seconds_a_step": report.seconds_a_step(run.seconds, interval),
         "peak_mebibytes": peak_bytes / 2**20,
     }
+
+
+def reliance(
+    model: PeftModel, base: torch.nn.Module, batches: list, args: argparse.Namespace
+) -> miub.MIUBReport:
+    """Return how much each layer's change leans on the pretrained weights, on held-out sentences.
+
+    ScaLoRA has folded a part of the change into the base; `reference` tells the two apart again.
+    """
+    spread = batches[:: max(1, len(batches) // MIUB_BATCHES)]  # they are sorted by length
+    with miub.MIUBMonitor(model, every=1, reference=base, seed=args.seed) as monitor:
+        answer(model, spread, args.device)
+    return monitor.report().averaged()
 
 
 def ranks(model: PeftModel, base: torch.nn.Module) -> dict[str, float]:
@@ -278,7 +296,11 @@ def main(argv: list[str] | None = None) -> int:
         run.name: measure(run, logits[run.name], labels, base, peaks[run.name], args.interval)
         for run in runs
     }
+    reports = {run.name: reliance(run.model, base, tests, args) for run in runs}
+    for name, measured in reports.items():
+        results[name]["miub"] = measured.mean
     report.print_table(results, console)
+    report.print_reliance(reports, console)
 
     args.output.mkdir(parents=True, exist_ok=True)
     report.plot_losses(
@@ -286,6 +308,9 @@ def main(argv: list[str] | None = None) -> int:
         {name: result["held_out_loss"] for name, result in results.items()},
         args.output / "loss.png",
     )
+    for name, measured in reports.items():
+        measured.to_json(args.output / f"miub-{name.lower()}.json")
+    report.plot_reliance(reports, args.output / "miub.png")
     error = save(runs[-1], base, tokenizer, args.output)
     reloaded = {
         name: compare(logits[SCALORA], answer(model, tests, args.device))
@@ -301,7 +326,7 @@ def main(argv: list[str] | None = None) -> int:
             "losses": {run.name: run.losses for run in runs},
         },
     )
-    console.print(f"Wrote loss.png, results.json, merged/ and adapter/ to {args.output}")
+    console.print(f"Wrote loss.png, miub.png, results.json, merged/ and adapter/ to {args.output}")
     return 0 if all(r["logit_difference"] <= LOGIT_BOUND for r in reloaded.values()) else 1
 
 

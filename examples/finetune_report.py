@@ -14,6 +14,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from miub import MIUBReport
+
 SMOOTHING = 20  # steps: the window of the training loss in the table and in the plot
 
 
@@ -90,9 +92,66 @@ ROWS = (
     ("held-out accuracy", "held_out_accuracy", "{:.1%}"),
     ("rank of the change", "rank", "{:.1f}"),
     ("effective rank of the change", "effective_rank", "{:.1f}"),
+    ("MIUB, mean of the layers, nats", "miub", "{:.2f}"),
     ("seconds a step (median)", "seconds_a_step", "{:.3f}"),
     ("peak memory, MiB", "peak_mebibytes", "{:.1f}"),
 )
+
+
+def print_reliance(reports: dict[str, MIUBReport], console: Console) -> None:
+    """Print each run's mutual information between frozen and learned path, layer by layer."""
+    first = next(iter(reports.values()))
+    table = Table(title="MIUB: how much the change leans on the pretrained weights (nats)")
+    table.add_column("layer")
+    for name in reports:
+        table.add_column(f"{name}: at most", justify="right")
+        table.add_column("± s.e.", justify="right")
+        table.add_column("at least", justify="right")
+    for layer in first.layers:
+        cells: list[str] = []
+        for measured in reports.values():
+            row = measured[layer]
+            cells += [f"{row.value:.2f}", f"{row.stderr:.2f}", f"{row.lower:.2f}"]
+        table.add_row(layer, *cells)
+    table.add_section()
+    for kind, _ in first.by_kind().items():
+        cells = []
+        for measured in reports.values():
+            cells += [f"{measured.by_kind()[kind].mean:.2f}", "", ""]
+        table.add_row(f"mean of {kind}", *cells)
+    cells = []
+    for measured in reports.values():
+        cells += [f"{measured.mean:.2f}", "", ""]
+    table.add_row("mean of all", *cells)
+    console.print(table)
+    console.print(
+        f"Upper bound ({first.estimator}) and lower bound (InfoNCE) of the mutual information "
+        f"between what\nthe pretrained weight and what the whole change contributes to a layer's "
+        f"output; noise tau = {first.noise:g};\n{next(iter(first)).tokens:,} held-out tokens a "
+        "layer. Lower: the change relies less on what was pretrained.",
+        style="dim",
+    )
+
+
+def plot_reliance(reports: dict[str, MIUBReport], path: Path) -> None:
+    """Draw the runs' upper bounds, a point for each layer, grouped by kind of module."""
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    kinds = list(next(iter(reports.values())).by_kind())
+    for offset, color, (name, measured) in zip(
+        (-0.15, 0.15), ("#7f7f7f", "#c2410c"), reports.items(), strict=True
+    ):
+        rows = list(measured)
+        x = [kinds.index(row.kind) + offset for row in rows]
+        axes.plot(x, [row.value for row in rows], "o", color=color, alpha=0.6, label=name)
+    axes.set_xticks(range(len(kinds)), kinds, rotation=25, ha="right")
+    axes.set_ylabel("MIUB (nats)")
+    axes.set_title("Reliance on the pretrained weights, a point a layer", loc="left")
+    axes.set_ylim(bottom=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def print_proof(

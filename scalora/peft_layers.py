@@ -18,6 +18,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import layer as lora_layers
 from peft.tuners.lora import variants as lora_variants
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -110,6 +111,38 @@ class LoRAPair:
         merged = variant.merge_safe(self.module, self.adapter, base.clone())
         self.module._caches.clear()
         return merged
+
+    @property
+    def runs(self) -> bool:
+        """Whether the layer's output has this adapter's contribution in it now."""
+        module = self.module
+        return not module.disable_adapters and self.adapter in module.active_adapters
+
+    def rows(self, outputs: Tensor) -> Tensor:
+        """The base layer's outputs as (positions, m): a convolution's have the channels inside."""
+        if isinstance(self.module, _CONVOLUTIONS):
+            outputs = outputs.movedim(1, -1)
+        return outputs.flatten(0, -2)
+
+    def input_rows(self, inputs: Tensor, index: Tensor) -> Tensor:
+        """The inputs (k, n) at those positions, of a layer that is not a convolution.
+
+        An embedding's are one-hot, (k,) token ids.
+        """
+        if self.is_embedding:
+            return inputs.flatten().index_select(0, index)
+        return inputs.flatten(0, -2).index_select(0, index)
+
+    def code(self, inputs: Tensor, index: Tensor) -> Tensor:
+        """(k, r): what ``Q^T`` makes of the inputs at those positions, without dropout, float32."""
+        if isinstance(self.module, _CONVOLUTIONS):
+            convolution = self.module.lora_A[self.adapter]
+            return self.rows(convolution(inputs.to(convolution.weight.dtype))).index_select(
+                0, index
+            )
+        rows = self.input_rows(inputs, index)
+        Q = self.Q_parameter.float()
+        return Q.T[rows] if self.is_embedding else rows.float() @ Q.T
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         """A stored base weight as (m, n)."""
@@ -217,6 +250,20 @@ def why_not_rebased(pair: LoRAPair) -> str | None:
         return "max_norm renormalises its base weight"
     if isinstance(module, lora_layers.Embedding) and base.sparse:
         return "its gradients are sparse"
+    return None
+
+
+def why_not_measured(pair: LoRAPair) -> str | None:
+    """Why the layer's two paths cannot be seen apart from outside, or None if they can."""
+    module = pair.module
+    factors = module.lora_embedding_A if pair.is_embedding else module.lora_A
+    if pair.adapter not in factors or not hasattr(module, "get_base_layer"):
+        return f"{type(module).__name__} layers are not supported"
+    base = module.get_base_layer()
+    if isinstance(base, (NonDynamicallyQuantizableLinear, nn.MultiheadAttention)):
+        return "a MultiheadAttention computes without calling its layers"
+    if isinstance(module, ParamWrapper):
+        return "target_parameters have no output of their own"
     return None
 
 

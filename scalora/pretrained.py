@@ -48,11 +48,22 @@ def weight_changes(
         return {
             pair.name: (pair, pair.effective_weight() - _wide(pair.base_weight)) for pair in pairs
         }
-    weights = _weights_of(model, base)
-    return {pair.name: (pair, _change(pair, weights, moved)) for pair in pairs}
+    weights = pretrained_weights(model, base)
+    return {pair.name: (pair, change_since(pair, weights, moved)) for pair in pairs}
 
 
-def _change(pair: LoRAPair, weights: Mapping[str, Tensor], moved: bool) -> Tensor:
+def change_since(pair: LoRAPair, weights: Mapping[str, Tensor], moved: bool = True) -> Tensor:
+    """Everything the layer has learned since ``weights``, as stored, float32 at least.
+
+    Args:
+        pair: the layer.
+        weights: name -> weight, of `pretrained_weights`.
+        moved: whether the layer's own base weight may differ from the pretrained one; then the
+            latter must not be the former.
+
+    Raises:
+        ValueError: weights that lack the layer's, or whose shape does not fit it.
+    """
     key = f"{pair.name}.weight"
     # A headless base names its weights without the head's prefix ("bert.").
     start = weights.get(key)
@@ -77,7 +88,12 @@ def _change(pair: LoRAPair, weights: Mapping[str, Tensor], moved: bool) -> Tenso
     return effective - start.detach().to(effective.device, own.dtype).to(effective.dtype)
 
 
-def _weights_of(model: nn.Module, base: Base | None) -> dict[str, Tensor]:
+def pretrained_weights(model: nn.Module, base: Base | None) -> dict[str, Tensor]:
+    """Name -> weight of a base that is given as a model, a state dict, a folder or a hub id.
+
+    Raises:
+        ValueError: there is none, or it cannot be loaded.
+    """
     if isinstance(base, nn.Module):
         base = base.state_dict()
     if isinstance(base, Mapping):

@@ -61,7 +61,7 @@ def _left_out_contrast(regression: Regression, generator: torch.Generator) -> Es
     covariance = error.mT @ error / samples.n + regression.carried + regression.least
     part = samples.part(0, min(samples.n, _CONTRAST_ON))
     means = part.v - error[..., : part.n, :]
-    means = moved_by_noise(means, regression.ridge.weight, samples.noise_u, generator)
+    means = moved_by_noise(means, regression.carried, generator)
     noisy = part.v + samples.noise_v.sqrt() * draw(part.v.shape, generator, part.v)
     q = LinearGaussian(means, covariance, torch.zeros_like(covariance))
     value, terms = contrast(q, noisy)

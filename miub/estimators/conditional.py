@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from miub.estimators.regression import regress
-from miub.estimators.ridge import logdet
+from miub.estimators.ridge import jitter, logdet
 from miub.estimators.samples import Samples, squared_lengths
 
 _LOG_2PI = math.log(2 * math.pi)
@@ -92,23 +92,22 @@ def fit_linear(samples: Samples) -> Fitted:
         means = mean_v + (u - mean_u) @ weight
         if generator is None:
             return LinearGaussian(means, regression.conditional, carried)
-        means = moved_by_noise(means, weight, samples.noise_u, generator)
+        means = moved_by_noise(means, carried, generator)
         return LinearGaussian(means, regression.conditional, torch.zeros_like(carried))
 
     return at
 
 
-def moved_by_noise(
-    means: Tensor, weight: Tensor, variance: Tensor, generator: torch.Generator
-) -> Tensor:
-    """Linear predictions (..., n, d_v) as they would be from u with noise of that variance.
+def moved_by_noise(means: Tensor, carried: Tensor, generator: torch.Generator) -> Tensor:
+    """Predictions (..., n, d_v) as they would be from u with its noise, drawn where they are.
 
-    The noise is drawn in the space of v, where weight (..., d_u, d_v) takes it.
+    Args:
+        means: predictions from u without it.
+        carried: (..., d_v, d_v), the covariance that the noise gives them.
+        generator: on their device.
     """
-    # weight' weight = F'F with weight = Q F: no factorisation that could fail.
-    factor = torch.linalg.qr(weight, mode="r")[1]
-    noise = draw((*means.shape[:-1], factor.shape[-2]), generator, means)
-    return means + variance.sqrt() * (noise @ factor)
+    factor = torch.linalg.cholesky_ex(carried + jitter(carried))[0]
+    return means + draw(means.shape, generator, means) @ factor.mT
 
 
 def draw(shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from miub.estimators.ridge import PENALTIES, Ridge, fit_ridge, jitter
-from miub.estimators.samples import Samples, centred
+from miub.estimators.samples import Samples
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Regression:
 
 
 def regress(samples: Samples, penalties: Sequence[float] = PENALTIES) -> Regression:
-    """Fit, and take the moments; see `ridge.fit_ridge`."""
+    """Fit to centred samples, and take the moments; see `ridge.fit_ridge`."""
     ridge = fit_ridge(samples, penalties)
-    covariance, least = _covariance(samples)
+    covariance, least = _covariance(samples.v, samples.noise_v)
     carried = samples.noise_u * (ridge.weight.mT @ ridge.weight)
     residual = ridge.unbiased_residual
     conditional = residual.mT @ residual / samples.n + carried + least
@@ -45,13 +45,13 @@ def regress(samples: Samples, penalties: Sequence[float] = PENALTIES) -> Regress
 
 def spread(samples: Samples) -> tuple[Tensor, Tensor]:
     """Mean (..., 1, d_v) and covariance (..., d_v, d_v) of v with its noise."""
-    return samples.v.mean(-2, keepdim=True), _covariance(samples)[0]
+    mean = samples.v.mean(-2, keepdim=True)
+    return mean, _covariance(samples.v - mean, samples.noise_v)[0]
 
 
-def _covariance(samples: Samples) -> tuple[Tensor, Tensor]:
-    """Of v with its noise, and the part that the noise brings."""
-    v = centred(samples.v)
-    covariance = v.mT @ v / (samples.n - 1)
-    identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
-    least = samples.noise_v * identity + jitter(covariance)
+def _covariance(v: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Of centred v with its noise, and the part that the noise brings."""
+    covariance = v.mT @ v / (v.shape[-2] - 1)
+    identity = torch.eye(v.shape[-1], dtype=v.dtype, device=v.device)
+    least = noise * identity + jitter(covariance)
     return covariance + least, least

@@ -61,27 +61,32 @@ def fit_ridge(samples: Samples, penalties: Sequence[float] = PENALTIES) -> Ridge
     leverages, without refitting.
 
     Args:
-        samples: N of them.
+        samples: N of them, centred.
         penalties: those to try, over the total variance of u.
 
     Cost: N d_u min(N, d_u) for the Gram matrix and min(N, d_u)^3 for each penalty.
     """
-    u, v = centred(samples.u), centred(samples.v)
-    noise = samples.n * samples.noise_u
-    few = samples.part(0, min(samples.n, _SELECT_ON))
-    few_u, few_v = centred(few.u), centred(few.v)
-    added = torch.tensor(penalties, dtype=u.dtype, device=u.device)[:, None, None]
-    added = added * (energy(few_u) / few.n).unsqueeze(-3)
+    u, v = samples.u, samples.v
+    own = samples.n * samples.noise_u + _least_penalty(u)
     if len(penalties) == 1:
-        fit = _fit(u, v, added.squeeze(-3) + noise + _least_penalty(u))
+        fit = _fit(u, v, penalties[0] * energy(u) / samples.n + own)
         return _shrunk(fit, v, _scores(fit, v).argmin(-1))
-    tried = added + (few.n * few.noise_u + _least_penalty(few_u)).unsqueeze(-3)
-    scores = _scores(_fit(few_u.unsqueeze(-3), few_v.unsqueeze(-3), tried), few_v.unsqueeze(-3))
+    added, best = _selected(samples, penalties)
+    return _shrunk(_fit(u, v, added + own), v, best)
+
+
+def _selected(samples: Samples, penalties: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """The penalty (..., 1, 1) on top of the noise's, and the index (...) of the shrinkage."""
+    n = min(samples.n, _SELECT_ON)
+    few = samples.part(0, n)
+    u, v = centred(few.u).unsqueeze(-3), centred(few.v).unsqueeze(-3)
+    grid = torch.tensor(penalties, dtype=u.dtype, device=u.device)[:, None, None]
+    added = grid * energy(u) / n
+    scores = _scores(_fit(u, v, added + n * few.noise_u.unsqueeze(-3) + _least_penalty(u)), v)
     best = scores.flatten(-2).argmin(-1)
     chosen = (best // len(_SHRINKAGES))[..., None, None, None]
     penalty = added.expand(*scores.shape[:-1], 1, 1).gather(-3, chosen).squeeze(-3)
-    fit = _fit(u, v, penalty + noise + _least_penalty(u))
-    return _shrunk(fit, v, best % len(_SHRINKAGES))
+    return penalty, best % len(_SHRINKAGES)
 
 
 def _least_penalty(u: Tensor) -> Tensor:
@@ -134,12 +139,23 @@ def _fit_primal(u: Tensor, v: Tensor, penalty: Tensor) -> Ridge:
 
 def _fit_dual(u: Tensor, v: Tensor, penalty: Tensor) -> Ridge:
     n = u.shape[-2]
-    factor = _cholesky(u @ u.mT, penalty)
+    factor = _cholesky(_outer_gram(u), penalty)
     identity = torch.eye(n, dtype=u.dtype, device=u.device).expand_as(factor)
     inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
     dual = inverse.mT @ (inverse @ v)
     freedom = penalty * torch.linalg.vector_norm(inverse, dim=-2).square().unsqueeze(-1)
     return Ridge(u.mT @ dual, penalty * dual, _freedom(freedom))
+
+
+def _outer_gram(u: Tensor) -> Tensor:
+    """``u u^T`` by its lower triangle of blocks: a factorisation reads no more of it."""
+    half = u.shape[-2] // 2
+    first, second = u[..., :half, :], u[..., half:, :]
+    gram = u.new_zeros(*u.shape[:-1], u.shape[-2])
+    gram[..., :half, :half] = first @ first.mT
+    gram[..., half:, :half] = second @ first.mT
+    gram[..., half:, half:] = second @ second.mT
+    return gram
 
 
 def _freedom(one_minus_leverage: Tensor) -> Tensor:

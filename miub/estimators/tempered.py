@@ -68,21 +68,17 @@ def tempered_moments(regression: Regression, order: float) -> Estimate:
         raise ValueError(f"order must be in (0, 1], got {order}.")
     samples, S, R = regression.samples, regression.covariance, regression.conditional
     mixed = (1 - order) * R + order * S
-    ratio = torch.linalg.inv_ex(mixed)[0] @ S
-    trace = ratio.diagonal(dim1=-2, dim2=-1).sum(-1)
+    inverse = torch.linalg.inv_ex(mixed)[0]
+    trace = (inverse * S).sum((-2, -1))
     value = (logdet(mixed) - logdet(R)) / (2 * order) + (trace - S.shape[-1]) / 2
-    influence = _influence(samples.v, regression.ridge.unbiased_residual, S, R, order)
-    stderr = influence.std(-1) / samples.n**0.5
-    return Estimate(value * samples.informative, stderr * samples.informative, samples.n)
-
-
-def _influence(v: Tensor, residual: Tensor, S: Tensor, R: Tensor, order: float) -> Tensor:
-    """(..., N): derivative of the value along each sample's v v' in S and its residual's in R."""
-    inverse = torch.linalg.inv_ex((1 - order) * R + order * S)[0]
+    # The value's derivatives with respect to S and R, along each sample's part in them.
     by_mixed = inverse / (2 * order) - inverse @ S @ inverse / 2
     by_R = (1 - order) * by_mixed - torch.linalg.inv_ex(R)[0] / (2 * order)
     by_S = order * by_mixed + inverse / 2
-    return ((v @ by_S) * v).sum(-1) + ((residual @ by_R) * residual).sum(-1)
+    v, residual = samples.v, regression.ridge.unbiased_residual
+    influence = ((v @ by_S) * v).sum(-1) + ((residual @ by_R) * residual).sum(-1)
+    stderr = influence.std(-1) / samples.n**0.5
+    return Estimate(value * samples.informative, stderr * samples.informative, samples.n)
 
 
 def gaussian(

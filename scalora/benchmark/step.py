@@ -8,14 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification
 
 import scalora
+from scalora.benchmark.demo_model import demo_batch, demo_model
 from scalora.benchmark.table import markdown
 
-_BATCH, _TOKENS = 32, 32
 _WARM_UP, _BLOCKS, _BLOCK = 4, 6, 10  # rounds; a block holds one re-basing of interval=10
 
 
@@ -40,7 +38,7 @@ def run(device: torch.device) -> str:
         _contestant("interval=10", device, _scalora(interval=10)),
         _contestant("interval=1, direction", device, _scalora(interval=1, rule="direction")),
     ]
-    ids, labels = _batch(device)
+    ids, labels = demo_batch(device)
     for turn in range(_WARM_UP + _BLOCKS * _BLOCK):
         order = contestants[turn % len(contestants) :] + contestants[: turn % len(contestants)]
         for contestant in order:
@@ -80,21 +78,9 @@ def _contestant(
     device: torch.device,
     wrap: Callable[[torch.optim.Optimizer, nn.Module], torch.optim.Optimizer],
 ) -> _Contestant:
-    torch.manual_seed(0)
-    config = BertConfig(
-        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
-    )
-    base = BertForSequenceClassification(config)
-    adapter = LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules="all-linear")
-    model = get_peft_model(base, adapter).to(device)
+    model = demo_model(device)
     trainable = [p for p in model.parameters() if p.requires_grad]
     return _Contestant(name, model, wrap(torch.optim.AdamW(trainable, lr=1e-3), model), [])
-
-
-def _batch(device: torch.device) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1000, 30000, (_BATCH, _TOKENS), generator=generator)
-    return ids.to(device), (ids.sum(1) % 2).to(device)
 
 
 def _step(contestant: _Contestant, ids: Tensor, labels: Tensor) -> None:

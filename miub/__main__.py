@@ -1,0 +1,8 @@
+"""``python -m miub``."""
+
+import sys
+
+from miub.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

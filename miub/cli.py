@@ -1,0 +1,108 @@
+"""``python -m miub --model DIR --adapter DIR --text FILE``: the report on a trained adapter."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftConfig, PeftModel
+from rich.progress import track
+
+from miub.estimators import ESTIMATORS
+from miub.monitor import MIUBMonitor
+from miub.report import MIUBReport
+
+_MODELS = {
+    "CAUSAL_LM": transformers.AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
+    "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Load, run the text through the model, print the table; 2 if the input is at fault."""
+    args = _parse(argv)
+    try:
+        report = _report(args)
+    except (OSError, ValueError) as error:
+        print(f"miub: {error}", file=sys.stderr)
+        return 2
+    print(report)
+    for path, write in ((args.csv, report.to_csv), (args.json, report.to_json)):
+        if path:
+            write(path)
+    if args.plot:
+        report.plot(args.plot)
+    return 0
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m miub", description=__doc__)
+    add = parser.add_argument
+    add("--model", required=True, help="the pretrained model: a folder or a hub id")
+    add("--adapter", required=True, help="the LoRA adapter: a folder or a hub id")
+    add("--text", required=True, type=Path, help="UTF-8; every line that is not empty is a text")
+    add("--estimator", default="tempered", choices=sorted(ESTIMATORS), help="default: %(default)s")
+    add("--noise", type=float, default=0.01, help="tau of the noise model; default: %(default)s")
+    add("--tokens", type=int, default=512, help="drawn from each batch; default: %(default)s")
+    add("--batch-size", type=int, default=32, help="texts a batch; default: %(default)s")
+    add("--batches", type=int, default=8, help="at most so many; default: %(default)s")
+    add("--max-length", type=int, default=128, help="tokens of a text; default: %(default)s")
+    add("--dtype", default="auto", help="of the model: auto, float32, bfloat16; default: auto")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--seed", type=int, default=0, help="of the draw; default: %(default)s")
+    add("--csv", help="write every measurement to this file")
+    add("--json", help="write the report to this file")
+    add("--plot", help="draw the report to this file, .png or .pdf")
+    return parser.parse_args(argv)
+
+
+def _report(args: argparse.Namespace) -> MIUBReport:
+    model = _load(args)
+    monitor = MIUBMonitor(
+        model,
+        every=1,
+        tokens=args.tokens,
+        estimator=args.estimator,
+        noise=args.noise,
+        seed=args.seed,
+    )
+    with monitor, torch.inference_mode():
+        for batch in _batches(args):
+            if model.config.is_encoder_decoder:
+                batch["labels"] = batch["input_ids"]
+            model(**batch.to(args.device))
+    return monitor.report().averaged()
+
+
+def _load(args: argparse.Namespace) -> PeftModel:
+    task = str(getattr(PeftConfig.from_pretrained(args.adapter), "task_type", None))
+    kind: Any = _MODELS.get(task, transformers.AutoModel)
+    base = kind.from_pretrained(args.model, dtype=args.dtype)
+    return PeftModel.from_pretrained(base, args.adapter).to(args.device).eval()
+
+
+def _batches(args: argparse.Namespace) -> Iterator[transformers.BatchEncoding]:
+    lines = args.text.read_text(encoding="utf-8").splitlines()
+    texts = [line for line in lines if line.strip()]
+    if not texts:
+        raise ValueError(f"{args.text} has no text.")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    starts = range(0, len(texts), args.batch_size)[: args.batches]
+    for start in track(starts, "measuring", disable=not sys.stderr.isatty(), transient=True):
+        yield tokenizer(
+            texts[start : start + args.batch_size],
+            return_tensors="pt",
+            padding=True,
+            truncation=True,
+            max_length=args.max_length,
+        )

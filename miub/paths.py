@@ -1,0 +1,56 @@
+"""The two paths of a LoRA layer as samples, one row a token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from scalora.peft_layers import LoRAPair
+from scalora.pretrained import change_since
+
+# A change that was folded over many re-basings has no fixed rank; so many coordinates hold it.
+_MOST_COORDINATES = 64
+
+
+def adapter_code(pair: LoRAPair, inputs: Tensor, index: Tensor) -> Tensor:
+    """(k, r) or (k, m): ``s P Q^T x`` in coordinates of an orthonormal basis of P's columns.
+
+    Mutual information does not change under injective maps, and the noise is isotropic, so any such
+    basis will do.
+    """
+    # P = O R. A QR, unlike an SVD, does not wait for the device.
+    triangle = torch.linalg.qr(pair.P_parameter.float().flatten(1), mode="r")[1]
+    return pair.scaling * (pair.code(inputs, index).float() @ triangle.T)
+
+
+def learned_since(
+    pair: LoRAPair,
+    weights: Mapping[str, Tensor],
+    inputs: Tensor,
+    outputs: Tensor,
+    index: Tensor,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """The pretrained path (k, m), and all that was learned since in at most 64 coordinates.
+
+    Args:
+        pair: a layer whose base has taken in increments.
+        weights: the pretrained ones by name.
+        inputs: of the layer.
+        outputs: (k, m), of its base layer now.
+        index: (k,), the positions.
+        generator: for the range finder (Halko, Martinsson and Tropp 2011) of the change's columns.
+    """
+    rows = pair.input_rows(inputs, index)
+    change = pair.as_matrix(change_since(pair, weights)).float()
+    base_now = pair.as_matrix(pair.base_weight).float()
+    folded = change - (pair.as_matrix(pair.effective_weight()).float() - base_now)
+    coordinates = min(*change.shape, 8 * pair.rank, _MOST_COORDINATES)
+    probes = torch.randn(change.shape[1], coordinates, generator=generator, device=change.device)
+    basis = torch.linalg.qr(change @ probes)[0]
+    if pair.is_embedding:
+        return outputs - folded.T[rows], (basis.T @ change).T[rows]
+    rows = rows.float()
+    return outputs - rows @ folded.T, rows @ (basis.T @ change).T
