@@ -10,6 +10,7 @@ from torch import Tensor
 
 from miub.estimators.conditional import Conditional, Fitted, draw, fit_linear
 from miub.estimators.estimate import Estimate
+from miub.estimators.mlp import fit_mlp
 from miub.estimators.samples import Samples, full_precision, prepare
 
 ConditionalName = Literal["linear", "mlp"]
@@ -55,7 +56,9 @@ def crossfitted(
         parts = samples.part(0, half), samples.part(half, 2 * half)
         values, variances = [], []
         for training, held_out in (parts, parts[::-1]):
-            fitted = _fit(training, conditional, seed)
+            fitted: Fitted = (
+                fit_linear(training) if conditional == "linear" else fit_mlp(training, seed=seed)
+            )
             v_held_out = held_out.v
             noisy = noise > 0 and (draws_noise or conditional == "mlp")
             if noisy:
@@ -68,11 +71,3 @@ def crossfitted(
         value = (values[0] + values[1]) / 2
         stderr = (variances[0] + variances[1]).sqrt() / 2
         return Estimate(value * samples.informative, stderr * samples.informative, 2 * half)
-
-
-def _fit(training: Samples, conditional: str, seed: int) -> Fitted:
-    if conditional == "linear":
-        return fit_linear(training)
-    from miub.estimators.mlp import fit_mlp
-
-    return fit_mlp(training, seed=seed)

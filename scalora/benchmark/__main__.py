@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import platform
 
-import peft
 import torch
-import transformers
 
 from scalora.benchmark import drift, fold, language, step
+from scalora.benchmark.machine import machine
 
 BENCHMARKS = {"step": step.run, "fold": fold.run, "drift": drift.run, "language": language.run}
 
@@ -24,21 +22,10 @@ def main() -> None:
     if unknown:
         parser.error(f"no benchmark named {', '.join(sorted(unknown))}")
     device = torch.device(arguments.device)
-    print(_machine(device))
+    print(machine(device))
     for name in arguments.which or BENCHMARKS:
         print(f"\n## {name}\n", flush=True)
         print(BENCHMARKS[name](device), flush=True)
-
-
-def _machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-    else:
-        hardware = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    return (
-        f"{hardware}; Python {platform.python_version()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, peft {peft.__version__}"
-    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,34 @@
+"""``python -m miub.benchmark [truth|cost] [--short] [--device cpu|cuda]``."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from miub.benchmark import cost, ground_truth
+from scalora.benchmark.machine import machine
+
+
+def main() -> None:
+    """Run the chosen benchmarks and print their tables."""
+    parser = argparse.ArgumentParser(prog="python -m miub.benchmark", description=__doc__)
+    parser.add_argument("which", nargs="*", help="of truth, cost; default: both")
+    parser.add_argument("--short", action="store_true", help="truth: N = 128 alone")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    which = arguments.which or ["truth", "cost"]
+    unknown = set(which) - {"truth", "cost"}
+    if unknown:
+        parser.error(f"no benchmark named {', '.join(sorted(unknown))}")
+    device = torch.device(arguments.device)
+    print(machine(device))
+    if "truth" in which:
+        sizes = {"sizes": (128,)} if arguments.short else {}
+        print(f"\n## truth\n\n{ground_truth.run(device, **sizes)}", flush=True)
+    if "cost" in which:
+        print(f"\n## cost\n\n{cost.run(device)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
