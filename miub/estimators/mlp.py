@@ -103,10 +103,10 @@ def fit_mlp(samples: Samples, *, seed: int = 0) -> Fitted:
 def _trained(x: Tensor, target: Tensor, generator: torch.Generator) -> list[Tensor]:
     """Weights for inputs (..., n, d_u) and linear residuals (..., n, d_v)."""
     batch, (n, d), r = x.shape[:-2], x.shape[-2:], target.shape[-1]
-    kept = torch.arange(n, device=x.device) % _VALIDATED != 0
     # A caller's inference mode would leave nothing to train.
     with torch.inference_mode(False), torch.enable_grad():
         x, target = x.clone(), target.clone()
+        trained = (torch.arange(n, device=x.device) % _VALIDATED != 0).to(x.dtype)
         weights = [
             draw((*batch, d, _HIDDEN), generator, x) / d**0.5,
             x.new_zeros((*batch, 1, _HIDDEN)),
@@ -123,13 +123,13 @@ def _trained(x: Tensor, target: Tensor, generator: torch.Generator) -> list[Tens
             shift, log_scale = _outputs(weights, x)
             surprise = ((target - shift) * (-log_scale).exp()).square() / 2 + log_scale
             surprise = surprise.sum(-1)
-            held_out = surprise.detach()[..., ~kept].mean(-1)[..., None, None]
+            held_out = (surprise.detach() * (1 - trained)).sum(-1)[..., None, None]
             # Kept on the device: each leading index stops at a step of its own.
             better = held_out < least
             least = torch.where(better, held_out, least)
             best = [torch.where(better, w.detach(), b) for w, b in zip(weights, best, strict=True)]
             optimizer.zero_grad()
-            surprise[..., kept].mean(-1).sum().backward()
+            ((surprise * trained).sum(-1) / trained.sum()).sum().backward()
             optimizer.step()
     return best
 
