@@ -8,7 +8,7 @@ JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-all test-gpu check demo demo-short benchmark clean
+.PHONY: help install test test-all test-gpu check demo demo-short scaling benchmark benchmark-miub clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +30,7 @@ test-all: $(STAMP) ## every test
 test-gpu: ## GPU tests and benchmark, with $(PYTHON) as it is
 	$(PYTHON) -m pytest -m gpu
 	$(PYTHON) -m scalora.benchmark --device cuda
+	$(PYTHON) -m miub.benchmark --device cuda
 
 check: $(STAMP) ## linter, formatter, types
 	$(BIN)/ruff check .
@@ -42,8 +43,14 @@ demo: $(STAMP) ## fine-tune a real model with plain LoRA and with ScaLoRA
 demo-short: $(STAMP) ## the same, a few steps
 	$(BIN)/python examples/finetune.py --short
 
+scaling: $(STAMP) ## MIUB against rank, model size and complexity of the data
+	$(BIN)/python examples/miub_scaling.py
+
 benchmark: $(STAMP) ## step time and memory against the inner optimizer alone
 	$(BIN)/python -m scalora.benchmark
+
+benchmark-miub: $(STAMP) ## MIUB's estimators on known answers, and the monitor's cost
+	$(BIN)/python -m miub.benchmark
 
 clean: ## remove .venv, caches, builds and what the demo wrote
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output

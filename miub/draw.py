@@ -59,7 +59,7 @@ def draw(
     score = torch.rand(positions, generator=generator, device=device)
     if mask is None:
         return Draw(score.topk(k).indices, None, k)
-    is_token = mask.to(device) > 0
+    is_token = mask.to(device, non_blocking=True) > 0
     score = torch.where(is_token, score, -1.0)
     if mask.device.type == "cpu":
         k = min(k, int((mask > 0).sum()))

@@ -289,7 +289,7 @@ class _ForwardPass:
         else:
             v = adapter_code(pair, inputs, index)
         upper, lower = monitor._estimate(pair, drawn.fill(u), drawn.fill(v))
-        count = torch.as_tensor(drawn.count, dtype=torch.float64, device=u.device)
+        count = drawn.count if isinstance(drawn.count, Tensor) else u.new_full((), drawn.count)
         numbers = (upper.value, upper.stderr, lower, count)
         monitor._pending.append(
             _Measurement(

@@ -1,4 +1,4 @@
-"""Data parallel training: every replica folds the same."""
+"""Data parallel training: every replica folds the same, and a monitor sees all tokens."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import scalora
+from miub import MIUBMonitor
 from scalora.peft_layers import adapter_checksums, base_checksums
 
 pytestmark = pytest.mark.distributed
@@ -35,6 +36,37 @@ def replica(rank: int, folder: str, dtype: torch.dtype) -> None:
     pairs = optimizer.rebased_pairs
     torch.save(base_checksums(pairs) | adapter_checksums(pairs), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def watched(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", PROCESSES)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES)
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(12, 16)), LoraConfig(r=3, target_modules=["0"]))
+    nn.init.normal_(model.get_base_model()[0].lora_B["default"].weight)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    monitor = MIUBMonitor(parallel, every=1, tokens=32)
+    x = torch.randn(100, 12, generator=torch.Generator().manual_seed(rank))
+    with monitor:
+        parallel(x)
+    own = monitor._records
+    report = monitor.report()
+    row = report["0"]
+    torch.save({"row": (row.value, row.tokens), "own": own}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_a_report_is_of_all_ranks_tokens(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(watched, args=(str(tmp_path),), nprocs=PROCESSES)
+    first, second = (
+        torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(PROCESSES)
+    )
+    assert first["row"] == second["row"]
+    assert first["row"][1] == 64
+    values = [saved["own"][0][1].value for saved in (first, second)]
+    assert values[0] != values[1]
+    assert first["row"][0] == pytest.approx(sum(values) / 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

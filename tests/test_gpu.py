@@ -13,6 +13,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import scalora
+from miub import MIUBMonitor
+from miub.benchmark.distributions import layer_paths
+from miub.estimators import tempered
 from scalora.peft_layers import lora_pairs
 
 pytestmark = pytest.mark.gpu
@@ -151,3 +154,44 @@ def test_large_increments_fold_as_on_the_cpu_at_ragged_shapes():
             unit = {torch.float32: 1e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[dtype]
             for one, other in zip(weights, on_gpu, strict=True):
                 torch.testing.assert_close(other.cpu(), one, atol=1e-5, rtol=2 * unit)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_measuring_pass_never_waits_for_the_device(dtype, masked):
+    model = make_model("cuda", dtype)
+    for parameter in trainable(model):
+        torch.nn.init.normal_(parameter, std=0.1)
+    x = torch.randn(8, 40, 96, device="cuda", dtype=dtype)
+    mask = (torch.arange(40, device="cuda") < 30).expand(8, 40)
+
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x, attention_mask=None):
+            return self.model(x)
+
+    monitor = MIUBMonitor(Root(), every=1, tokens=64)
+    with monitor, torch.no_grad():
+        monitor.model(x)  # libraries set themselves up
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            monitor.model(x, attention_mask=mask if masked else None)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all(row.value > 0 for row in monitor.report())
+
+
+def test_the_estimate_is_the_cpus():
+    _, sampler = layer_paths(192, 192, 8, 1.0, 0.01)
+    u, v = sampler((4, 512), torch.Generator().manual_seed(0))
+    expected = tempered(u, v, noise=0.01).value
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        found = tempered(u.cuda(), v.cuda(), noise=0.01).value.cpu()
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)

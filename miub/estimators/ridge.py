@@ -12,7 +12,7 @@ from miub.estimators.samples import Samples, centred, energy
 
 # Penalties that are tried, over the total variance of u.  The first leaves the noise model's own.
 PENALTIES = (0.0, 1e-3, 1e-2, 10**-1.5, 1e-1, 10**-0.5, 1.0, 10**0.5, 10.0, 100.0)
-_SHRINKAGES = tuple(step / 20 for step in range(21))
+_SHRINKAGES = 21  # factors that are tried, from 0 to 1
 # Choosing a penalty takes a factorisation for each; more samples would not choose better.
 _SELECT_ON = 512
 
@@ -80,13 +80,13 @@ def _selected(samples: Samples, penalties: Sequence[float]) -> tuple[Tensor, Ten
     n = min(samples.n, _SELECT_ON)
     few = samples.part(0, n)
     u, v = centred(few.u).unsqueeze(-3), centred(few.v).unsqueeze(-3)
-    grid = torch.tensor(penalties, dtype=u.dtype, device=u.device)[:, None, None]
-    added = grid * energy(u) / n
+    # Not a tensor of the numbers: to copy that to the device would wait for it.
+    added = torch.cat([penalty * energy(u) / n for penalty in penalties], -3)
     scores = _scores(_fit(u, v, added + n * few.noise_u.unsqueeze(-3) + _least_penalty(u)), v)
     best = scores.flatten(-2).argmin(-1)
-    chosen = (best // len(_SHRINKAGES))[..., None, None, None]
+    chosen = (best // _SHRINKAGES)[..., None, None, None]
     penalty = added.expand(*scores.shape[:-1], 1, 1).gather(-3, chosen).squeeze(-3)
-    return penalty, best % len(_SHRINKAGES)
+    return penalty, best % _SHRINKAGES
 
 
 def _least_penalty(u: Tensor) -> Tensor:
@@ -105,14 +105,14 @@ def _scores(fit: Ridge, v: Tensor) -> Tensor:
     spread, crossed = v.mT @ v / n, v.mT @ prediction / n
     crossed = (crossed + crossed.mT).unsqueeze(-3)
     predicted = (prediction.mT @ prediction / n).unsqueeze(-3)
-    factors = torch.tensor(_SHRINKAGES, dtype=v.dtype, device=v.device)[:, None, None]
+    factors = torch.linspace(0, 1, _SHRINKAGES, dtype=v.dtype, device=v.device)[:, None, None]
     error = spread.unsqueeze(-3) - factors * crossed + factors.square() * predicted
     return logdet(error + (r / n * spread + jitter(spread)).unsqueeze(-3))
 
 
 def _shrunk(fit: Ridge, v: Tensor, index: Tensor) -> Ridge:
-    """The fit with its weights times ``_SHRINKAGES[index]``."""
-    factor = (index.to(v.dtype) / (len(_SHRINKAGES) - 1))[..., None, None]
+    """The fit with its weights times ``index / 20``."""
+    factor = (index.to(v.dtype) / (_SHRINKAGES - 1))[..., None, None]
     whole = 1 - 1 / v.shape[-2]
     return Ridge(
         factor * fit.weight,
