@@ -35,6 +35,8 @@ def learned_since(
 ) -> tuple[Tensor, Tensor]:
     """The pretrained path (k, m), and all that was learned since in at most 64 coordinates.
 
+    Waits for the device where the weights are on another.
+
     Args:
         pair: a layer whose base has taken in increments.
         weights: the pretrained ones by name.
@@ -43,14 +45,11 @@ def learned_since(
         index: (k,), the positions.
         generator: for the range finder (Halko, Martinsson and Tropp 2011) of the change's columns.
     """
-    rows = pair.input_rows(inputs, index)
     change = pair.as_matrix(change_since(pair, weights)).float()
     base_now = pair.as_matrix(pair.base_weight).float()
     folded = change - (pair.as_matrix(pair.effective_weight()).float() - base_now)
     coordinates = min(*change.shape, 8 * pair.rank, _MOST_COORDINATES)
     probes = torch.randn(change.shape[1], coordinates, generator=generator, device=change.device)
     basis = torch.linalg.qr(change @ probes)[0]
-    if pair.is_embedding:
-        return outputs - folded.T[rows], (basis.T @ change).T[rows]
-    rows = rows.float()
-    return outputs - rows @ folded.T, rows @ (basis.T @ change).T
+    frozen = outputs - pair.mapped(folded, inputs, index)
+    return frozen, pair.mapped(basis.T @ change, inputs, index)

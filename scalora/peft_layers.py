@@ -124,25 +124,28 @@ class LoRAPair:
             outputs = outputs.movedim(1, -1)
         return outputs.flatten(0, -2)
 
-    def input_rows(self, inputs: Tensor, index: Tensor) -> Tensor:
-        """The inputs (k, n) at those positions, of a layer that is not a convolution.
-
-        An embedding's are one-hot, (k,) token ids.
-        """
-        if self.is_embedding:
-            return inputs.flatten().index_select(0, index)
-        return inputs.flatten(0, -2).index_select(0, index)
-
     def code(self, inputs: Tensor, index: Tensor) -> Tensor:
         """(k, r): what ``Q^T`` makes of the inputs at those positions, without dropout, float32."""
         if isinstance(self.module, _CONVOLUTIONS):
+            # Not `mapped`: where the base is dilated or grouped, the adapter is not.
             convolution = self.module.lora_A[self.adapter]
-            return self.rows(convolution(inputs.to(convolution.weight.dtype))).index_select(
-                0, index
-            )
-        rows = self.input_rows(inputs, index)
-        Q = self.Q_parameter.float()
-        return Q.T[rows] if self.is_embedding else rows.float() @ Q.T
+            codes = self.rows(convolution(inputs.to(convolution.weight.dtype)))
+            return codes.index_select(0, index).float()
+        return self.mapped(self.Q_parameter.float(), inputs, index)
+
+    def mapped(self, matrix: Tensor, inputs: Tensor, index: Tensor) -> Tensor:
+        """(k, d): a matrix (d, n) times the inputs at those positions, float32.
+
+        A convolution's inputs are the patches that its base layer sees.
+        """
+        if isinstance(self.module, _CONVOLUTIONS):
+            base = self.module.get_base_layer()
+            kernel = matrix.reshape(-1, *base.weight.shape[1:])
+            images = base._conv_forward(inputs.float(), kernel, None)
+            return self.rows(images).index_select(0, index)
+        if self.is_embedding:
+            return matrix.T[inputs.flatten().index_select(0, index)]
+        return inputs.flatten(0, -2).index_select(0, index).float() @ matrix.T
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         """A stored base weight as (m, n)."""
