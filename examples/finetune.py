@@ -17,6 +17,7 @@ again and must answer as the trained model does; if not, the exit status is 1.
 
 import argparse
 import json
+import logging
 import os
 import sys
 import time
@@ -267,6 +268,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(soft_wrap=True)
     # Between released versions of PEFT and transformers, and no concern of this script.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -14,6 +14,7 @@ Prints a table of the runs and one of the trends; writes results.json and scalin
 
 import argparse
 import json
+import logging
 import math
 import os
 import statistics
@@ -177,6 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     console = Console(soft_wrap=True)
     runs = planned(args.seeds, args.short)
     widths = sorted({run.width for run in runs})

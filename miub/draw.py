@@ -23,16 +23,29 @@ class Draw:
     count: int | Tensor
 
     def fill(self, rows: Tensor) -> Tensor:
-        """Put the mean of the tokens' rows (k, d) in the place of rows that are padding.
+        """Put the mean of the tokens' rows (k, d) in the place of rows that are padding, in place.
 
         Such a row has no deviation: it scales all covariances of the samples alike, down by its
-        share, and their ratios, and so the mutual information of their moments, not at all.
+        share, and their ratios, and so the mutual information of their moments, not at all.  Of
+        estimates that are not of moments alone this is an approximation: `l1out` and `infonce` fall
+        with the share of padding.
         """
         if self.valid is None:
             return rows
-        kept = torch.where(self.valid, rows, 0)
-        mean = kept.sum(0) / self.valid.sum().clamp_min(1)
-        return torch.where(self.valid, kept, mean)
+        padding = ~self.valid
+        rows.masked_fill_(padding, 0)
+        mean = rows.sum(0) / self.valid.sum().clamp_min(1)
+        return rows.addcmul_(padding.to(rows.dtype), mean)
+
+    def dealt(self) -> Draw:
+        """The same positions, every second one first: both halves hold their share of tokens."""
+        if self.valid is None:
+            return self
+        return Draw(_dealt(self.index), _dealt(self.valid), self.count)
+
+
+def _dealt(rows: Tensor) -> Tensor:
+    return torch.cat([rows[0::2], rows[1::2]])
 
 
 def draw(
@@ -59,12 +72,24 @@ def draw(
     score = torch.rand(positions, generator=generator, device=device)
     if mask is None:
         return Draw(score.topk(k).indices, None, k)
-    is_token = mask.to(device, non_blocking=True) > 0
-    score = torch.where(is_token, score, -1.0)
-    if mask.device.type == "cpu":
-        k = min(k, int((mask > 0).sum()))
-        return Draw(score.topk(k).indices, None, k)
-    index = score.topk(k).indices
+    is_token = mask > 0
+    if mask.device.type != "cpu":
+        return draw_uncounted(is_token.to(device), score, k)
+    k = min(k, int(is_token.sum()))
+    # Not blocking, which would wait for all that the device has yet to do.
+    score.masked_fill_(~is_token.to(device, non_blocking=True), -1.0)
+    return Draw(score.topk(k).indices, None, k)
+
+
+def draw_uncounted(is_token: Tensor, score: Tensor, k: int) -> Draw:
+    """The k positions of the highest scores, tokens before padding; reads nothing on the host.
+
+    Args:
+        is_token: (positions,), bool.
+        score: (positions,), in [0, 1), on the same device; overwritten.
+        k: at most as many as there are positions.
+    """
+    index = score.masked_fill_(~is_token, -1.0).topk(k).indices
     valid = is_token.index_select(0, index).unsqueeze(-1)
     return Draw(index, valid, valid.sum())
 
@@ -74,14 +99,18 @@ def mask_of(mask: Tensor | None, leading: torch.Size) -> Tensor | None:
 
     Args:
         mask: (batch, sequence) or None.
-        leading: shape of the layer's outputs without the last axis: (batch, sequence), the two
-            flattened, or (batch, part of the sequence) when a cache holds what came before.  Any
-            other, such as a pooled (batch,) or an image's (batch, height, width), has no padding.
+        leading: shape of the layer's outputs without the last axis: (batch, sequence), the two the
+            other way round or flattened, or (batch, part of the sequence) when a cache holds what
+            came before.  Any other, such as a pooled (batch,), the tokens routed to one expert, or
+            an image's (batch, height, width), is taken to have no padding.  An encoder's mask is
+            applied to its decoder's positions as well, where their number fits.
     """
     if mask is None or mask.ndim != 2:
         return None
-    if leading.numel() == mask.numel() and len(leading) <= 2:
+    if leading == mask.shape or leading in ((mask.numel(),), (1, mask.numel())):
         return mask.flatten()
+    if leading == mask.shape[::-1]:
+        return mask.T.flatten()
     if len(leading) == 2 and leading[0] == mask.shape[0] and leading[1] < mask.shape[1]:
         return mask[:, -leading[1] :].flatten()
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
 from miub.draw import Draw, draw, mask_of
@@ -21,7 +23,14 @@ from miub.paths import adapter_code, learned_since
 from miub.processes import gathered, process_rank
 from miub.record import LayerRecord
 from miub.report import MIUBReport
-from scalora.peft_layers import LoRAPair, adapter_names, lora_pairs, why_not_measured
+from scalora.peft_layers import (
+    LoRAPair,
+    adapter_names,
+    base_model,
+    lora_pairs,
+    peft_model,
+    why_not_measured,
+)
 from scalora.pretrained import Base, pretrained_weights
 
 _FEWEST = 16
@@ -59,7 +68,10 @@ class MIUBMonitor:
     outputs are sampled at random tokens (padding left out by the ``attention_mask`` the model is
     called with), and the mutual information between the frozen path and the adapter's is bounded at
     once, on their device; only scalars are kept.  Between these passes no layer has a hook.  The
-    script's random numbers and results are not touched.
+    script's random numbers and results are not touched, but for one thing: a compiled model runs
+    uncompiled in the passes that are measured, so its results there are as exact, not the same
+    bits.  Compiled blocks inside gradient checkpointing are not supported: the checkpoint would
+    compare them with their uncompiled selves.
 
     Args:
         model: with a PEFT LoRA adapter; itself or a wrapper (DDP) that is called in its place.
@@ -72,7 +84,8 @@ class MIUBMonitor:
         reference: the pretrained model, its state dict, its folder or hub id.  For layers into
             whose base increments were folded, the two paths are then the pretrained weight's and
             that of all that was learned since, in at most 64 coordinates; without it these layers
-            are flagged in the report, since part of what was learned counts as frozen.
+            are flagged in the report, since part of what was learned counts as frozen.  Weights on
+            another device are copied at each measurement, which waits; a model is used where it is.
         seed: of the draw.
 
     Attributes:
@@ -179,7 +192,11 @@ class MIUBMonitor:
         Raises:
             ValueError: nothing was measured.
         """
-        self._records += _fetch(self._pending)
+        for place, record in _fetch(self._pending):
+            if record.tokens < _FEWEST:  # of a mask that could not be counted before
+                self._warn_unmeasured(record.layer, record.tokens)
+            else:
+                self._records.append((place, record))
         self._pending = []
         records = gathered(self._records)
         # Python's sort keeps the order of what is equal: by step within a layer.
@@ -200,7 +217,7 @@ class MIUBMonitor:
         if not self._once and self.step % self.every:
             return
         self._check_merged()
-        pass_ = _ForwardPass(self, _attention_mask(args, kwargs))
+        pass_ = _ForwardPass(self, _attention_mask(model, args, kwargs))
         # A compiled model would not see hooks that were not there when it was compiled.
         self._eager.enter_context(torch.compiler.set_stance("force_eager"))
         bases: dict[nn.Module, list[tuple[int, LoRAPair]]] = {}
@@ -223,6 +240,11 @@ class MIUBMonitor:
             hook.remove()
         self._layer_hooks = []
         self._eager.close()
+
+    @property
+    def _fits_on_halves(self) -> bool:
+        """Whether the estimator may fit on one half of the samples; functions may as well."""
+        return not isinstance(self.estimator, str) or self.estimator not in _ORDERS
 
     def _estimate(self, pair: LoRAPair, u: Tensor, v: Tensor) -> tuple[Estimate, Tensor]:
         if isinstance(self.estimator, str) and self.estimator in _ORDERS:
@@ -263,8 +285,10 @@ class _ForwardPass:
 
     def hook(self, pairs: Sequence[tuple[int, LoRAPair]]) -> Callable[..., None]:
         def measure(base: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            # In the script's own precision and gradient mode the samples would be rounded.
-            with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+            # In the script's own precision the samples would be rounded.  Selective checkpointing
+            # is a dispatch mode: it would keep our products and give them to the backward pass.
+            precise = torch.autocast(output.device.type, enabled=False)
+            with torch.no_grad(), precise, _disable_current_modes():
                 for place, pair in pairs:
                     if pair.runs:
                         self.measure(place, pair, args[0].detach(), output.detach())
@@ -289,6 +313,7 @@ class _ForwardPass:
         else:
             v = adapter_code(pair, inputs, index)
         upper, lower = monitor._estimate(pair, drawn.fill(u), drawn.fill(v))
+        # Filled on the device: a copy from the host would wait for it.
         count = drawn.count if isinstance(drawn.count, Tensor) else u.new_full((), drawn.count)
         numbers = (upper.value, upper.stderr, lower, count)
         monitor._pending.append(
@@ -298,7 +323,7 @@ class _ForwardPass:
                 adapter=pair.adapter,
                 step=monitor.step,
                 rank=v.shape[-1] if since else pair.rank,
-                numbers=torch.stack([number.double() for number in numbers]),
+                numbers=torch.stack([number.float() for number in numbers]),
                 rebased=pair.was_rebased and not since,
             )
         )
@@ -308,7 +333,8 @@ class _ForwardPass:
         if key not in self.draws:
             mask = mask_of(self.mask, leading)
             generator = self.generator(device)
-            self.draws[key] = draw(mask, leading.numel(), self.monitor.tokens, device, generator)
+            drawn = draw(mask, leading.numel(), self.monitor.tokens, device, generator)
+            self.draws[key] = drawn.dealt() if self.monitor._fits_on_halves else drawn
         return self.draws[key]
 
     def generator(self, device: torch.device) -> torch.Generator:
@@ -339,12 +365,27 @@ def _measured_pairs(model: nn.Module, adapter_name: str | None) -> list[LoRAPair
     return pairs
 
 
-def _attention_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    for source in (kwargs, *args):
+def _attention_mask(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    """The (batch, sequence) mask that the model is called with, by whatever way it comes."""
+    by_position = dict(zip(_positional_names(model), args, strict=False))
+    for source in (kwargs, by_position, *args):
         mask = source.get("attention_mask") if hasattr(source, "get") else None
         if isinstance(mask, Tensor) and mask.ndim == 2:
             return mask
     return None
+
+
+def _positional_names(model: nn.Module) -> list[str]:
+    """Of the outermost forward that names its arguments; a wrapper's are ``*args``."""
+    for module in (model, peft_model(model), base_model(model)):
+        if module is None:
+            continue
+        parameters = inspect.signature(module.forward).parameters.values()
+        if all(parameter.kind is not parameter.VAR_POSITIONAL for parameter in parameters):
+            return [parameter.name for parameter in parameters]
+    return []
 
 
 def _inputs(pair: LoRAPair) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -24,10 +25,10 @@ from models import (
 )
 from peft import LoraConfig
 from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import scalora
 from miub import MIUBMonitor, estimators
-from miub.draw import draw, mask_of
 from miub.estimators import Estimate
 from miub.estimators.bracket import bracket
 
@@ -134,39 +135,6 @@ def test_more_tokens_than_asked_for_are_drawn_without_repetition():
     assert len(u.unique(dim=0)) == 40
 
 
-@pytest.mark.parametrize(
-    ("leading", "expected"),
-    [
-        ((2, 3), [1, 1, 0, 1, 0, 0]),
-        ((6,), [1, 1, 0, 1, 0, 0]),
-        ((2, 1), [0, 0]),
-        ((2,), None),
-        ((2, 3, 4), None),
-    ],
-)
-def test_the_mask_is_that_of_the_layers_positions(leading, expected):
-    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
-    found = mask_of(mask, torch.Size(leading))
-    assert (None if found is None else found.tolist()) == expected
-
-
-def test_where_counting_would_wait_padding_is_made_neutral():
-    """A mask on a device is not counted: simulated on the meta-free CPU by the draw's own parts."""
-    generator = torch.Generator().manual_seed(0)
-    u, v = torch.randn(300, 6), torch.randn(300, 2)
-    v[:, 0] += u[:, 0]
-    mask = torch.arange(300) < 200
-    exact = draw(mask, 300, 256, u.device, generator)
-    assert exact.count == 200
-    index = torch.arange(256)
-    valid = mask[index].unsqueeze(-1)
-    filled = type(exact)(index, valid, valid.sum())
-    u[200:], v[200:] = float("nan"), float("inf")
-    expected = estimators.tempered(u[:200], v[:200], noise=0.01)
-    found = estimators.tempered(filled.fill(u[index]), filled.fill(v[index]), noise=0.01)
-    assert found.value.item() == pytest.approx(expected.value.item(), rel=0.02)
-
-
 def test_training_is_bit_for_bit_what_it_is_without_the_monitor():
     def losses(watch: bool) -> tuple[list[float], torch.Tensor]:
         torch.manual_seed(0)
@@ -241,6 +209,31 @@ def test_gradient_checkpointing_does_not_count_a_layer_twice(reentrant):
     report = monitor.report()
     assert [row.tokens for row in report] == [64, 64]
     assert [row.value for row in report] == pytest.approx([row.value for row in plain], rel=1e-4)
+
+
+def test_gradients_under_selective_checkpointing_are_those_without_the_monitor():
+    """Selective checkpointing keeps every product of the forward pass, in order."""
+    contexts = partial(
+        create_selective_checkpoint_contexts,
+        [torch.ops.aten.mm.default, torch.ops.aten.addmm.default],
+    )
+
+    class Checkpointed(Perceptron):
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=False, context_fn=contexts)
+
+    def gradients(watch: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = wake(with_lora(Checkpointed(), target_modules=["first", "second"]))
+        monitor = MIUBMonitor(model, every=1)
+        if watch:
+            monitor.attach()
+        outputs(model, vectors(64, 12)).square().mean().backward()
+        assert not watch or len(monitor.report()) == 2
+        return [parameter.grad for parameter in trainable(model)]
+
+    for plain, watched in zip(gradients(False), gradients(True), strict=True):
+        assert torch.equal(plain, watched)
 
 
 def test_under_autocast_the_estimate_is_in_float32():
@@ -346,6 +339,19 @@ def test_the_learned_path_of_every_kind_of_layer_is_what_the_layer_adds(kind):
         )
 
 
+@pytest.mark.parametrize("variant", ["use_dora", "use_rslora"])
+def test_a_layer_of_a_lora_variant_is_measured_once(variant):
+    model = wake(with_lora(Perceptron(), target_modules=["first"], **{variant: True}))
+    kept, keep = collector()
+    x = vectors(64, 12)
+    with MIUBMonitor(model, every=1, estimator=keep), torch.no_grad():
+        model(x)
+    (_, v), lora = kept[0], layer(model, "first")
+    product = lora.scaling["default"] * lora.lora_B["default"](lora.lora_A["default"](x))
+    assert len(kept) == 1
+    torch.testing.assert_close(v.norm(dim=1).sort().values, product.norm(dim=1).sort().values)
+
+
 def test_dropout_on_the_adapters_input_does_not_enter():
     model = encoder(lora_dropout=0.5, target_modules=["query"])
     still = measured(model, token_ids(8, 12))
@@ -362,6 +368,18 @@ def test_a_layer_with_too_few_tokens_is_left_out_with_one_warning():
         report = measured(model, token_ids(8, 12), token_ids(8, 12))
     assert len(caught) == 1
     assert not any("classifier" in name for name in report.layers)
+
+
+def test_a_layer_whose_mask_turns_out_to_have_too_few_tokens_is_left_out_of_the_report():
+    """A mask on a device is first counted when the report fetches what was measured."""
+    model = wake(with_lora(Perceptron(), target_modules=["first", "second"]))
+    monitor = MIUBMonitor(model, every=1)
+    with monitor, torch.no_grad():
+        model(vectors(64, 12))
+    monitor._pending[0].numbers[3] = 15
+    with pytest.warns(UserWarning, match="'first' had 15 tokens"):
+        report = monitor.report()
+    assert report.layers == ["second"]
 
 
 def test_a_merged_adapter_is_refused():
@@ -425,6 +443,27 @@ def test_a_rebased_layer_is_flagged_and_a_reference_tells_its_paths_apart():
     torch.testing.assert_close(u.sum(0), start.first(x).sum(0), atol=1e-4, rtol=1e-4)
     learned = (x @ delta.T).norm(dim=1).sort().values
     torch.testing.assert_close(v.norm(dim=1).sort().values, learned, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_reference_tells_the_paths_of_a_rebased_convolution_apart(stride):
+    base = Convolutions(nn.Conv2d(3, 6, 3, padding=1, stride=stride))
+    start = copy.deepcopy(base)
+    model = with_lora(base, target_modules=["convolution"])
+    optimizer = scalora.ScaLoRA(torch.optim.AdamW(trainable(model), lr=1e-2), model)
+    x = vectors(4, 3, 6, 6)
+    train(model, optimizer, x, 10)
+    kept, keep = collector()
+    monitor = MIUBMonitor(model, every=1, estimator=keep, reference=start)
+    with monitor, torch.no_grad():
+        model(x)
+        frozen = start.convolution(x).movedim(1, -1).flatten(0, -2)
+        now = layer(model, "convolution")(x).movedim(1, -1).flatten(0, -2)
+    u, v = kept[0]
+    torch.testing.assert_close(u.norm(dim=1).sort().values, frozen.norm(dim=1).sort().values)
+    learned = (now - frozen).norm(dim=1).sort().values
+    assert learned[0] > 1e-3
+    torch.testing.assert_close(v.norm(dim=1).sort().values, learned, atol=1e-5, rtol=1e-3)
 
 
 def test_a_reference_changes_nothing_for_layers_that_were_not_rebased():

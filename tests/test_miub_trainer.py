@@ -149,6 +149,11 @@ def trained(tmp_path):
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def _wide_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
+
 def arguments(folder, *more):
     return [
         *("--model", str(folder / "model"), "--adapter", str(folder / "adapter")),
