@@ -255,6 +255,7 @@ class MIUBMonitor:
                 noise=self.noise,
                 order=_ORDERS[self.estimator],
                 penalties=_FEW_PENALTIES if compresses else _NOISE_ALONE,
+                overwrite=True,
             )
             return upper, lower.value
         function = ESTIMATORS[self.estimator] if isinstance(self.estimator, str) else self.estimator
@@ -304,14 +305,14 @@ class _ForwardPass:
         if len(index) < _FEWEST:
             monitor._warn_unmeasured(pair.name, len(index))
             return
-        u = rows.index_select(0, index).float()
         since = monitor._reference is not None and pair.was_rebased
+        # The code first: its inputs are let go before the outputs' samples take their place.
+        v = output if since else adapter_code(pair, inputs, index)
+        u = rows.index_select(0, index).float()
         if since:
             assert monitor._reference is not None
             generator = self.generator(output.device)
             u, v = learned_since(pair, monitor._reference, inputs, u, index, generator)
-        else:
-            v = adapter_code(pair, inputs, index)
         upper, lower = monitor._estimate(pair, drawn.fill(u), drawn.fill(v))
         # Filled on the device: a copy from the host would wait for it.
         count = drawn.count if isinstance(drawn.count, Tensor) else u.new_full((), drawn.count)

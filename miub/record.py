@@ -14,7 +14,8 @@ class LayerRecord:
         adapter: the adapter's name.
         step: the monitor's step (forward passes of the model, counted from 1), or the
             Trainer's global step.
-        rank: r, the rank of the adapter.
+        rank: the coordinates of the learned path: r of the adapter, or more where it is all that
+            was learned since a reference.
         value: the estimate, in nats.
         stderr: its standard error, in nats.
         lower: the InfoNCE lower bound, in nats; nan if it was not measured.

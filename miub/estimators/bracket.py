@@ -28,6 +28,7 @@ def bracket(
     order: float = 0.5,
     penalties: Sequence[float] = PENALTIES,
     generator: torch.Generator | None = None,
+    overwrite: bool = False,
 ) -> tuple[Estimate, Estimate]:
     """`tempered`, and an InfoNCE bound that needs no second fit.
 
@@ -41,6 +42,7 @@ def bracket(
         order: of `tempered`.
         penalties: of `tempered`.
         generator: draws the noise for the lower bound, on the samples' device; None: seed 0.
+        overwrite: centre the samples where they lie, to save their size in memory.
 
     Returns:
         The upper and the lower bound.
@@ -49,7 +51,7 @@ def bracket(
         TypeError, ValueError: as `tempered` does.
     """
     with full_precision():
-        regression = regress(prepare(u, v, noise), penalties)
+        regression = regress(prepare(u, v, noise, overwrite=overwrite), penalties)
         if generator is None:
             generator = torch.Generator(u.device).manual_seed(0)
         return tempered_moments(regression, order), _left_out_contrast(regression, generator)

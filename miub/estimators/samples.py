@@ -40,8 +40,10 @@ class Samples:
         return replace(self, u=self.u[..., start:end, :], v=self.v[..., start:end, :])
 
 
-def prepare(u: Tensor, v: Tensor, noise: float) -> Samples:
-    """Check the samples and work out the noise's variances.
+def prepare(u: Tensor, v: Tensor, noise: float, *, overwrite: bool = False) -> Samples:
+    """Check the samples, centre them and work out the noise's variances.
+
+    With ``overwrite`` they are centred where they lie, if they need no other dtype.
 
     Raises:
         TypeError: samples that are not real floating-point tensors.
@@ -67,8 +69,8 @@ def prepare(u: Tensor, v: Tensor, noise: float) -> Samples:
     if not 0 <= noise < float("inf"):
         raise ValueError(f"noise must be finite and at least 0, got {noise}.")
     dtype = torch.promote_types(torch.promote_types(u.dtype, v.dtype), torch.float32)
-    u, variance_u = _centred_with_variance(u.detach().to(dtype))
-    v, variance_v = _centred_with_variance(v.detach().to(dtype))
+    u, variance_u = _centred_with_variance(u.detach().to(dtype), overwrite)
+    v, variance_v = _centred_with_variance(v.detach().to(dtype), overwrite)
     informative = ((variance_u > 0) & (variance_v > 0))[..., 0, 0]
     return Samples(u, v, noise * variance_u, noise * variance_v, informative)
 
@@ -87,14 +89,14 @@ def energy(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).square()
 
 
-def _centred_with_variance(x: Tensor) -> tuple[Tensor, Tensor]:
+def _centred_with_variance(x: Tensor, overwrite: bool) -> tuple[Tensor, Tensor]:
     """Return x centred, and (..., 1, 1) the mean variance of its coordinates.
 
     Zero where what varies is below the arithmetic's resolution of the values themselves.
     """
     n, d = x.shape[-2:]
     mean = x.mean(-2, keepdim=True)
-    x = x - mean
+    x = x.sub_(mean) if overwrite else x - mean
     variance = energy(x) / (n * d)
     resolution = 4 * torch.finfo(x.dtype).eps ** 2 * mean.square().mean(-1, keepdim=True)
     # Negated, so that what is not a number stays: it must not pass for a constant.
