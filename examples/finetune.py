@@ -31,6 +31,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+# It says on import which optional kernels it lacks.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import finetune_data as data
 import finetune_report as report
@@ -268,7 +270,6 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(soft_wrap=True)
     # Between released versions of PEFT and transformers, and no concern of this script.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -24,6 +24,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# It says on import which optional kernels it lacks.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import miub_scaling_data as data
 import miub_scaling_report as report
@@ -178,7 +180,6 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     console = Console(soft_wrap=True)
     runs = planned(args.seeds, args.short)
     widths = sorted({run.width for run in runs})
