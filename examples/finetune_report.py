@@ -104,22 +104,21 @@ def print_reliance(reports: dict[str, MIUBReport], console: Console) -> None:
     table = Table(title="MIUB: how much the change leans on the pretrained weights, in nats")
     table.add_column("layer", no_wrap=True)
     for name in reports:
-        table.add_column(name, justify="right")
-        table.add_column("± s.e.", justify="right")
-        table.add_column("at least", justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("least", justify="right", no_wrap=True)
     for layer in first.layers:
         rows = [measured[layer] for measured in reports.values()]
-        cells = [(f"{r.value:.2f}", f"{r.stderr:.2f}", f"{r.lower:.2f}") for r in rows]
+        cells = [(f"{row.value:.2f} ± {row.stderr:.2f}", f"{row.lower:.2f}") for row in rows]
         table.add_row(short_name(layer), *(text for cell in cells for text in cell))
     table.add_section()
     for kind in first.by_kind():
         means = [measured.by_kind()[kind].mean for measured in reports.values()]
-        table.add_row(f"mean of {kind}", *(t for mean in means for t in (f"{mean:.2f}", "", "")))
+        table.add_row(f"mean of {kind}", *(t for mean in means for t in (f"{mean:.2f}       ", "")))
     means = [measured.mean for measured in reports.values()]
-    table.add_row("mean of all", *(t for mean in means for t in (f"{mean:.2f}", "", "")))
+    table.add_row("mean of all", *(t for mean in means for t in (f"{mean:.2f}       ", "")))
     console.print(table)
     console.print(
-        f"Upper bound ({first.estimator}), its standard error and a lower bound (InfoNCE) of the\n"
+        f"Upper bound ({first.estimator}) ± standard error, and a lower bound (InfoNCE), of the\n"
         "mutual information between what the pretrained weight and what the whole change give to\n"
         f"a layer's output; noise tau = {first.noise:g}, {next(iter(first)).tokens:,} held-out "
         "tokens. Lower: the change relies less on\nwhat was pretrained. LoRA's change has "
