@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,11 +42,18 @@ class LayerBatch:
 
 
 def batches_with_gradients(
-    pairs: Sequence[LoRAPair], optimizer: torch.optim.Optimizer
+    pairs: Sequence[LoRAPair],
+    optimizer: torch.optim.Optimizer,
+    key_of: Callable[[LoRAPair], Hashable],
 ) -> list[LayerBatch]:
     """The layers that take part in this step, grouped so that their tensors can be stacked.
 
     A layer without gradients, with a merged adapter or at learning rate 0 takes no part.
+
+    Args:
+        pairs: the layers.
+        optimizer: holds their states and groups.
+        key_of: what else must agree within a batch.
     """
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     batches: dict[Any, LayerBatch] = {}
@@ -60,10 +67,9 @@ def batches_with_gradients(
         if _is_zero(group_P["lr"]) or _is_zero(group_Q["lr"]):
             continue
         state_P, state_Q = optimizer.state.get(P, {}), optimizer.state.get(Q, {})
-        base = pair.base_weight
         key = (
             *(P.shape, P.dtype, P.grad.dtype, Q.shape, Q.dtype, Q.grad.dtype, P.device),
-            *(base.shape, base.dtype, pair.base_is_transposed, pair.scaling),
+            *(key_of(pair), pair.scaling),
             *(id(group_P), id(group_Q), _layout(state_P), _layout(state_Q)),
         )
         batches.setdefault(key, LayerBatch(group_P, group_Q)).add(pair, P, Q)

@@ -15,9 +15,10 @@ from scalora.moments import moments_of
 from scalora.options import RebasingOptions
 from scalora.peft_layers import LoRAPair
 from scalora.rebasing import Rebaser
-from scalora.selection import pairs_to_rebase
+from scalora.report import RebasingReport, rebasing_report
+from scalora.selection import places_of_layers
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 
 
 class ScaLoRA(torch.optim.Optimizer):
@@ -25,9 +26,10 @@ class ScaLoRA(torch.optim.Optimizer):
 
     Before a step, the columns of both factors of every LoRA layer are rescaled by the amounts that
     bring the coming step closest to the full fine-tuning step; the difference is folded into the
-    frozen base weight, so the model's function does not change, and the gradients and the
-    optimizer's moments are carried into the new coordinates exactly.  The folded increments add up
-    to a rank far above the adapter's (ScaLoRA, arXiv 2510.23818; docs/mathematics.md).
+    frozen base weight, or kept beside it where that is quantized, so the model's function does not
+    change, and the gradients and the optimizer's moments are carried into the new coordinates
+    exactly.  The frozen increments add up to a rank far above the adapter's (ScaLoRA,
+    arXiv 2510.23818; docs/mathematics.md).
 
     One line of a training script changes::
 
@@ -40,7 +42,8 @@ class ScaLoRA(torch.optim.Optimizer):
     skipped whole where that can be done without waiting for the device (on CPU, and with a fused
     inner optimizer); the base weights never take part in such a step.
 
-    The base weights change: save with `scalora.save_merged` or `scalora.save_adapter`.
+    What was learned is then not in the adapter alone: save with `scalora.save_merged` or
+    `scalora.save_adapter`.
 
     Args:
         optimizer: the inner optimizer: Adam, AdamW, NAdam, RAdam, Adamax, SGD, RMSprop, Adagrad,
@@ -58,14 +61,24 @@ class ScaLoRA(torch.optim.Optimizer):
             long as plain LoRA's, and held from then on.  With a number, the optimum answers a
             smaller learning rate with a larger scaling, which undoes a schedule.  ``"direction"``
             holds the step at plain LoRA's length at every re-basing and takes none.
-        accumulator: where the frozen increments go; ``"dense"``, into the base weight, which is
-            also what ``"auto"`` means at present.
+        accumulator: where the frozen increments go.  ``"dense"``: into the base weight, in place.
+            ``"carry"``: into low-rank factors beside it, which the forward pass adds like a second,
+            frozen adapter; the base is never touched.  ``"auto"``: dense where the base is a plain
+            float weight that nothing else shares, carry elsewhere (quantized, tied, offloaded).
         adapter_name: which adapter to re-base.
         rounding: for bfloat16 and float16 base weights: ``"stochastic"`` (unbiased),
             ``"compensated"`` (keeps what was cut, 2 bytes a weight) or ``"nearest"`` (loses nearly
             all of a small increment; for comparison).
         bound: every re-basing scales by factors within ``[1/bound, bound]``.
         seed: of the stochastic rounding; use the same on every replica.
+        carry_rank: the most columns a layer's carry may hold, or ``"auto"``: 4 times the adapter's
+            rank at first, doubled up to 32 times whenever a compression would cut more than
+            ``carry_tolerance``.  A compression keeps three quarters, by an SVD, which on a GPU
+            waits for the device; it is due once in several re-basings.
+        when_full: ``"compress"``; ``"hold"``: the layer is plain LoRA from then on; ``"fold"``:
+            into the base weight, which must be a plain float weight.
+        carry_tolerance: the energy (squared Frobenius norm) that may be cut from a carry over all
+            compressions, relative to the energy that is there.  Beyond it a warning is given, once.
 
     Raises:
         TypeError: an optimizer whose state is not known, or an argument of the wrong type.
@@ -94,6 +107,9 @@ class ScaLoRA(torch.optim.Optimizer):
         rounding: str = "stochastic",
         bound: float = RebasingOptions.bound,
         seed: int = 0,
+        carry_rank: int | str = "auto",
+        when_full: str = "compress",
+        carry_tolerance: float = RebasingOptions.carry_tolerance,
     ) -> None:
         options = RebasingOptions(
             interval=interval,
@@ -104,6 +120,9 @@ class ScaLoRA(torch.optim.Optimizer):
             rounding=rounding,
             bound=bound,
             seed=seed,
+            carry_rank=carry_rank,
+            when_full=when_full,
+            carry_tolerance=carry_tolerance,
         )
         if isinstance(optimizer, ScaLoRA):
             raise TypeError("optimizer is a ScaLoRA already; pass the optimizer it wraps.")
@@ -122,7 +141,7 @@ class ScaLoRA(torch.optim.Optimizer):
                 f"rule='direction' needs to know which way {type(optimizer).__name__} will step; "
                 "register it with a direction, or use rule='exact'."
             )
-        pairs = pairs_to_rebase(model, optimizer, options)
+        places = places_of_layers(model, optimizer, options)
         # As torch's own unpickling does it: sets up hooks without copying groups and state.
         self.__setstate__(
             {
@@ -133,7 +152,7 @@ class ScaLoRA(torch.optim.Optimizer):
                 "_steps": 0,
                 "_skipped": None,
                 "_expected_base": None,
-                "_rebaser": Rebaser(pairs, options, moments),
+                "_rebaser": Rebaser(places, options, moments),
             }
         )
 
@@ -178,6 +197,10 @@ class ScaLoRA(torch.optim.Optimizer):
     def skipped_steps(self) -> int:
         """How many steps were left out because a gradient was not finite.  Waits for the device."""
         return 0 if self._skipped is None else int(self._skipped)
+
+    def report(self) -> RebasingReport:
+        """Of every layer: where its increments went, and what was cut.  Waits for the device."""
+        return rebasing_report(self._rebaser.pairs, self._rebaser.places)
 
     def kept_tensors(self) -> list[Tensor]:
         """Tensors that re-basing keeps between steps, besides the inner optimizer's state."""
@@ -225,7 +248,7 @@ class ScaLoRA(torch.optim.Optimizer):
         """The inner optimizer's, and under ``"scalora"`` what a resumed run needs besides.
 
         The base weights are the model's: save those with the model's own ``state_dict``, or with
-        `scalora.save_training_state`.
+        `scalora.save_training_state`.  Carries are here, and nowhere in the model's.
         """
         return {**self.inner.state_dict(), "scalora": self.rebasing_state()}
 
@@ -237,8 +260,8 @@ class ScaLoRA(torch.optim.Optimizer):
         begins anew.
 
         Raises:
-            ValueError: another version, rule, rounding, seed, set of layers or rank; nothing is
-                loaded then.
+            ValueError: another version, rule, rounding, seed, accumulator, set of layers or rank;
+                nothing is loaded then.
         """
         own = state_dict.get("scalora")
         if own is not None:
@@ -260,25 +283,23 @@ class ScaLoRA(torch.optim.Optimizer):
             "steps": self._steps,
             "rebase_count": self.rebase_count,
             "ranks": {pair.name: pair.rank for pair in pairs},
+            "places": self._rebaser.places,
             "base": peft_layers.base_checksums([p for p in pairs if p.was_rebased]),
-            "layers": {
-                name: {"product": memory.product, "residual": memory.residual}
-                for name, memory in self._rebaser.memory.items()
-            },
+            "layers": self._rebaser.layer_states(),
         }
 
     def load_rebasing_state(self, own: dict[str, Any]) -> None:
         """Take up what `rebasing_state` returned.
 
         Raises:
-            ValueError: another version, rule, rounding, seed, set of layers or rank; nothing is
-                loaded then.
+            ValueError: another version, rule, rounding, seed, accumulator, set of layers or rank;
+                nothing is loaded then.
         """
         self.check_rebasing_state(own)
         self._steps, self.rebase_count = own["steps"], own["rebase_count"]
         self._expected_base = own["base"] or None
         self._rebaser.remember(own["layers"], rebased=own["base"])
-        if own["base"]:
+        if self.rebase_count:
             peft_layers.warn_when_saved_alone(self.model)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -297,6 +318,7 @@ class ScaLoRA(torch.optim.Optimizer):
             "rounding": self.options.rounding,
             "seed": self.options.seed,
             "ranks": ranks,
+            "places": self._rebaser.places,
         }
         for name, value in expected.items():
             if own.get(name) == value:
@@ -310,6 +332,15 @@ class ScaLoRA(torch.optim.Optimizer):
                     f"{saved.get(differing[0])}, model: rank {ranks.get(differing[0])}). "
                     "Nothing was loaded."
                 )
+            if name == "places":
+                saved = own.get("places", {})
+                places = self._rebaser.places
+                layer = next(k for k, place in places.items() if saved.get(k) != place)
+                raise ValueError(
+                    f"the checkpoint keeps the increments of {layer!r} in its accumulator "
+                    f"{saved.get(layer)!r}, this optimizer in {places[layer]!r}: create it with the "
+                    "same accumulator, over the same kind of base. Nothing was loaded."
+                )
             raise ValueError(
                 f"the checkpoint was written with {name}={own.get(name)!r}, this optimizer has "
                 f"{name}={value!r}. Create it with the same {name} to resume. Nothing was loaded."
@@ -319,8 +350,10 @@ class ScaLoRA(torch.optim.Optimizer):
         """Once after loading: the base weights must be those that the state was saved with."""
         if self._expected_base is None:
             return
-        found = peft_layers.base_checksums(self._rebaser.pairs)
-        for name, expected in self._expected_base.items():
+        expected_of = self._expected_base
+        moved = [pair for pair in self._rebaser.pairs if pair.name in expected_of]
+        found = peft_layers.base_checksums(moved)
+        for name, expected in expected_of.items():
             if found[name] != expected:
                 raise ValueError(
                     f"the base weight of {name!r} is not the one this optimizer state was saved "

@@ -9,7 +9,8 @@ from scalora.fold import ROUNDINGS
 from scalora.scaling import DEFAULT_BOUND
 
 RULES = ("auto", "paper", "exact", "direction", "scalar", "none")
-ACCUMULATORS = ("auto", "dense")
+ACCUMULATORS = ("auto", "dense", "carry")
+WHEN_FULL = ("compress", "hold", "fold")
 _HOLD_SIZE = ("direction", "none")
 
 # While lora_B grows out of zero, plain LoRA's own step becomes longer than its first ones, which
@@ -34,6 +35,9 @@ class RebasingOptions:
     rounding: str = "stochastic"
     bound: float = DEFAULT_BOUND
     seed: int = 0
+    carry_rank: int | str = "auto"
+    when_full: str = "compress"
+    carry_tolerance: float = 1e-4
 
     def __post_init__(self) -> None:
         if isinstance(self.interval, bool) or not isinstance(self.interval, int):
@@ -51,6 +55,18 @@ class RebasingOptions:
         if not (math.isfinite(self.bound) and self.bound >= 1):
             raise ValueError(f"bound={self.bound} must be finite and at least 1.")
         self._check_lipschitz()
+        self._check_carry()
+
+    def _check_carry(self) -> None:
+        rank = self.carry_rank
+        if isinstance(rank, bool) or not isinstance(rank, (int, str)):
+            raise TypeError(f"carry_rank={rank!r} must be an integer or 'auto'.")
+        if rank != "auto" and (isinstance(rank, str) or rank < 1):
+            raise ValueError(f"carry_rank={rank!r} must be 'auto' or 1 at least.")
+        if self.when_full not in WHEN_FULL:
+            raise ValueError(f"when_full={self.when_full!r} is not one of {list(WHEN_FULL)}.")
+        if not 0 <= self.carry_tolerance < 1:
+            raise ValueError(f"carry_tolerance={self.carry_tolerance} must be within [0, 1).")
 
     def _check_lipschitz(self) -> None:
         if self.lipschitz is None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from scalora import peft_layers
@@ -20,14 +20,14 @@ def weight_changes(
 ) -> dict[str, tuple[LoRAPair, Tensor]]:
     """Layer name -> (layer, everything learned since ``base`` as stored), float32 at least.
 
-    Layers whose change is not one matrix beside the base weight (those that ``why_not_rebased``
-    names, which stay plain LoRA) are left out.
+    Layers whose change is not one matrix beside the base weight (those that ``why_not_dense`` and
+    ``why_no_carry`` name, which stay plain LoRA) are left out.
 
     Args:
         model: the fine-tuned PEFT model.
         base: the pretrained model, its state dict, or a folder or hub id that it loads from.  None
-            is enough while the model's base weights are the pretrained ones; else the model's own
-            ``name_or_path`` is tried.
+            is enough while the model's base weights are the pretrained ones (as they stay under a
+            carry); else the model's own ``name_or_path`` is tried.
         adapter_name: None for the active adapter.
 
     Raises:
@@ -38,18 +38,29 @@ def weight_changes(
     every = peft_layers.lora_pairs(model, name)
     if not every:
         raise ValueError(f"the model has no LoRA adapter named {name!r}.")
-    pairs = [pair for pair in every if peft_layers.why_not_rebased(pair) is None]
+    pairs = [pair for pair in every if _has_one_change(pair)]
     if not pairs:
-        reason = peft_layers.why_not_rebased(every[0])
+        reason = peft_layers.why_not_dense(every[0])
         raise ValueError(f"the change of {every[0].name!r} cannot be measured: {reason}.")
-    moved = any(pair.was_rebased for pair in pairs)
-    moved = moved or peft_layers.moves_base_at_creation(model, name)
-    if base is None and not moved:
-        return {
-            pair.name: (pair, pair.effective_weight() - _wide(pair.base_weight)) for pair in pairs
+    moved = base is not None or base_has_moved(model, name)
+    alone = [pair for pair in pairs if not moved or peft_layers.why_not_dense(pair) is not None]
+    changes = {pair.name: (pair, pair.learned_change()) for pair in alone}
+    if len(alone) < len(pairs):
+        weights = pretrained_weights(model, base)
+        changes |= {
+            pair.name: (pair, change_since(pair, weights, base_has_moved(model, name)))
+            for pair in pairs
+            if pair.name not in changes
         }
-    weights = pretrained_weights(model, base)
-    return {pair.name: (pair, change_since(pair, weights, moved)) for pair in pairs}
+    return {pair.name: changes[pair.name] for pair in pairs}
+
+
+def base_has_moved(model: nn.Module, adapter: str) -> bool:
+    """Whether part of what was learned is in the base weights."""
+    pairs = peft_layers.lora_pairs(model, adapter)
+    return any(pair.was_rebased for pair in pairs) or peft_layers.moves_base_at_creation(
+        model, adapter
+    )
 
 
 def change_since(pair: LoRAPair, weights: Mapping[str, Tensor], moved: bool = True) -> Tensor:
@@ -113,5 +124,44 @@ def pretrained_weights(model: nn.Module, base: Base | None) -> dict[str, Tensor]
     return dict(pretrained.state_dict())
 
 
-def _wide(weight: Tensor) -> Tensor:
-    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+def full_precision_base(model: nn.Module, base: Base | None) -> nn.Module:
+    """A new transformers model, not quantized, with the weights that an adapter was trained on.
+
+    Args:
+        model: the PEFT model on a quantized base.
+        base: where the weights come from; None for the quantized base itself, dequantized.
+
+    Raises:
+        ValueError: not a transformers model, or a base that cannot be loaded or does not fit it.
+    """
+    own: Any = peft_layers.base_model(model)
+    if not hasattr(own, "config"):
+        raise ValueError(f"{type(own).__name__} is not a transformers model.")
+    config = copy.deepcopy(own.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    if isinstance(base, (str, PathLike)):
+        return type(own).from_pretrained(base, config=config)
+    fresh = type(own)(config)
+    if base is not None:
+        weights = pretrained_weights(model, base)
+    else:
+        weights = {name: _dequantized_weight(model, name) for name in fresh.state_dict()}
+    floats = [weight.dtype for weight in weights.values() if weight.is_floating_point()]
+    if floats:
+        fresh = fresh.to(max(set(floats), key=floats.count))
+    try:
+        fresh.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"base does not fit this model: {error}") from error
+    return fresh
+
+
+def _dequantized_weight(model: nn.Module, name: str) -> Tensor:
+    path, _, leaf = name.rpartition(".")
+    module = peft_layers.base_layer_at(model, path)
+    return peft_layers.dequantized(module) if leaf == "weight" else getattr(module, leaf).detach()
+
+
+def _has_one_change(pair: LoRAPair) -> bool:
+    return peft_layers.why_not_dense(pair) is None or peft_layers.why_no_carry(pair) is None

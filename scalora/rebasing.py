@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from scalora.fold import fold, noise_seed
+from scalora.accumulators import (
+    CarryAccumulator,
+    DenseAccumulator,
+    LayerMemory,
+    Write,
+    increment,
+)
+from scalora.carry import Carry
 from scalora.layer_batches import (
     LayerBatch,
     batches_with_gradients,
@@ -26,41 +32,29 @@ from scalora.scaling.quadratic import QuadraticModel, quadratic_model
 
 _P_RANK_AXIS, _Q_RANK_AXIS = 2, 1  # of a stack (layers, *parameter shape)
 
-_Write = tuple[Sequence[Tensor], Tensor, Tensor]  # where to, and the stack before and after
-
-
-@dataclass
-class LayerMemory:
-    """What re-basing remembers of one layer from step to step.
-
-    Attributes:
-        index: the layer's place in the model, part of its rounding noise's seed.
-        product: L times the learning rate, calibrated at the layer's first re-basing, 0-d; NaN
-            before it.
-        residual: what rounding cut from the base weight; ``rounding="compensated"`` only.
-    """
-
-    index: int
-    product: Tensor | None = None
-    residual: Tensor | None = None
-
 
 class Rebaser:
     """Re-bases LoRA layers under an optimizer.
 
     Args:
-        pairs: the layers that can be re-based.
+        pairs: the layers that can be re-based -> where their increments go, "dense" or "carry".
         options: the user's choices.
         moments: how the optimizer's state depends on the gradient.
     """
 
     def __init__(
-        self, pairs: Sequence[LoRAPair], options: RebasingOptions, moments: Moments
+        self, pairs: Mapping[LoRAPair, str], options: RebasingOptions, moments: Moments
     ) -> None:
         self.pairs = list(pairs)
+        self.places = {pair.name: place for pair, place in pairs.items()}
         self.options = options
         self.moments = moments
         self.memory = {pair.name: LayerMemory(i) for i, pair in enumerate(self.pairs)}
+        dense = DenseAccumulator(options, self.memory)
+        self._accumulators: dict[str, DenseAccumulator | CarryAccumulator] = {
+            "dense": dense,
+            "carry": CarryAccumulator(options, dense),
+        }
         self._last: list[tuple[list[str], Tensor, Tensor]] = []
 
     @property
@@ -73,8 +67,10 @@ class Rebaser:
         }
 
     def kept_tensors(self) -> list[Tensor]:
-        """Everything kept between steps: products, residuals, and the newest scaling."""
+        """Everything kept between steps: products, residuals, carries, and the newest scaling."""
         kept = [factor for _, *factors in self._last for factor in factors]
+        for carry in self._carries().values():
+            kept += [carry.up, carry.down, carry.cut]
         for memory in self.memory.values():
             kept += [t for t in (memory.product, memory.residual) if t is not None]
         return kept
@@ -85,13 +81,23 @@ class Rebaser:
             memory.product = memory.residual = None
         self._last = []
 
-    def remember(
-        self, layers: dict[str, dict[str, Tensor | None]], rebased: Collection[str]
-    ) -> None:
+    def layer_states(self) -> dict[str, dict[str, Any]]:
+        """Layer name -> what `remember` needs of it."""
+        carries = self._carries()
+        return {
+            name: {
+                "product": memory.product,
+                "residual": memory.residual,
+                "carry": carries[name].state() if name in carries else None,
+            }
+            for name, memory in self.memory.items()
+        }
+
+    def remember(self, layers: Mapping[str, Mapping[str, Any]], rebased: Collection[str]) -> None:
         """Take up what ``layers`` holds for each layer, on the layer's device.
 
         Args:
-            layers: layer name -> ``product`` and ``residual`` of its `LayerMemory`.
+            layers: what `layer_states` returned.
             rebased: names of the layers whose base weights have taken in increments.
         """
         for pair in self.pairs:
@@ -104,6 +110,19 @@ class Rebaser:
             memory.residual = _copy_to(saved["residual"], device)
             if pair.name in rebased:
                 pair.mark_rebased()
+            self._remember_carry(pair, saved.get("carry"))
+
+    def _remember_carry(self, pair: LoRAPair, saved: dict[str, Tensor] | None) -> None:
+        accumulator = self._accumulators["carry"]
+        assert isinstance(accumulator, CarryAccumulator)
+        if saved is not None:
+            accumulator.carry_of(pair).load(saved)
+        elif pair.carry is not None:
+            pair.carry.clear()
+
+    def _carries(self) -> dict[str, Carry]:
+        found = {pair.name: pair.carry for pair in self.pairs}
+        return {name: carry for name, carry in found.items() if carry is not None}
 
     @torch.no_grad()
     def rebase(self, optimizer: torch.optim.Optimizer, count: int) -> None:
@@ -116,15 +135,23 @@ class Rebaser:
             optimizer: the inner optimizer; its state and the gradients change coordinates.
             count: how many re-basings came before, part of the rounding noise's seed.
         """
-        batches = batches_with_gradients(self.pairs, optimizer)
+        pairs = [pair for pair in self.pairs if self._accumulator(pair).takes(pair)]
+        batches = batches_with_gradients(pairs, optimizer, self._key)
         models = [self._model(batch, optimizer) for batch in batches]
         self._last = []
         for batch, model, x in zip(batches, models, self._solve(models), strict=True):
             alpha, beta, products = self._scaling(batch, optimizer, model, x)
+            self._accumulator(batch.pairs[0]).make_room(batch.pairs, count)
             alpha, beta = self._apply(batch, optimizer, alpha, beta, count)
             for pair, product in zip(batch.pairs, products, strict=True):
                 self.memory[pair.name].product = product
             self._last.append(([pair.name for pair in batch.pairs], alpha, beta))
+
+    def _accumulator(self, pair: LoRAPair) -> DenseAccumulator | CarryAccumulator:
+        return self._accumulators[self.places[pair.name]]
+
+    def _key(self, pair: LoRAPair) -> tuple[Any, ...]:
+        return self.places[pair.name], self._accumulator(pair).key(pair)
 
     def _model(self, batch: LayerBatch, optimizer: torch.optim.Optimizer) -> QuadraticModel:
         """The model that the rule solves."""
@@ -218,7 +245,7 @@ class Rebaser:
     ) -> tuple[Tensor, Tensor]:
         """Commit one batch; returns the scaling that was applied."""
         P, Q = stack(batch.P), stack(batch.Q)
-        writes: list[_Write] = [
+        writes: list[Write] = [
             (batch.P, P, transfer(P, alpha, 1, _P_RANK_AXIS)),
             (batch.Q, Q, transfer(Q, beta, 1, _Q_RANK_AXIS)),
         ]
@@ -241,8 +268,9 @@ class Rebaser:
         alpha, beta = (_where(finite, f, torch.ones_like(f)) for f in (alpha, beta))
 
         P_new, Q_new = writes[0][2], writes[1][2]
-        left, right = _increment(P, P_new, Q, Q_new, alpha * beta, batch.pairs[0].scaling)
-        self._commit(batch, left, right, writes, count)
+        left, right = increment(P, P_new, Q, Q_new, alpha * beta)
+        accumulator = self._accumulator(batch.pairs[0])
+        accumulator.commit(batch.pairs, left, right, writes, count)
         return alpha, beta
 
     def _moved_states(
@@ -251,10 +279,10 @@ class Rebaser:
         parameters: Sequence[nn.Parameter],
         factor: Tensor,
         axis: int,
-    ) -> list[_Write]:
+    ) -> list[Write]:
         """(targets, old, new) of every state whose degree is not 0."""
         states = [optimizer.state.get(p, {}) for p in parameters]
-        moved: list[_Write] = []
+        moved: list[Write] = []
         for name, value in states[0].items():
             if not isinstance(value, Tensor):
                 continue
@@ -283,71 +311,6 @@ class Rebaser:
             moved.append((targets, old, new))
         return moved
 
-    def _commit(
-        self,
-        batch: LayerBatch,
-        left: Tensor,
-        right: Tensor,
-        writes: Sequence[_Write],
-        count: int,
-    ) -> None:
-        """Fold, then write the new coordinates of exactly those layers whose base has changed.
-
-        Writing twice does no harm, so an interruption is answered by writing again.
-        """
-        bases = [pair.base_weight for pair in batch.pairs]
-        versions = [base._version for base in bases]
-
-        def write() -> None:
-            folded = [i for i, base in enumerate(bases) if base._version != versions[i]]
-            if not folded:
-                return
-            for targets, _, new in writes:
-                torch._foreach_copy_(
-                    [targets[i] for i in folded], [new[i].view_as(targets[i]) for i in folded]
-                )
-
-        try:
-            self._fold(batch, bases, left, right, count)
-        finally:
-            try:
-                write()
-            except BaseException:
-                write()
-                raise
-            finally:
-                for i, pair in enumerate(batch.pairs):
-                    if bases[i]._version != versions[i]:
-                        pair.mark_rebased()
-
-    def _fold(
-        self, batch: LayerBatch, bases: Sequence[Tensor], left: Tensor, right: Tensor, count: int
-    ) -> None:
-        memories = [self.memory[pair.name] for pair in batch.pairs]
-        if batch.pairs[0].base_is_transposed:
-            left, right = right, left
-        matrices = [base.detach().flatten(1) for base in bases]
-        residuals: list[Tensor] = []
-        if self.options.rounding == "compensated" and bases[0].dtype in (
-            torch.bfloat16,
-            torch.float16,
-        ):
-            for memory, matrix in zip(memories, matrices, strict=True):
-                if memory.residual is None:
-                    memory.residual = torch.zeros_like(matrix)
-                residuals.append(memory.residual)
-        fold(
-            matrices,
-            left,
-            right,
-            rounding=self.options.rounding,
-            seeds=[noise_seed(self.options.seed, count, memory.index) for memory in memories],
-            residuals=residuals,
-        )
-        for base, matrix in zip(bases, matrices, strict=True):
-            if matrix.data_ptr() != base.data_ptr():  # channels_last has no matrix view
-                base.detach().copy_(matrix.view_as(base))
-
 
 def _quadratic_model(
     batch: LayerBatch, grad_P: Tensor, grad_Q: Tensor, direction_P: Tensor, direction_Q: Tensor
@@ -362,27 +325,6 @@ def _quadratic_model(
         direction_Q.flatten(2).mT,
         batch.pairs[0].scaling,
     )
-
-
-def _increment(
-    P: Tensor, P_new: Tensor, Q: Tensor, Q_new: Tensor, product: Tensor, scaling: float
-) -> tuple[Tensor, Tensor]:
-    """``s (P Q^T - P_new Q_new^T)`` as two factors, (layers, m, k) and (layers, n, k).
-
-    In float32 ``s P diag(1 - alpha beta) Q^T`` is that to round-off, with k = r.  Half-precision
-    factors were rounded when they were scaled: there the difference is taken as it is, k = 2r.
-    """
-    P, P_new = P.flatten(2), P_new.flatten(2)
-    Q, Q_new = Q.flatten(2).mT, Q_new.flatten(2).mT
-    if P.dtype in (torch.float32, torch.float64) and Q.dtype == P.dtype:
-        share = (scaling * (1 - product)).to(P.dtype).unsqueeze(-2)
-        zero = torch.zeros_like(share)
-        return torch.where(share == 0, zero, P * share), torch.where(share == 0, zero, Q)
-    left = torch.cat([P.float(), -P_new.float()], dim=-1) * scaling
-    right = torch.cat([Q.float(), Q_new.float()], dim=-1)
-    changed = (product != 1).any(-1)[:, None, None]
-    zero = torch.zeros_like(left[:, :1, :1])
-    return torch.where(changed, left, zero), torch.where(changed, right, zero)
 
 
 def _copy_to(tensor: Tensor | None, device: torch.device) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from os import PathLike
 from pathlib import Path
 
@@ -10,33 +11,53 @@ import torch
 from torch import Tensor, nn
 
 from scalora import peft_layers
+from scalora.carry import compress
 from scalora.files import write_tensors
-from scalora.pretrained import Base, weight_changes
+from scalora.pretrained import Base, base_has_moved, full_precision_base, weight_changes
 
 _ADAPTER_FILE = "adapter_model.safetensors"
 _TOLERANCE = 1e-4
 
 
-def save_merged(model: nn.Module, path: str | PathLike[str]) -> None:
+def save_merged(model: nn.Module, path: str | PathLike[str], base: Base | None = None) -> None:
     """Write the model as a plain transformers checkpoint, the adapter merged into its weights.
 
-    The model itself is left as it is: PEFT merges a copy, which needs as much memory again.
+    The model itself is left as it is: PEFT merges a copy, which needs as much memory again.  A
+    quantized base cannot take in the adapter without losing most of it, so what is written is in
+    full precision: the quantized base's own weights, dequantized, which gives the model's own
+    answers; or ``base``.
 
     Args:
         model: the fine-tuned PEFT model (or a module around it).
         path: folder, created if need be.
+        base: for a quantized model: the pretrained one in full precision (a model, a state dict, a
+            folder or a hub id) to merge onto instead.
 
     Raises:
-        ValueError: not a PEFT model around a transformers model.
+        ValueError: not a PEFT model around a transformers model, or a base for one that is not
+            quantized.
     """
     wrapped = _require_peft_model(model)
-    merged = copy.deepcopy(wrapped).merge_and_unload()
+    if not any(map(peft_layers.is_quantized, peft_layers.all_lora_pairs(wrapped))):
+        if base is not None:
+            raise ValueError("this model is not quantized and has its own base: leave base out.")
+        merged = copy.deepcopy(wrapped).merge_and_unload()
+    else:
+        merged = _merged_in_full_precision(wrapped, base)
     if not hasattr(merged, "save_pretrained"):
         raise ValueError(
             f"{type(merged).__name__} is not a transformers model; save the state_dict of "
             "copy.deepcopy(model).merge_and_unload() yourself."
         )
     merged.save_pretrained(path)
+
+
+def _merged_in_full_precision(model: peft_layers.PeftModel, base: Base | None) -> nn.Module:
+    adapter = peft_layers.active_adapter(model)
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(model, folder, adapter_name=adapter)
+        target = full_precision_base(model, base)
+        return peft_layers.PeftModel.from_pretrained(target, folder).merge_and_unload()
 
 
 @torch.no_grad()
@@ -50,17 +71,20 @@ def save_adapter(
 ) -> dict[str, float]:
     """Write everything learned as one ordinary PEFT LoRA adapter for the pretrained base.
 
-    The change of every layer, what was folded into the base and the adapter together, is cut to
-    ``rank`` by an SVD, which is the best that any adapter of that rank can do.  The adapter loads
-    with ``PeftModel.from_pretrained`` where this package is not installed.
+    What is beside the base, adapter and carry together, is one pair of factors of rank r + R and is
+    written as it is.  Where increments were folded into the base, the change of the weight is cut
+    to ``rank`` by an SVD.  Either way no adapter of that rank is closer.  The adapter loads with
+    ``PeftModel.from_pretrained`` where this package is not installed.
 
     Args:
         model: the fine-tuned PEFT model (or a module around it).
         path: folder, created if need be.
-        rank: of every layer; None for the smallest that keeps a layer's error at most 1e-4.
+        rank: of every layer; None for all of it, and for what was folded the smallest rank that
+            keeps a layer's error at most 1e-4.
         base: the pretrained model, its state dict, or a folder or hub id to load it from; may be
             left out while nothing has been folded.  Pass it after ``model.load_state_dict`` in a
-            new process: nothing in the model then says that its base has changed.
+            new process: nothing in the model then says that its base has changed.  A quantized
+            base never changes and needs none.
         adapter_name: None for the active adapter.
 
     Returns:
@@ -74,16 +98,23 @@ def save_adapter(
         raise ValueError(f"rank={rank} must be at least 1.")
     wrapped = _require_peft_model(model)
     name = adapter_name or peft_layers.active_adapter(model)
+    pairs = peft_layers.lora_pairs(wrapped, name)
+    beside = [pair for pair in pairs if pair.carry is not None or peft_layers.is_quantized(pair)]
+    # DoRA's magnitude is kept if nothing of what it multiplies is in a base.
+    keep_dora = len(beside) == len(pairs) and not base_has_moved(wrapped, name)
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     errors: dict[str, float] = {}
-    for layer, (pair, change) in weight_changes(model, base, name).items():
-        matrix = pair.as_matrix(change)
-        factors[layer] = _best_factors(matrix, rank)
-        P, Q = factors[layer]
-        norm = torch.linalg.norm(matrix)
-        errors[layer] = float(torch.linalg.norm(matrix - P @ Q.T) / norm) if norm > 0 else 0.0
+    if keep_dora:
+        for pair in pairs:
+            factors[pair.name], errors[pair.name] = _factors_beside(pair, rank)
+    else:
+        for layer, (pair, change) in weight_changes(model, base, name).items():
+            if pair in beside and not pair.was_rebased and not pair.has_variant:
+                factors[layer], errors[layer] = _factors_beside(pair, rank)
+            else:
+                factors[layer], errors[layer] = _best_factors(pair.as_matrix(change), rank)
 
-    tensors, config = peft_layers.adapter_with_factors(wrapped, name, factors)
+    tensors, config = peft_layers.adapter_with_factors(wrapped, name, factors, keep_dora=keep_dora)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / _ADAPTER_FILE, tensors, {"format": "pt"})
@@ -91,12 +122,26 @@ def save_adapter(
     return errors
 
 
-def _best_factors(matrix: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
-    """P (m, k) and Q (n, k) with ``P Q^T`` the best approximation of ``matrix`` (m, n)."""
+def _factors_beside(
+    pair: peft_layers.LoRAPair, rank: int | None
+) -> tuple[tuple[Tensor, Tensor], float]:
+    """P (m, k) and Q (n, k) of adapter and carry together, and the relative error."""
+    up, down = pair.scaling * pair.learned_P, pair.learned_Q
+    if rank is None or rank >= up.shape[1]:
+        return (up.float(), down.mT.float()), 0.0
+    cut = compress(up, down, rank)
+    error = float((cut.cut / cut.energy).sqrt()) if cut.energy > 0 else 0.0
+    return (cut.up.float(), cut.down.mT.float()), error
+
+
+def _best_factors(matrix: Tensor, rank: int | None) -> tuple[tuple[Tensor, Tensor], float]:
+    """P (m, k), Q (n, k), ``P Q^T`` the best approximation of a matrix (m, n), and its error."""
     U, sigma, Vh = torch.linalg.svd(matrix, full_matrices=False)
     k = _rank_within_tolerance(sigma) if rank is None else min(rank, len(sigma))
     root = sigma[:k].sqrt()
-    return (U[:, :k] * root).float(), (Vh[:k].T * root).float()
+    P, Q = (U[:, :k] * root).float(), (Vh[:k].T * root).float()
+    norm = torch.linalg.norm(matrix)
+    return (P, Q), float(torch.linalg.norm(matrix - P @ Q.T) / norm) if norm > 0 else 0.0
 
 
 def _rank_within_tolerance(sigma: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""Which LoRA layers are re-based, and why the others are not."""
+"""Which LoRA layers are re-based, where their increments go, and why the others are not."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ import torch
 from torch import nn
 
 from scalora import peft_layers
+from scalora.accumulators import increment_columns
 from scalora.options import RebasingOptions
 from scalora.peft_layers import LoRAPair
 
 
-def pairs_to_rebase(
+def places_of_layers(
     model: nn.Module, optimizer: torch.optim.Optimizer, options: RebasingOptions
-) -> list[LoRAPair]:
-    """The layers to re-base; one warning names those that stay plain LoRA, and why.
+) -> dict[LoRAPair, str]:
+    """The layers to re-base -> "dense" or "carry"; one warning names those that stay plain LoRA.
 
     Raises:
-        ValueError: the model has no such adapter, none of its layers can be re-based, or a base
-            weight is tied to another module.
+        ValueError: the model has no such adapter, none of its layers can be re-based, a base
+            weight is tied to another module and would have to take increments, or a carry would
+            have no room for two increments.
     """
     pairs = peft_layers.lora_pairs(model, options.adapter_name)
     if not pairs:
@@ -29,7 +31,7 @@ def pairs_to_rebase(
             f"(adapters found: {names}). Create one with peft.get_peft_model, or pass adapter_name."
         )
     if options.resolved_rule == "none":
-        return []
+        return {}
     if peft_layers.peft_model(model) is None:
         warnings.warn(
             f"{type(model).__name__} is not a PeftModel: it trains, but scalora.save_merged and "
@@ -39,21 +41,16 @@ def pairs_to_rebase(
         )
     users = peft_layers.sharing_modules(model)
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    chosen, left = [], {}
+    places: dict[LoRAPair, str] = {}
+    left: dict[str, str] = {}
     for pair in pairs:
-        reason = peft_layers.why_not_rebased(pair) or _why_not_stepped(pair, stepped, users)
-        if reason is not None:
+        reason = _why_not_stepped(pair, stepped, users)
+        place, reason = ("", reason) if reason else _place(pair, users, options)
+        if reason is None:
+            places[pair] = place
+        else:
             left[pair.name] = reason
-            continue
-        others = users.get(peft_layers.storage_address(pair.base_weight), [])
-        if len(others) > 1:
-            raise ValueError(
-                f"the base weight of {pair.name!r} is tied: {others} share it, and folding an "
-                "increment into one would change the others. Leave this layer out of "
-                "target_modules, or untie the weights (tie_word_embeddings=False)."
-            )
-        chosen.append(pair)
-    if not chosen:
+    if not places:
         name, reason = next(iter(left.items()))
         raise ValueError(f"no LoRA layer can be re-based; for example {name!r}: {reason}.")
     if left:
@@ -63,7 +60,46 @@ def pairs_to_rebase(
             UserWarning,
             stacklevel=4,
         )
-    return chosen
+    return places
+
+
+def _place(
+    pair: LoRAPair, users: dict[int, list[str]], options: RebasingOptions
+) -> tuple[str, str | None]:
+    """Where the layer's increments go, and why nowhere."""
+    not_dense = peft_layers.why_not_dense(pair)
+    sharing = [] if not_dense else users[peft_layers.storage_address(pair.base_weight)]
+    if options.accumulator == "dense" and not_dense is None and len(sharing) > 1:
+        raise ValueError(
+            f"the base weight of {pair.name!r} is tied: {sharing} share it, and folding an "
+            "increment into one would change the others. Use accumulator='carry', leave this layer "
+            "out of target_modules, or untie the weights (tie_word_embeddings=False)."
+        )
+    if options.accumulator == "dense":
+        return "dense", not_dense
+    if options.accumulator == "auto" and not_dense is None and len(sharing) == 1:
+        return "dense", None
+    no_carry = peft_layers.why_no_carry(pair)
+    if no_carry is None:
+        _check_carry(pair, not_dense, sharing, options)
+    return "carry", no_carry
+
+
+def _check_carry(
+    pair: LoRAPair, not_dense: str | None, sharing: list[str], options: RebasingOptions
+) -> None:
+    least = 2 * increment_columns(pair)
+    if not isinstance(options.carry_rank, str) and options.carry_rank < least:
+        raise ValueError(
+            f"carry_rank={options.carry_rank} is too small for {pair.name!r}: every re-basing adds "
+            f"{least // 2} columns, and two of them must fit. Pass {least} at least, or 'auto'."
+        )
+    if options.when_full == "fold" and (not_dense is not None or len(sharing) > 1):
+        reason = not_dense or f"its base weight is tied: {sharing} share it"
+        raise ValueError(
+            f"when_full='fold' cannot fold the carry of {pair.name!r} into its base: {reason}. Use "
+            "when_full='compress' or 'hold'."
+        )
 
 
 def _why_not_stepped(pair: LoRAPair, stepped: set[int], users: dict[int, list[str]]) -> str | None:

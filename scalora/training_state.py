@@ -1,8 +1,9 @@
-"""What a resumed run needs beyond the adapter and the inner optimizer: the folded base weights."""
+"""What a resumed run needs beyond adapter and inner optimizer: folded base weights, carries."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from torch import Tensor
 from scalora import peft_layers
 from scalora.files import read_tensors, write_tensors
 from scalora.optimizer import ScaLoRA
+from scalora.peft_layers import LoRAPair
 
 STATE_FILE = "scalora.safetensors"
-_KEYS = ("version", "steps", "rebase_count", "base", "adapter", "tensors")
+_KEYS = ("version", "steps", "rebase_count", "places", "base", "adapter", "tensors")
 
 
 def save_training_state(optimizer: ScaLoRA, folder: str | PathLike[str]) -> Path:
-    """Write the base weights of the re-based layers and the state of re-basing.
+    """Write the folded base weights or the carries, and the state of re-basing.
 
     Together with the adapter (``PeftModel.save_pretrained``) and ``optimizer.state_dict()`` that is
     a complete checkpoint.  The file is written whole or not at all.
@@ -34,9 +36,11 @@ def save_training_state(optimizer: ScaLoRA, folder: str | PathLike[str]) -> Path
     state = optimizer.rebasing_state()
     tensors: dict[str, Tensor] = {}
     for name, memory in state.pop("layers").items():
+        memory |= {f"carry.{key}": value for key, value in (memory.pop("carry") or {}).items()}
         tensors |= {f"{key}:{name}": value for key, value in memory.items() if value is not None}
     pairs = optimizer.rebased_pairs
-    tensors |= {f"base:{pair.name}": pair.base_weight for pair in pairs}
+    folded = _folded(state["places"], pairs)
+    tensors |= {f"base:{pair.name}": pair.base_weight for pair in folded}
     state["adapter"] = peft_layers.adapter_checksums(pairs)
     state["tensors"] = peft_layers.checksums(tensors)
     path = Path(folder) / STATE_FILE
@@ -60,10 +64,7 @@ def load_training_state(optimizer: ScaLoRA, folder: str | PathLike[str]) -> None
     tensors, metadata = read_tensors(path)
     state = _state(path, metadata)
     pairs = optimizer.rebased_pairs
-    state["layers"] = {
-        pair.name: {key: tensors.get(f"{key}:{pair.name}") for key in ("product", "residual")}
-        for pair in pairs
-    }
+    state["layers"] = {pair.name: _memory(tensors, pair.name) for pair in pairs}
     optimizer.check_rebasing_state(state)
     if state["tensors"] != peft_layers.checksums(tensors):
         raise ValueError(f"{path} is damaged: its tensors are not those written with it.")
@@ -72,11 +73,26 @@ def load_training_state(optimizer: ScaLoRA, folder: str | PathLike[str]) -> None
             f"the model's adapter is not the one {path} was saved with: load the adapter of the "
             "same checkpoint first. Nothing was loaded."
         )
-    for pair in pairs:
+    folded = [p for p in pairs if f"base:{p.name}" in tensors or state["places"][p.name] == "dense"]
+    for pair in folded:
         _check_weight(path, pair.name, tensors.get(f"base:{pair.name}"), pair.base_weight)
-    for pair in pairs:
+    for pair in folded:
         pair.base_weight.copy_(tensors[f"base:{pair.name}"])
     optimizer.load_rebasing_state(state)
+
+
+def _folded(places: Mapping[str, str], pairs: Sequence[LoRAPair]) -> list[LoRAPair]:
+    """The layers whose base weights take in increments: all but those with a carry that is kept."""
+    return [pair for pair in pairs if places[pair.name] == "dense" or pair.was_rebased]
+
+
+def _memory(tensors: Mapping[str, Tensor], layer: str) -> dict[str, Any]:
+    carry = {key: tensors.get(f"carry.{key}:{layer}") for key in ("up", "down", "cut")}
+    return {
+        "product": tensors.get(f"product:{layer}"),
+        "residual": tensors.get(f"residual:{layer}"),
+        "carry": None if None in carry.values() else carry,
+    }
 
 
 def _state(path: Path, metadata: dict[str, str]) -> dict[str, Any]:

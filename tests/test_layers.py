@@ -529,7 +529,7 @@ def test_what_cannot_be_rebased_trains_on_as_plain_lora_under_one_warning(
     inner = torch.optim.SGD(models.trainable(model), lr=0.3)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        optimizer = scalora.ScaLoRA(inner, model)
+        optimizer = scalora.ScaLoRA(inner, model, accumulator="dense")
     messages = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
     assert len(messages) == 1, messages
     assert f"{left} (" in messages[0] and reason in messages[0]
@@ -608,21 +608,21 @@ def test_layer_of_a_variant_among_plain_ones_stays_as_it_is() -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
-def test_tied_base_weight_is_refused_with_both_names(
+def test_folding_into_a_tied_base_weight_is_refused_with_both_names(
     targets: list[str], tied: str, sharer: str
 ) -> None:
     model = models.with_lora(models.gpt2(), target_modules=targets, fan_in_fan_out=True)
     with pytest.raises(ValueError, match="tied") as error:
-        _wrapped(model)
+        _wrapped(model, accumulator="dense")
     assert f"{tied!r} is tied" in str(error.value)
     assert sharer in str(error.value).partition("is tied")[2]
 
 
-def test_tied_base_weight_of_a_masked_language_model_is_refused() -> None:
+def test_folding_into_a_tied_weight_of_a_masked_language_model_is_refused() -> None:
     base = BertForMaskedLM(models.bert_config())
     model = models.with_lora(base, target_modules=["query", "decoder"])
     with pytest.raises(ValueError, match=r"cls\.predictions\.decoder.*word_embeddings"):
-        _wrapped(model)
+        _wrapped(model, accumulator="dense")
 
 
 def test_tied_layers_with_tied_factors_stay_plain_lora() -> None:
@@ -658,12 +658,12 @@ def test_untied_head_and_embedding_are_rebased() -> None:
     torch.testing.assert_close(models.answers(model, inputs), before, rtol=0, atol=1e-12)
 
 
-def test_layers_replicated_over_one_base_weight_are_refused() -> None:
+def test_folding_into_a_base_weight_of_two_layers_is_refused() -> None:
     base = models.Perceptron(8, 8, 8)
     base.second.weight = base.first.weight
     model = models.with_lora(base, target_modules=["first"])
     with pytest.raises(ValueError, match=r"'first' is tied.*second"):
-        _wrapped(model)
+        _wrapped(model, accumulator="dense")
 
 
 def test_model_without_the_adapter_is_refused_with_the_adapters_that_are_there() -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import scalora
+from scalora.accumulators import into_base
 from scalora.peft_layers import lora_pairs
 
 
@@ -579,13 +580,13 @@ def test_failure_right_after_the_fold_still_writes_the_new_coordinates(monkeypat
     train(model, optimizer, range(3))
     backward(model, 3)
     before = effective(model)
-    fold = scalora.rebasing.fold
+    fold = into_base.fold
 
     def interrupted(*args, **kwargs):
         fold(*args, **kwargs)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(scalora.rebasing, "fold", interrupted)
+    monkeypatch.setattr(into_base, "fold", interrupted)
     with pytest.raises(KeyboardInterrupt):
         optimizer.step()
     for name, weight in effective(model).items():

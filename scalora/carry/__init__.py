@@ -1,5 +1,7 @@
 """Where the frozen increment goes when the base must not be touched: low-rank factors beside it."""
 
+from scalora.carry.carry import Carry
 from scalora.carry.factors import Compressed, compress
+from scalora.carry.modules import put_carry
 
-__all__ = ["Compressed", "compress"]
+__all__ = ["Carry", "Compressed", "compress", "put_carry"]

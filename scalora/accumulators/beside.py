@@ -1,0 +1,223 @@
+"""The carry accumulator: increments are kept as low-rank factors beside the base weight."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from scalora.accumulators.commit import Write, commit
+from scalora.accumulators.increment import increment_columns
+from scalora.accumulators.into_base import DenseAccumulator
+from scalora.carry import Carry, compress
+from scalora.options import RebasingOptions
+from scalora.peft_layers import LoRAPair, attach_carry
+
+# In units of the adapter's rank: where carry_rank="auto" begins, and where it stops growing.
+_AUTO_FIRST, _AUTO_MOST = 4, 32
+# So many float32 numbers are recompressed at once; it bounds the memory that takes.
+_NUMBERS_AT_ONCE = 1 << 26
+
+
+class CarryAccumulator:
+    """Keeps increments beside base weights, which it never touches unless told to fold.
+
+    Args:
+        options: of the carry.
+        dense: where full carries are folded with ``when_full="fold"``.
+    """
+
+    def __init__(self, options: RebasingOptions, dense: DenseAccumulator) -> None:
+        self.options = options
+        self.dense = dense
+        self._warned = False
+
+    def key(self, pair: LoRAPair) -> Hashable:
+        """What must agree beyond the factors for layers to be served in one call: nothing."""
+        return "carry"
+
+    def takes(self, pair: LoRAPair) -> bool:
+        """Whether it is still re-based: with ``when_full="hold"`` until its carry is full."""
+        carry = pair.carry
+        if self.options.when_full != "hold" or carry is None:
+            return True
+        return carry.columns + increment_columns(pair) <= carry.capacity
+
+    def carry_of(self, pair: LoRAPair) -> Carry:
+        """The layer's; an empty one is made if it has none."""
+        carry = pair.carry
+        if carry is None:
+            wanted = self.options.carry_rank
+            columns = _AUTO_FIRST * pair.rank if isinstance(wanted, str) else wanted
+            columns = min(max(columns, 2 * increment_columns(pair)), _most(pair))
+            P, Q = pair.P_parameter, pair.Q_parameter
+            dtype = torch.promote_types(torch.promote_types(P.dtype, Q.dtype), torch.float32)
+            carry = Carry(P.shape[0], Q[0].numel(), columns, P.device, dtype)
+            attach_carry(pair.module, pair.adapter, carry)
+        return carry
+
+    @torch.no_grad()
+    def make_room(self, pairs: Sequence[LoRAPair], count: int) -> None:
+        """Let every layer's carry have room for one more increment.
+
+        Args:
+            pairs: the layers.
+            count: the number of this re-basing, part of the rounding noise's seed.
+        """
+        full: dict[Hashable, list[LoRAPair]] = {}
+        for pair in pairs:
+            carry = self.carry_of(pair)
+            if carry.columns + increment_columns(pair) > carry.capacity:
+                shape = carry.up.shape, carry.down.shape, carry.columns, increment_columns(pair)
+                key = (*shape, carry.up.device, self.dense.key(pair) if self._folds else None)
+                full.setdefault(key, []).append(pair)
+        for alike in full.values():
+            carry = _carry(alike[0])
+            at_once = max(1, _NUMBERS_AT_ONCE // (carry.up.numel() + carry.down.numel()))
+            for start in range(0, len(alike), at_once):
+                part = alike[start : start + at_once]
+                if self._folds:
+                    self._fold(part, count)
+                else:
+                    self._compress(part)
+
+    def commit(
+        self,
+        pairs: Sequence[LoRAPair],
+        left: Tensor,
+        right: Tensor,
+        writes: Sequence[Write],
+        count: int,
+    ) -> None:
+        """Append ``left right^T`` to the carries, and write the rest where that was done.
+
+        Args:
+            pairs: layers with room for the increments.
+            left: (layers, m, k).
+            right: (layers, n, k).
+            writes: what else changes with the layers.
+            count: not needed here.
+        """
+        carries = [_carry(pair) for pair in pairs]
+        left, right = left.to(carries[0].up.dtype), right.to(carries[0].down.dtype).mT
+        k = left.shape[-1]
+        ups = [carry.up[:, carry.columns : carry.columns + k] for carry in carries]
+        downs = [carry.down[carry.columns : carry.columns + k] for carry in carries]
+        # Counted first: columns that are counted and still zero do no harm.
+        for carry in carries:
+            carry.columns += k
+        landed: set[int] = set()
+        try:
+            commit(
+                lambda: torch._foreach_copy_(ups, list(left.unbind())),
+                ups,
+                [(ups, left, left), (downs, right, right), *writes],
+                landed.add,
+            )
+        finally:
+            for i, carry in enumerate(carries):
+                if i not in landed:
+                    carry.columns -= k
+
+    @property
+    def _folds(self) -> bool:
+        return self.options.when_full == "fold"
+
+    def _compress(self, pairs: Sequence[LoRAPair]) -> None:
+        """Recompress the carries, or let them grow where ``"auto"`` would cut too much."""
+        carries = [_carry(pair) for pair in pairs]
+        keep = _kept_columns(pairs[0], carries[0])
+        up = torch.stack([carry.used_up for carry in carries])
+        down = torch.stack([carry.used_down for carry in carries])
+        new = compress(up, down, keep)
+        cuts = torch.stack([carry.cut for carry in carries]) + new.cut
+        # The SVD has waited for the device, so reading these costs nothing more.
+        shares = torch.where(cuts > 0, cuts / new.energy, 0).tolist()
+        chosen = []
+        for i, (pair, carry) in enumerate(zip(pairs, carries, strict=True)):
+            most = self._most_columns(pair)
+            if shares[i] > self.options.carry_tolerance and carry.capacity < most:
+                carry.grow(min(2 * carry.capacity, most))
+                continue
+            chosen.append(i)
+            if shares[i] > self.options.carry_tolerance:
+                self._warn(pair, carry, shares[i])
+        if chosen:
+            index = torch.tensor(chosen, device=up.device)
+            self._replace(
+                [carries[i] for i in chosen], new.up[index], new.down[index], cuts[index], keep
+            )
+
+    def _replace(
+        self, carries: Sequence[Carry], up: Tensor, down: Tensor, cuts: Tensor, keep: int
+    ) -> None:
+        more = carries[0].capacity - keep
+        up = torch.nn.functional.pad(up, (0, more))
+        down = torch.nn.functional.pad(down, (0, 0, 0, more))
+        ups, downs = [carry.up for carry in carries], [carry.down for carry in carries]
+
+        def done(i: int) -> None:
+            carries[i].columns = keep
+
+        commit(
+            lambda: torch._foreach_copy_(ups, list(up.unbind())),
+            ups,
+            [(ups, up, up), (downs, down, down), ([c.cut for c in carries], cuts, cuts)],
+            done,
+        )
+
+    def _fold(self, pairs: Sequence[LoRAPair], count: int) -> None:
+        """Into the base weights; the carries are empty then."""
+        carries = [_carry(pair) for pair in pairs]
+        up = torch.stack([carry.used_up for carry in carries])
+        down = torch.stack([carry.used_down for carry in carries])
+        ups, downs = [carry.used_up for carry in carries], [carry.used_down for carry in carries]
+        up_zero, down_zero = torch.zeros_like(up), torch.zeros_like(down)
+        writes = [(downs, down, down_zero), (ups, up, up_zero)]
+        self.dense.commit(pairs, up, down.mT, writes, count)
+        for carry in carries:
+            carry.columns = 0
+
+    def _most_columns(self, pair: LoRAPair) -> int:
+        """Up to where the layer's carry may grow."""
+        if not isinstance(self.options.carry_rank, str):
+            return 0
+        return min(_AUTO_MOST * pair.rank, _most(pair))
+
+    def _warn(self, pair: LoRAPair, carry: Carry, share: float) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            f"the carry of {pair.name!r} is full at {carry.capacity} columns, and what was cut "
+            f"from it by now is {share:.1e} of its energy (carry_tolerance="
+            f"{self.options.carry_tolerance:g}): the model's function moves by that much. Pass a "
+            "larger carry_rank or interval; optimizer.report() has every layer.",
+            UserWarning,
+            stacklevel=6,
+        )
+
+
+def _carry(pair: LoRAPair) -> Carry:
+    carry = pair.carry
+    assert carry is not None
+    return carry
+
+
+def _most(pair: LoRAPair) -> int:
+    """Columns with which nothing of a layer's carry is ever cut."""
+    return _full_rank(pair) + 4 * increment_columns(pair)
+
+
+def _full_rank(pair: LoRAPair) -> int:
+    return min(pair.P_parameter.shape[0], pair.Q_parameter[0].numel())
+
+
+def _kept_columns(pair: LoRAPair, carry: Carry) -> int:
+    """What a compression keeps: a quarter is left free, so that not every re-basing compresses."""
+    k = increment_columns(pair)
+    if carry.capacity - k >= _full_rank(pair):
+        return _full_rank(pair)
+    return carry.capacity - max(k, carry.capacity // 4 // k * k)

@@ -1,0 +1,42 @@
+"""What a re-basing takes out of the adapter, as two factors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from scalora.peft_layers import LoRAPair
+
+_EXACT = (torch.float32, torch.float64)
+
+
+def increment(
+    P: Tensor, P_new: Tensor, Q: Tensor, Q_new: Tensor, product: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``P Q^T - P_new Q_new^T`` as two factors, (layers, m, k) and (layers, n, k).
+
+    In float32 ``P diag(1 - alpha beta) Q^T`` is that to round-off, with k = r.  Half-precision
+    factors were rounded when they were scaled: there the difference is taken as it is, k = 2r.
+
+    Args:
+        P, P_new: (layers, m, r, ...), as PEFT stores them.
+        Q, Q_new: (layers, r, n, ...), likewise.
+        product: (layers, r), alpha times beta.
+    """
+    P, P_new = P.flatten(2), P_new.flatten(2)
+    Q, Q_new = Q.flatten(2).mT, Q_new.flatten(2).mT
+    if P.dtype in _EXACT and Q.dtype == P.dtype:
+        share = (1 - product).to(P.dtype).unsqueeze(-2)
+        zero = torch.zeros_like(share)
+        return torch.where(share == 0, zero, P * share), torch.where(share == 0, zero, Q)
+    left = torch.cat([P.float(), -P_new.float()], dim=-1)
+    right = torch.cat([Q.float(), Q_new.float()], dim=-1)
+    changed = (product != 1).any(-1)[:, None, None]
+    zero = torch.zeros_like(left[:, :1, :1])
+    return torch.where(changed, left, zero), torch.where(changed, right, zero)
+
+
+def increment_columns(pair: LoRAPair) -> int:
+    """K of the layer's increments."""
+    P, Q = pair.P_parameter, pair.Q_parameter
+    return pair.rank if P.dtype in _EXACT and Q.dtype == P.dtype else 2 * pair.rank

@@ -1,0 +1,91 @@
+"""The dense accumulator: increments are added to the base weight, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from scalora.accumulators.commit import Write, commit
+from scalora.accumulators.memory import LayerMemory
+from scalora.fold import fold, noise_seed
+from scalora.options import RebasingOptions
+from scalora.peft_layers import LoRAPair
+
+
+class DenseAccumulator:
+    """Folds increments into base weights.
+
+    Args:
+        options: of rounding.
+        memory: layer name -> where what rounding cut is kept.
+    """
+
+    def __init__(self, options: RebasingOptions, memory: Mapping[str, LayerMemory]) -> None:
+        self.options = options
+        self.memory = memory
+
+    def key(self, pair: LoRAPair) -> Hashable:
+        """What must agree for layers to be folded in one call."""
+        base = pair.base_weight
+        return base.shape, base.dtype, pair.base_is_transposed
+
+    def takes(self, pair: LoRAPair) -> bool:
+        """Whether there is room for another increment: always."""
+        return True
+
+    def make_room(self, pairs: Sequence[LoRAPair], count: int) -> None:
+        """Nothing to do."""
+
+    def commit(
+        self,
+        pairs: Sequence[LoRAPair],
+        left: Tensor,
+        right: Tensor,
+        writes: Sequence[Write],
+        count: int,
+    ) -> None:
+        """Add ``s left right^T`` to the base weights, and write the rest where that was done.
+
+        Args:
+            pairs: layers of one `key` and scaling.
+            left: (layers, m, k).
+            right: (layers, n, k).
+            writes: what else changes with the layers.
+            count: the number of this re-basing, part of the rounding noise's seed.
+        """
+        left = left * pairs[0].scaling
+        commit(
+            lambda: self._fold(pairs, left, right, count),
+            [pair.base_weight for pair in pairs],
+            writes,
+            lambda i: pairs[i].mark_rebased(),
+        )
+
+    def _fold(self, pairs: Sequence[LoRAPair], left: Tensor, right: Tensor, count: int) -> None:
+        memories = [self.memory[pair.name] for pair in pairs]
+        if pairs[0].base_is_transposed:
+            left, right = right, left
+        bases = [pair.base_weight for pair in pairs]
+        matrices = [base.detach().flatten(1) for base in bases]
+        residuals: list[Tensor] = []
+        if self.options.rounding == "compensated" and bases[0].dtype in (
+            torch.bfloat16,
+            torch.float16,
+        ):
+            for memory, matrix in zip(memories, matrices, strict=True):
+                if memory.residual is None:
+                    memory.residual = torch.zeros_like(matrix)
+                residuals.append(memory.residual)
+        fold(
+            matrices,
+            left,
+            right,
+            rounding=self.options.rounding,
+            seeds=[noise_seed(self.options.seed, count, memory.index) for memory in memories],
+            residuals=residuals,
+        )
+        for base, matrix in zip(bases, matrices, strict=True):
+            if matrix.data_ptr() != base.data_ptr():  # channels_last has no matrix view
+                base.detach().copy_(matrix.view_as(base))

@@ -1,0 +1,143 @@
+"""The forward pass: an adapter's two modules, each computing with the carry's columns as well.
+
+One product over the adapter's and the carry's columns together costs less than two
+(docs/quantized.md has the measurement), and whatever calls the adapter's modules (dropout, DoRA)
+sees both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from scalora.carry.carry import Carry
+
+
+class _Joined(torch.autograd.Function):
+    """``x @ cat([weight, frozen])^T`` without the frozen half's share of the weight's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, frozen: Tensor, axis: int) -> Tensor:
+        ctx.save_for_backward(x, weight, frozen)
+        ctx.axis = axis
+        return functional.linear(x, torch.cat([weight, frozen], dim=axis))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight, frozen = ctx.saved_tensors
+        [grad] = grads
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ torch.cat([weight, frozen], dim=ctx.axis)
+        if ctx.needs_input_grad[1]:
+            rows, columns = weight.shape
+            grad = grad[..., :rows].reshape(-1, rows)
+            grad_weight = grad.mT @ x[..., :columns].reshape(-1, columns)
+        return grad_x, grad_weight, None, None
+
+
+def _joined(x: Tensor, weight: Tensor, frozen: Tensor, axis: int) -> Tensor:
+    """As ``functional.linear`` would under autocast: both passes in one dtype."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        x, weight = x.to(dtype), weight.to(dtype)
+        with torch.autocast(kind, enabled=False):
+            return _Joined.apply(x, weight, frozen.to(dtype), axis)
+    return _Joined.apply(x, weight, frozen.to(weight.dtype), axis)
+
+
+class _Carrying:
+    """A module of the adapter that has a carry."""
+
+    carry: Carry
+
+
+class DownLinear(_Carrying, nn.Linear):
+    """``lora_A``: (..., n) -> (..., r + capacity)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The codes of the adapter, then those of the carry."""
+        return _joined(input, self.weight, self.carry.on(input.device).down, 0)
+
+
+class UpLinear(_Carrying, nn.Linear):
+    """``lora_B``: (..., r + capacity) -> (..., m)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The sum of the adapter's output and the carry's."""
+        output = _joined(input, self.weight, self.carry.on(input.device).up, 1)
+        return output if self.bias is None else output + self.bias
+
+
+class _DownConv(_Carrying):
+    def forward(self, input: Tensor) -> Tensor:
+        this: Any = self
+        down = self.carry.on(input.device).down.view(-1, *this.weight.shape[1:])
+        return this._conv_forward(input, torch.cat([this.weight, down.to(this.weight.dtype)]), None)
+
+
+class _UpConv(_Carrying):
+    def forward(self, input: Tensor) -> Tensor:
+        this: Any = self
+        up = self.carry.on(input.device).up.view(-1, self.carry.capacity, *this.weight.shape[2:])
+        weight = torch.cat([this.weight, up.to(this.weight.dtype)], dim=1)
+        return this._conv_forward(input, weight, this.bias)
+
+
+class DownConv1d(_DownConv, nn.Conv1d):
+    """``lora_A`` of a convolution: more output channels."""
+
+
+class DownConv2d(_DownConv, nn.Conv2d):
+    """``lora_A`` of a convolution: more output channels."""
+
+
+class DownConv3d(_DownConv, nn.Conv3d):
+    """``lora_A`` of a convolution: more output channels."""
+
+
+class UpConv1d(_UpConv, nn.Conv1d):
+    """``lora_B`` of a convolution: more input channels."""
+
+
+class UpConv2d(_UpConv, nn.Conv2d):
+    """``lora_B`` of a convolution: more input channels."""
+
+
+class UpConv3d(_UpConv, nn.Conv3d):
+    """``lora_B`` of a convolution: more input channels."""
+
+
+_DOWN: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: DownLinear,
+    nn.Conv1d: DownConv1d,
+    nn.Conv2d: DownConv2d,
+    nn.Conv3d: DownConv3d,
+}
+_UP: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: UpLinear,
+    nn.Conv1d: UpConv1d,
+    nn.Conv2d: UpConv2d,
+    nn.Conv3d: UpConv3d,
+}
+
+
+def put_carry(down: nn.Module, up: nn.Module, carry: Carry) -> None:
+    """Let an adapter's two modules compute with a carry, from now on or in another's place.
+
+    The modules become of another class, as torch's own parametrizations do it: parameters, hooks
+    and whoever holds the modules stay what they are.
+
+    Raises:
+        TypeError: they are no linear layers or convolutions.
+    """
+    for module, classes in ((down, _DOWN), (up, _UP)):
+        if not isinstance(module, _Carrying):
+            if type(module) not in classes:
+                raise TypeError(f"a {type(module).__name__} of the adapter cannot have a carry.")
+            module.__class__ = classes[type(module)]
+        module.carry = carry  # type: ignore[assignment]

@@ -1,0 +1,58 @@
+"""The one place that knows PEFT's internals: LoRA layers as pairs of matrices.
+
+PEFT's ``lora_B`` is the derivation's P and ``lora_A`` is Q transposed.  This package translates;
+nothing else says "A" or "B".
+"""
+
+from peft import PeftModel
+
+from scalora.peft_layers.adapter_files import (
+    adapter_with_factors,
+    trust_checkpoints,
+    warn_when_saved_alone,
+)
+from scalora.peft_layers.carried import attach_carry
+from scalora.peft_layers.checksums import adapter_checksums, base_checksums, checksums
+from scalora.peft_layers.finding import (
+    active_adapter,
+    adapter_names,
+    all_lora_pairs,
+    base_layer_at,
+    base_model,
+    base_weight_name,
+    lora_pairs,
+    moves_base_at_creation,
+    peft_model,
+    sharing_modules,
+    storage_address,
+)
+from scalora.peft_layers.pair import LoRAPair, dequantized
+from scalora.peft_layers.support import is_quantized, why_no_carry, why_not_dense, why_not_measured
+
+__all__ = [
+    "LoRAPair",
+    "PeftModel",
+    "active_adapter",
+    "adapter_checksums",
+    "adapter_names",
+    "adapter_with_factors",
+    "all_lora_pairs",
+    "attach_carry",
+    "base_checksums",
+    "base_layer_at",
+    "base_model",
+    "base_weight_name",
+    "checksums",
+    "dequantized",
+    "is_quantized",
+    "lora_pairs",
+    "moves_base_at_creation",
+    "peft_model",
+    "sharing_modules",
+    "storage_address",
+    "trust_checkpoints",
+    "warn_when_saved_alone",
+    "why_no_carry",
+    "why_not_dense",
+    "why_not_measured",
+]

@@ -1,0 +1,118 @@
+"""An adapter as files, and what ``save_pretrained`` of a re-based model says."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from torch import Tensor, nn
+
+from scalora.peft_layers.finding import PREFIX, lora_pairs, peft_model
+
+
+def adapter_with_factors(
+    model: PeftModel,
+    adapter: str,
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    *,
+    keep_dora: bool = False,
+) -> tuple[dict[str, Tensor], LoraConfig]:
+    """The adapter's files with other factors in it: tensors by PEFT's names, and the config.
+
+    Args:
+        model: where everything else (``modules_to_save``, biases) comes from.
+        adapter: its name.
+        factors: layer name -> P (m, k), Q (n, k), the change being ``P Q^T``.  A layer that is not
+            named keeps its own.
+        keep_dora: whether ``P Q^T`` is the product under DoRA's magnitude, which is kept, and not
+            the change of the weight, which it is part of.
+
+    Raises:
+        ValueError: such a layer has a LoRA variant, which the others' config cannot express.
+    """
+    config: Any = copy.deepcopy(model.peft_config[adapter])
+    tensors = dict(
+        get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    )
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for pair in lora_pairs(model, adapter):
+        pattern = f"^{re.escape(pair.name)}"
+        if pair.name not in factors:
+            if pair.has_variant and not keep_dora:
+                raise ValueError(
+                    f"{pair.name!r} has a LoRA variant and cannot be saved as plain LoRA; use "
+                    "scalora.save_merged."
+                )
+            ranks[pattern], alphas[pattern] = pair.rank, pair.scaling * pair.rank
+            continue
+        P, Q = factors[pair.name]
+        k = P.shape[-1]
+        ranks[pattern] = alphas[pattern] = k
+        if pair.is_embedding:
+            names = (
+                f"{PREFIX}{pair.name}.lora_embedding_B",
+                f"{PREFIX}{pair.name}.lora_embedding_A",
+            )
+        else:
+            names = (f"{PREFIX}{pair.name}.lora_B.weight", f"{PREFIX}{pair.name}.lora_A.weight")
+        tensors[names[0]] = P.reshape(P.shape[0], k, *pair.P_parameter.shape[2:])
+        tensors[names[1]] = Q.T.reshape(k, *pair.Q_parameter.shape[1:])
+        if not keep_dora:
+            tensors.pop(f"{PREFIX}{pair.name}.lora_magnitude_vector.weight", None)
+        bias = f"{PREFIX}{pair.name}.lora_B.bias"
+        if bias in tensors:
+            tensors[bias] = tensors[bias] * pair.scaling
+    config.r = config.lora_alpha = max(ranks.values())
+    config.rank_pattern, config.alpha_pattern = ranks, alphas
+    config.use_rslora = False
+    config.use_dora = config.use_dora and keep_dora
+    config.init_lora_weights = config.inference_mode = True
+    return tensors, config
+
+
+def warn_when_saved_alone(model: nn.Module) -> None:
+    """Make ``save_pretrained`` of a re-based PeftModel say what it leaves out."""
+    wrapped = peft_model(model)
+    if wrapped is None or "save_pretrained" in vars(wrapped):
+        return
+    wrapped.save_pretrained = _SavePretrained(wrapped)
+
+
+def trust_checkpoints(model: nn.Module) -> None:
+    """Say nothing when a Trainer's checkpoint is written: a callback completes it."""
+    warn_when_saved_alone(model)
+    wrapped = peft_model(model)
+    if wrapped is not None:
+        wrapped.save_pretrained.checkpoints_are_completed = True
+
+
+class _SavePretrained:
+    """``PeftModel.save_pretrained`` with a warning.
+
+    An object, not a bound method: pickle would restore that as the method of the class.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        self.model = model
+        self.checkpoints_are_completed = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        folder = Path(str(args[0] if args else kwargs.get("save_directory", "")))
+        if not (self.checkpoints_are_completed and re.fullmatch(r"checkpoint-\d+", folder.name)):
+            # With the folder, or Python would show it once for all that a Trainer saves.
+            warnings.warn(
+                f"save_pretrained writes the adapter alone to {str(folder)!r}, but ScaLoRA has put "
+                "part of what was learned into the base weights, or into a carry beside them: "
+                "loaded on the original base, this adapter is not your model. Call "
+                "scalora.save_merged(model, path) or scalora.save_adapter(model, path, base=...) "
+                "instead.",
+                UserWarning,
+                stacklevel=2,
+            )
+        return type(self.model).save_pretrained(self.model, *args, **kwargs)

@@ -1,0 +1,42 @@
+"""Checksums of weights and adapters, to tell whether two belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from scalora.peft_layers.pair import LoRAPair
+
+
+@torch.no_grad()
+def base_checksums(pairs: Sequence[LoRAPair]) -> dict[str, int]:
+    """Layer name -> sum of the base weight's bits.  Waits for the device once."""
+    return checksums({pair.name: pair.base_weight for pair in pairs})
+
+
+@torch.no_grad()
+def adapter_checksums(pairs: Sequence[LoRAPair]) -> dict[str, int]:
+    """``lora_B:`` or ``lora_A:`` and the layer's name -> sum of the factor's bits in float32.
+
+    PEFT loads half-precision adapters as float32: their values are what counts.  Waits for the
+    device once.
+    """
+    factors: dict[str, Tensor] = {f"lora_B:{pair.name}": pair.P_parameter for pair in pairs}
+    factors |= {f"lora_A:{pair.name}": pair.Q_parameter for pair in pairs}
+    return checksums({name: factor.float() for name, factor in factors.items()})
+
+
+@torch.no_grad()
+def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Name -> sum of the tensor's bits.  Waits for the device once."""
+    if not tensors:
+        return {}
+    words = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [
+        t.detach().view(words[t.element_size()]).sum(dtype=torch.int64) for t in tensors.values()
+    ]
+    return dict(
+        zip(tensors, torch.stack([s.to(sums[0].device) for s in sums]).tolist(), strict=True)
+    )

@@ -1,0 +1,120 @@
+"""Finding the LoRA layers of a model, their names, and who shares their weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.lora import layer as lora_layers
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from scalora.peft_layers.pair import LoRAPair
+
+PREFIX = "base_model.model."
+_MOVING_INITIALISATIONS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def lora_pairs(model: nn.Module, adapter: str) -> list[LoRAPair]:
+    """All LoRA layers of ``model`` that hold ``adapter``, whether they can be re-based or not."""
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, lora_layers.LoraLayer) and adapter in module.r
+    ]
+    short = [_layer_name(name) for name, _ in found]
+    # Two PEFT models in one module may have layers of one name.
+    names = short if len(set(short)) == len(short) else [name for name, _ in found]
+    return [LoRAPair(name, module, adapter) for name, (_, module) in zip(names, found, strict=True)]
+
+
+def all_lora_pairs(model: nn.Module) -> list[LoRAPair]:
+    """Of every adapter."""
+    return [pair for name in sorted(adapter_names(model)) for pair in lora_pairs(model, name)]
+
+
+def _layer_name(module_name: str) -> str:
+    """The name in the model under PEFT's and any other wrapper's."""
+    return module_name.partition(PREFIX)[2] or module_name
+
+
+def adapter_names(model: nn.Module) -> set[str]:
+    """Names of every LoRA adapter in ``model``."""
+    return {
+        name
+        for module in model.modules()
+        if isinstance(module, lora_layers.LoraLayer)
+        for name in module.r
+    }
+
+
+def active_adapter(model: nn.Module) -> str:
+    """Name of the active LoRA adapter.
+
+    Raises:
+        ValueError: none or several are active.
+    """
+    active = {
+        name
+        for module in model.modules()
+        if isinstance(module, lora_layers.LoraLayer)
+        for name in module.active_adapters
+        if name in module.r
+    }
+    if len(active) != 1:
+        raise ValueError(
+            f"one LoRA adapter must be active, found {sorted(active)}; pass adapter_name."
+        )
+    return active.pop()
+
+
+def base_weight_name(name: str) -> str:
+    """A weight's name in the model under PEFT's wrapper."""
+    return _layer_name(name).replace(".base_layer.", ".")
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model that the adapter was put on, LoRA layers inside."""
+    wrapped = peft_model(model)
+    return model if wrapped is None else wrapped.get_base_model()
+
+
+def base_layer_at(model: nn.Module, path: str) -> nn.Module:
+    """The module at ``path`` of the model that the adapter was put on, PEFT's wrappers left out."""
+    module: Any = base_model(model)
+    for name in filter(None, path.split(".")):
+        module = getattr(_unwrapped(module), name)
+    return _unwrapped(module)
+
+
+def _unwrapped(module: Any) -> Any:
+    if isinstance(module, BaseTunerLayer):
+        return module.get_base_layer()
+    return getattr(module, "original_module", module)  # modules_to_save
+
+
+def moves_base_at_creation(model: nn.Module, adapter: str) -> bool:
+    """Whether PEFT's initialisation of the adapter took its product out of the base weights."""
+    wrapped = peft_model(model)
+    config: Any = None if wrapped is None else wrapped.peft_config.get(adapter)
+    return str(getattr(config, "init_lora_weights", "")).startswith(_MOVING_INITIALISATIONS)
+
+
+def sharing_modules(model: nn.Module) -> dict[int, list[str]]:
+    """Address of each parameter's storage -> names of the modules that use it."""
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=True):
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.device.type != "meta":
+                users.setdefault(storage_address(parameter), []).append(_layer_name(name))
+    return users
+
+
+def storage_address(tensor: Tensor) -> int:
+    """Where the tensor's memory begins: equal for tied weights."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def peft_model(model: nn.Module) -> PeftModel | None:
+    """The PeftModel in ``model`` (itself, or inside a wrapper such as DDP), if there is one."""
+    return next((module for module in model.modules() if isinstance(module, PeftModel)), None)

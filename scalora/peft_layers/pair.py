@@ -1,0 +1,197 @@
+"""One adapter of one LoRA layer as the derivation's two matrices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import layer as lora_layers
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+
+from scalora.carry import Carry
+from scalora.peft_layers.carried import carry_of
+
+CONVOLUTIONS = (lora_layers.Conv1d, lora_layers.Conv2d, lora_layers.Conv3d)
+
+
+@dataclass(frozen=True)
+class LoRAPair:
+    """One adapter of one LoRA layer.  It holds the module and looks tensors up when asked.
+
+    Attributes:
+        name: the module's name in the model that the adapter was put on.
+        module: PEFT's layer.
+        adapter: the adapter's name.
+    """
+
+    name: str
+    module: Any
+    adapter: str
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether the layer is an embedding, whose factors PEFT keeps elsewhere."""
+        return isinstance(self.module, lora_layers.Embedding)
+
+    @property
+    def P_parameter(self) -> nn.Parameter:
+        """``lora_B``: (m, r) followed by ones (convolutions); axis 1 is the rank's."""
+        if self.is_embedding:
+            return self.module.lora_embedding_B[self.adapter]
+        return self.module.lora_B[self.adapter].weight
+
+    @property
+    def Q_parameter(self) -> nn.Parameter:
+        """``lora_A``: (r, n), or (r, in, *kernel) for convolutions; axis 0 is the rank's."""
+        if self.is_embedding:
+            return self.module.lora_embedding_A[self.adapter]
+        return self.module.lora_A[self.adapter].weight
+
+    @property
+    def carry(self) -> Carry | None:
+        """The frozen increments beside the base, on the factors' device; None before the first."""
+        carry = carry_of(self.module, self.adapter)
+        return None if carry is None else carry.on(self.P_parameter.device)
+
+    @property
+    def learned_P(self) -> Tensor:
+        """(m, r + columns of the carry): all that is learned beside the base, float32 at least."""
+        P, carry = _wide(self.P_parameter).flatten(1), self.carry
+        return P if carry is None else torch.cat([P, carry.used_up.to(P.dtype)], dim=1)
+
+    @property
+    def learned_Q(self) -> Tensor:
+        """(r + columns of the carry, n): likewise."""
+        Q, carry = _wide(self.Q_parameter).flatten(1), self.carry
+        return Q if carry is None else torch.cat([Q, carry.used_down.to(Q.dtype)])
+
+    @property
+    def base_weight(self) -> Tensor:
+        """The frozen weight as its layer stores it."""
+        return self.module.get_base_layer().weight
+
+    @property
+    def base_is_transposed(self) -> bool:
+        """Whether the frozen weight is stored (n, m): GPT-2's Conv1D, and embeddings."""
+        return self.is_embedding or bool(getattr(self.module, "fan_in_fan_out", False))
+
+    @property
+    def scaling(self) -> float:
+        """PEFT's ``s``."""
+        return float(self.module.scaling[self.adapter])
+
+    @property
+    def rank(self) -> int:
+        """The adapter's r."""
+        return int(self.module.r[self.adapter])
+
+    @property
+    def has_variant(self) -> bool:
+        """Whether the layer computes more than a weight plus a low-rank product (DoRA)."""
+        return self.adapter in self.module.lora_variant
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether an adapter is merged into the base, which then is not W0."""
+        return bool(self.module.merged)
+
+    @torch.no_grad()
+    def effective_weight(self) -> Tensor:
+        """The weight the layer computes with, as stored, float32 at least.
+
+        Of a quantized base: dequantized.
+        """
+        base = self._wide_base()
+        if self.is_merged:
+            return base.clone()
+        if self.has_variant:
+            merged = self.module.lora_variant[self.adapter].merge_safe(
+                self.module, self.adapter, base.clone()
+            )
+            self.module._caches.clear()
+            return merged
+        return base + self._product().to(base.dtype)
+
+    @torch.no_grad()
+    def learned_change(self) -> Tensor:
+        """What the adapter and its carry add to the base weight, as stored, float32 at least."""
+        if self.has_variant:
+            return self.effective_weight() - self._wide_base()
+        return self._product()
+
+    def _wide_base(self) -> Tensor:
+        return _wide(dequantized(self.module.get_base_layer()))
+
+    def _product(self) -> Tensor:
+        """As the base weight is stored.  PEFT's own product is rounded to the factors' dtype."""
+        product = self.scaling * (self.learned_P @ self.learned_Q)
+        if self.base_is_transposed:
+            return product.T
+        return product.view(self.P_parameter.shape[0], *self.Q_parameter.shape[1:])
+
+    @property
+    def runs(self) -> bool:
+        """Whether the layer's output has this adapter's contribution in it now."""
+        module = self.module
+        return not module.disable_adapters and self.adapter in module.active_adapters
+
+    def rows(self, outputs: Tensor) -> Tensor:
+        """The base layer's outputs as (positions, m): a convolution's have the channels inside."""
+        if isinstance(self.module, CONVOLUTIONS):
+            outputs = outputs.movedim(1, -1)
+        return outputs.flatten(0, -2)
+
+    def code(self, inputs: Tensor, index: Tensor) -> Tensor:
+        """(k, c): what ``learned_Q`` makes of the inputs there, without dropout, float32."""
+        if isinstance(self.module, CONVOLUTIONS):
+            # Not `mapped`: where the base is dilated or grouped, the adapter is not.
+            convolution = self.module.lora_A[self.adapter]
+            codes = self.rows(convolution(inputs.to(convolution.weight.dtype)))
+            codes = codes[..., : self.learned_Q.shape[0]]
+            return codes.index_select(0, index).float()
+        return self.mapped(self.learned_Q.float(), inputs, index)
+
+    def mapped(self, matrix: Tensor, inputs: Tensor, index: Tensor) -> Tensor:
+        """(k, d): a matrix (d, n) times the inputs at those positions, float32.
+
+        A convolution's inputs are the patches that its base layer sees.
+        """
+        if isinstance(self.module, CONVOLUTIONS):
+            base = self.module.get_base_layer()
+            kernel = matrix.reshape(-1, *base.weight.shape[1:])
+            images = base._conv_forward(inputs.float(), kernel, None)
+            return self.rows(images).index_select(0, index)
+        if self.is_embedding:
+            return matrix.T[inputs.flatten().index_select(0, index)]
+        return inputs.flatten(0, -2).index_select(0, index).float() @ matrix.T
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """A stored base weight as (m, n)."""
+        return weight.T if self.base_is_transposed else weight.flatten(1)
+
+    def mark_rebased(self) -> None:
+        """Note on the layer itself that its base has taken in increments."""
+        self.module.scalora_rebased = True
+
+    @property
+    def was_rebased(self) -> bool:
+        """Whether increments have been folded into the layer's base."""
+        return bool(getattr(self.module, "scalora_rebased", False))
+
+
+def dequantized(base: Any) -> Tensor:
+    """The weight of a base layer as it computes with it; the very weight where it is a float."""
+    weight = base._parameters.get("weight")
+    try:
+        return dequantize_module_weight(base).detach()
+    finally:
+        # On a CPU PEFT leaves an 8-bit layer with another parameter, which has lost its scales.
+        if weight is not None and base.weight is not weight:
+            base.weight = weight
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Float32 at least."""
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))

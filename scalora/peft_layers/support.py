@@ -1,0 +1,105 @@
+"""Which layers can be re-based, and where their increments can go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import layer as lora_layers
+from peft.tuners.lora import variants as lora_variants
+from peft.tuners.lora.layer import ParamWrapper
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from scalora.peft_layers.pair import CONVOLUTIONS, LoRAPair
+
+_PLAIN = (lora_layers.Linear, lora_layers.Embedding, *CONVOLUTIONS)
+# PEFT's layers over quantized bases, by module: most exist only where their library does.
+_QUANTIZED = ("bnb", "gptq", "awq", "hqq", "eetq", "aqlm", "torchao")
+_PRESERVED_VARIANTS = (
+    lora_variants.DoraLinearVariant,
+    lora_variants.DoraEmbeddingVariant,
+    lora_variants.DoraConv1dVariant,
+    lora_variants.DoraConv2dVariant,
+    lora_variants.DoraConv3dVariant,
+)
+# These call the adapter's modules, and so see what a carry adds to them.
+_CARRIED_VARIANTS = (lora_variants.DoraLinearVariant,)
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def is_quantized(pair: LoRAPair) -> bool:
+    """Whether PEFT's layer is one over a quantized base."""
+    return type(pair.module).__module__.rpartition(".")[2] in _QUANTIZED
+
+
+def why_not_dense(pair: LoRAPair) -> str | None:
+    """Why increments cannot be folded into this layer's base weight, or None if they can."""
+    if type(pair.module) not in _PLAIN:
+        return f"{type(pair.module).__name__} layers are not supported"
+    reason = _why_not_rebased(pair, _PRESERVED_VARIANTS)
+    if reason is not None:
+        return reason
+    weight = pair.module.get_base_layer()._parameters.get("weight")
+    if weight is None:
+        return "its base weight is computed from others (a parametrization)"
+    if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in _FLOATS:
+        return "its base weight is quantized or sharded"
+    if weight.numel() == 0:
+        return "its base weight is sharded"
+    if weight.device.type == "meta":
+        return "its base weight is offloaded"
+    return None
+
+
+def why_no_carry(pair: LoRAPair) -> str | None:
+    """Why increments cannot be kept beside this layer's base weight, or None if they can."""
+    module = pair.module
+    if type(module) not in _PLAIN and not is_quantized(pair):
+        return f"{type(module).__name__} layers are not supported"
+    return _why_not_rebased(pair, _CARRIED_VARIANTS)
+
+
+def _why_not_rebased(pair: LoRAPair, variants: tuple[type, ...]) -> str | None:
+    """Why re-basing this layer would not preserve its function, or None if it would."""
+    module = pair.module
+    variant = module.lora_variant.get(pair.adapter)
+    if variant is not None and not isinstance(variant, variants):
+        return f"{type(variant).__name__} is more than a weight plus a low-rank product"
+    for factor in (pair.P_parameter, pair.Q_parameter):
+        if type(factor) is not nn.Parameter or factor.numel() == 0:
+            return "its factors are sharded"
+    base = module.get_base_layer()
+    if isinstance(base, NonDynamicallyQuantizableLinear):
+        return "PEFT adds the adapter of a MultiheadAttention's out_proj twice"
+    if isinstance(module, CONVOLUTIONS):
+        return _why_not_convolution(base)
+    if isinstance(module, lora_layers.Embedding) and base.max_norm is not None:
+        return "max_norm renormalises its base weight"
+    if isinstance(module, lora_layers.Embedding) and base.sparse:
+        return "its gradients are sparse"
+    return None
+
+
+def why_not_measured(pair: LoRAPair) -> str | None:
+    """Why the layer's two paths cannot be seen apart from outside, or None if they can."""
+    module = pair.module
+    factors = module.lora_embedding_A if pair.is_embedding else module.lora_A
+    if pair.adapter not in factors or not hasattr(module, "get_base_layer"):
+        return f"{type(module).__name__} layers are not supported"
+    base = module.get_base_layer()
+    if isinstance(base, (NonDynamicallyQuantizableLinear, nn.MultiheadAttention)):
+        return "a MultiheadAttention computes without calling its layers"
+    if isinstance(module, ParamWrapper):
+        return "target_parameters have no output of their own"
+    return None
+
+
+def _why_not_convolution(base: Any) -> str | None:
+    if base.groups != 1:
+        return "grouped convolutions are not one matrix"
+    if base.padding_mode != "zeros":
+        return f"PEFT's adapter ignores padding_mode={base.padding_mode!r}"
+    if any(step != 1 for step in base.dilation):
+        return "PEFT's adapter ignores dilation"
+    return None
