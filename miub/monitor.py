@@ -323,7 +323,7 @@ class _ForwardPass:
                 layer=pair.name,
                 adapter=pair.adapter,
                 step=monitor.step,
-                rank=v.shape[-1] if since else pair.rank,
+                rank=v.shape[-1] if since else pair.learned_rank,
                 numbers=torch.stack([number.float() for number in numbers]),
                 rebased=pair.was_rebased and not since,
             )

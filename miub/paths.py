@@ -15,13 +15,14 @@ _MOST_COORDINATES = 64
 
 
 def adapter_code(pair: LoRAPair, inputs: Tensor, index: Tensor) -> Tensor:
-    """(k, r) or (k, m): ``s P Q^T x`` in coordinates of an orthonormal basis of P's columns.
+    """(k, c) or (k, m): ``s P Q^T x`` in coordinates of an orthonormal basis of P's columns.
 
-    Mutual information does not change under injective maps, and the noise is isotropic, so any such
-    basis will do.
+    P and Q hold the columns of the adapter and of its carry, c in all: everything that was learned
+    beside the base.  Mutual information does not change under injective maps, and the noise is
+    isotropic, so any such basis will do.
     """
     # P = O R. A QR, unlike an SVD, does not wait for the device.
-    triangle = torch.linalg.qr(pair.P_parameter.float().flatten(1), mode="r")[1]
+    triangle = torch.linalg.qr(pair.learned_P.float(), mode="r")[1]
     return pair.scaling * (pair.code(inputs, index).float() @ triangle.T)
 
 

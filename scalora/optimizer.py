@@ -338,8 +338,8 @@ class ScaLoRA(torch.optim.Optimizer):
                 layer = next(k for k, place in places.items() if saved.get(k) != place)
                 raise ValueError(
                     f"the checkpoint keeps the increments of {layer!r} in its accumulator "
-                    f"{saved.get(layer)!r}, this optimizer in {places[layer]!r}: create it with the "
-                    "same accumulator, over the same kind of base. Nothing was loaded."
+                    f"{saved.get(layer)!r}, this optimizer in {places[layer]!r}: create it with "
+                    "the same accumulator, over the same kind of base. Nothing was loaded."
                 )
             raise ValueError(
                 f"the checkpoint was written with {name}={own.get(name)!r}, this optimizer has "

@@ -101,7 +101,7 @@ def save_adapter(
     pairs = peft_layers.lora_pairs(wrapped, name)
     beside = [pair for pair in pairs if pair.carry is not None or peft_layers.is_quantized(pair)]
     # DoRA's magnitude is kept if nothing of what it multiplies is in a base.
-    keep_dora = len(beside) == len(pairs) and not base_has_moved(wrapped, name)
+    keep_dora = 0 < len(beside) == len(pairs) and not base_has_moved(wrapped, name)
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     errors: dict[str, float] = {}
     if keep_dora:

@@ -44,10 +44,9 @@ def places_of_layers(
     places: dict[LoRAPair, str] = {}
     left: dict[str, str] = {}
     for pair in pairs:
-        reason = _why_not_stepped(pair, stepped, users)
-        place, reason = ("", reason) if reason else _place(pair, users, options)
+        reason = _why_nowhere(pair, options) or _why_not_stepped(pair, stepped, users)
         if reason is None:
-            places[pair] = place
+            places[pair] = _place(pair, users, options)
         else:
             left[pair.name] = reason
     if not places:
@@ -63,26 +62,28 @@ def places_of_layers(
     return places
 
 
-def _place(
-    pair: LoRAPair, users: dict[int, list[str]], options: RebasingOptions
-) -> tuple[str, str | None]:
-    """Where the layer's increments go, and why nowhere."""
+def _why_nowhere(pair: LoRAPair, options: RebasingOptions) -> str | None:
+    """Why no accumulator that was asked for can take the layer's increments."""
+    not_dense, no_carry = peft_layers.why_not_dense(pair), peft_layers.why_no_carry(pair)
+    if options.accumulator == "auto":
+        return no_carry if not_dense is not None else None
+    return not_dense if options.accumulator == "dense" else no_carry
+
+
+def _place(pair: LoRAPair, users: dict[int, list[str]], options: RebasingOptions) -> str:
+    """Where the layer's increments go."""
     not_dense = peft_layers.why_not_dense(pair)
     sharing = [] if not_dense else users[peft_layers.storage_address(pair.base_weight)]
-    if options.accumulator == "dense" and not_dense is None and len(sharing) > 1:
+    if options.accumulator == "dense" and len(sharing) > 1:
         raise ValueError(
             f"the base weight of {pair.name!r} is tied: {sharing} share it, and folding an "
             "increment into one would change the others. Use accumulator='carry', leave this layer "
             "out of target_modules, or untie the weights (tie_word_embeddings=False)."
         )
-    if options.accumulator == "dense":
-        return "dense", not_dense
-    if options.accumulator == "auto" and not_dense is None and len(sharing) == 1:
-        return "dense", None
-    no_carry = peft_layers.why_no_carry(pair)
-    if no_carry is None:
+    if options.accumulator == "carry" or len(sharing) != 1:
         _check_carry(pair, not_dense, sharing, options)
-    return "carry", no_carry
+        return "carry"
+    return "dense"
 
 
 def _check_carry(

@@ -1,4 +1,4 @@
-"""``python -m scalora.benchmark [step|fold|drift|language] [--device cpu|cuda]``."""
+"""``python -m scalora.benchmark [step|quantized|fold|drift|language] [--device cpu|cuda]``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ import torch
 from scalora.benchmark import drift, fold, language, step
 from scalora.benchmark.machine import machine
 
-BENCHMARKS = {"step": step.run, "fold": fold.run, "drift": drift.run, "language": language.run}
+BENCHMARKS = {
+    "step": step.run,
+    "quantized": step.run_quantized,
+    "fold": fold.run,
+    "drift": drift.run,
+    "language": language.run,
+}
 
 
 def main() -> None:

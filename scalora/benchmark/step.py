@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
 import scalora
-from scalora.benchmark.demo_model import demo_batch, demo_model
+from scalora.benchmark.demo_model import demo_batch, demo_model, quantized_demo_model
 from scalora.benchmark.table import markdown
 
 _WARM_UP, _BLOCKS, _BLOCK = 4, 6, 10  # rounds; a block holds one re-basing of interval=10
@@ -31,13 +32,42 @@ def run(device: torch.device) -> str:
     The contestants take their steps in turn, in one process, so that the ratio of each round is of
     steps made under the same conditions.
     """
-    contestants = [
-        _contestant("AdamW alone", device, lambda inner, model: inner),
-        _contestant("rule='none'", device, _scalora(rule="none")),
-        _contestant("interval=1", device, _scalora(interval=1)),
-        _contestant("interval=10", device, _scalora(interval=10)),
-        _contestant("interval=1, direction", device, _scalora(interval=1, rule="direction")),
-    ]
+    return _table(
+        [
+            _contestant("AdamW alone", demo_model(device), _alone),
+            _contestant("rule='none'", demo_model(device), _scalora(rule="none")),
+            _contestant("interval=1", demo_model(device), _scalora(interval=1)),
+            _contestant("interval=10", demo_model(device), _scalora(interval=10)),
+            _contestant(
+                "interval=1, direction",
+                demo_model(device),
+                _scalora(interval=1, rule="direction"),
+            ),
+        ],
+        device,
+    )
+
+
+def run_quantized(device: torch.device) -> str:
+    """The same encoder in NF4, every increment in a carry of rank 64.
+
+    The second adapter is PEFT's own, of rank 64 and frozen: what a carry would cost if it were one.
+    """
+    carry = {"carry_rank": 64}
+    return _table(
+        [
+            _contestant("QLoRA", quantized_demo_model(device), _alone),
+            _contestant("QLoRA, second adapter", _with_second_adapter(device), _alone),
+            _contestant("interval=1", quantized_demo_model(device), _scalora(**carry)),
+            _contestant(
+                "interval=10", quantized_demo_model(device), _scalora(interval=10, **carry)
+            ),
+        ],
+        device,
+    )
+
+
+def _table(contestants: list[_Contestant], device: torch.device) -> str:
     ids, labels = demo_batch(device)
     for turn in range(_WARM_UP + _BLOCKS * _BLOCK):
         order = contestants[turn % len(contestants) :] + contestants[: turn % len(contestants)]
@@ -62,7 +92,7 @@ def run(device: torch.device) -> str:
         )
     header = ["optimizer", "ms a step", "ratio", "extra state", "peak MiB", "ratio"]
     note = (
-        f"ratio: time of {_BLOCK} steps over AdamW's in the same rounds, median of {_BLOCKS}.\n"
+        f"ratio: time of {_BLOCK} steps over the first's in the same rounds, median of {_BLOCKS}.\n"
         "extra state: bytes kept between steps over those of adapter and AdamW.\n"
         "peak: most bytes allocated at once during a step (one that re-bases)."
     )
@@ -73,12 +103,26 @@ def _scalora(**options: object) -> Callable[[torch.optim.Optimizer, nn.Module], 
     return lambda inner, model: scalora.ScaLoRA(inner, model, **options)  # type: ignore[arg-type]
 
 
+def _alone(inner: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+    return inner
+
+
+def _with_second_adapter(device: torch.device) -> PeftModel:
+    model = quantized_demo_model(device)
+    encoder = model.peft_config["default"].target_modules
+    model.add_adapter("carry", LoraConfig(r=64, lora_alpha=64, target_modules=encoder))
+    model.base_model.set_adapter(["default", "carry"])
+    for name, parameter in model.named_parameters():
+        if ".carry." in name:
+            parameter.requires_grad_(False)
+    return model
+
+
 def _contestant(
     name: str,
-    device: torch.device,
+    model: PeftModel,
     wrap: Callable[[torch.optim.Optimizer, nn.Module], torch.optim.Optimizer],
 ) -> _Contestant:
-    model = demo_model(device)
     trainable = [p for p in model.parameters() if p.requires_grad]
     return _Contestant(name, model, wrap(torch.optim.AdamW(trainable, lr=1e-3), model), [])
 

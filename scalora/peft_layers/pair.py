@@ -88,6 +88,12 @@ class LoRAPair:
         return int(self.module.r[self.adapter])
 
     @property
+    def learned_rank(self) -> int:
+        """r, and the columns of the carry."""
+        carry = self.carry
+        return self.rank if carry is None else self.rank + carry.columns
+
+    @property
     def has_variant(self) -> bool:
         """Whether the layer computes more than a weight plus a low-rank product (DoRA)."""
         return self.adapter in self.module.lora_variant
@@ -184,6 +190,8 @@ class LoRAPair:
 def dequantized(base: Any) -> Tensor:
     """The weight of a base layer as it computes with it; the very weight where it is a float."""
     weight = base._parameters.get("weight")
+    if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+        base.state_dict()  # bitsandbytes packs anew to evaluate on a CPU; saving takes that back
     try:
         return dequantize_module_weight(base).detach()
     finally:
