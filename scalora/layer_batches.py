@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from scalora.peft_layers import LoRAPair
 
+Write = tuple[Sequence[Tensor], Tensor, Tensor]  # where to, and the stack before and after
+
 
 @dataclass
 class LayerBatch:
@@ -91,30 +93,18 @@ def widened(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def stacked_states(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]
-) -> dict[str, Tensor]:
-    """Every state of the batch, stacked, float32 at least, on the parameters' device."""
-    states = [optimizer.state.get(p, {}) for p in parameters]
-    device = parameters[0].device
-    stacked = {}
-    for name, value in states[0].items():
-        if not isinstance(value, Tensor):
-            continue
-        if value.device == device:
-            stacked[name] = widened(stack([state[name] for state in states]))
-        else:  # a host-side step counter, equal within a batch: a fill does not wait for the device
-            stacked[name] = torch.full((), float(value), device=device)
-    return stacked
-
-
 def _layout(state: dict[str, Any]) -> tuple[Any, ...]:
     """What must agree for two parameters' states to be stacked."""
     return tuple(
-        (name, value.shape, value.dtype, float(value) if _is_host_scalar(value) else None)
+        (name, *_tensor_layout(value)) if isinstance(value, Tensor) else (name, value)
         for name, value in state.items()
-        if isinstance(value, Tensor)
+        if isinstance(value, (Tensor, int, float))
     )
+
+
+def _tensor_layout(value: Tensor) -> tuple[Any, ...]:
+    number = float(value) if _is_host_scalar(value) else None
+    return value.shape, value.dtype, value.device, number
 
 
 def _is_host_scalar(value: Tensor) -> bool:

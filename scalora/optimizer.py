@@ -47,7 +47,9 @@ class ScaLoRA(torch.optim.Optimizer):
 
     Args:
         optimizer: the inner optimizer: Adam, AdamW, NAdam, RAdam, Adamax, SGD, RMSprop, Adagrad,
-            Adafactor of ``torch.optim``, or a class given to `scalora.register_moments`.
+            Adafactor of ``torch.optim``; Adam, AdamW, Lion, AdEMAMix, SGD, RMSprop, Adagrad of
+            ``bitsandbytes.optim``, 8-bit and paged too; or a class given to
+            `scalora.register_moments`.
         model: the PEFT model (or a module around it).
         interval: re-base every that many steps (the paper's ScaLoRA-I); 1 is every step.
         rule: ``"exact"``: the theorem's objective, solved for its non-negative optimum;

@@ -6,25 +6,20 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from scalora.accumulators import (
-    CarryAccumulator,
-    DenseAccumulator,
-    LayerMemory,
-    Write,
-    increment,
-)
+from scalora.accumulators import CarryAccumulator, DenseAccumulator, LayerMemory, increment
 from scalora.carry import Carry
+from scalora.inner_states import moved_states, stacked_states
 from scalora.layer_batches import (
     LayerBatch,
+    Write,
     batches_with_gradients,
     gradients,
     stack,
-    stacked_states,
     widened,
 )
-from scalora.moments import Moments, transfer, transfer_reduced
+from scalora.moments import Moments, transfer
 from scalora.options import RebasingOptions
 from scalora.peft_layers import LoRAPair
 from scalora.scaling import rules
@@ -168,7 +163,7 @@ class Rebaser:
         for parameters, group in ((batch.P, batch.group_P), (batch.Q, batch.group_Q)):
             grad = widened(stack(gradients(parameters)))
             grad = -grad if group.get("maximize") else grad
-            state = stacked_states(optimizer, parameters)
+            state = stacked_states(optimizer, self.moments, parameters)
             arguments.append((grad, direction(widened(stack(parameters)), grad, state, group)))
         (grad_P, direction_P), (grad_Q, direction_Q) = arguments
         return _quadratic_model(batch, grad_P, grad_Q, direction_P, direction_Q)
@@ -256,7 +251,7 @@ class Rebaser:
             grads = gradients(parameters)
             stacked = stack(grads)
             writes.append((grads, stacked, transfer(stacked, factor, 1, axis)))
-            writes += self._moved_states(optimizer, parameters, factor, axis)
+            writes += moved_states(optimizer, self.moments, parameters, factor, axis)
         writes = [(targets, old, new.to(old.dtype)) for targets, old, new in writes]
 
         totals = [
@@ -272,44 +267,6 @@ class Rebaser:
         accumulator = self._accumulator(batch.pairs[0])
         accumulator.commit(batch.pairs, left, right, writes, count)
         return alpha, beta
-
-    def _moved_states(
-        self,
-        optimizer: torch.optim.Optimizer,
-        parameters: Sequence[nn.Parameter],
-        factor: Tensor,
-        axis: int,
-    ) -> list[Write]:
-        """(targets, old, new) of every state whose degree is not 0."""
-        states = [optimizer.state.get(p, {}) for p in parameters]
-        moved: list[Write] = []
-        for name, value in states[0].items():
-            if not isinstance(value, Tensor):
-                continue
-            if name not in self.moments.degrees:
-                raise TypeError(
-                    f"{type(optimizer).__name__} keeps a state {name!r} whose degree is not known; "
-                    "nothing was changed. Register it with scalora.register_moments."
-                )
-            degree = self.moments.degrees[name]
-            if degree == 0:
-                continue
-            targets = [state[name] for state in states]
-            old = stack(targets)
-            partner = (self.moments.partners or {}).get(name)
-            if old.ndim > axis and old.shape[axis] == factor.shape[-1]:
-                new = transfer(old, factor, degree, axis)
-            elif partner is not None:
-                other = stack([state[partner] for state in states])
-                new = transfer_reduced(old, other, factor, degree, axis)
-            else:
-                raise TypeError(
-                    f"{type(optimizer).__name__}'s state {name!r} has shape {tuple(value.shape)}, "
-                    f"which does not run over the {factor.shape[-1]} columns of its parameter: it "
-                    "cannot be carried across a re-basing. Nothing was changed."
-                )
-            moved.append((targets, old, new))
-        return moved
 
 
 def _quadratic_model(

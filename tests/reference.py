@@ -151,6 +151,40 @@ def transferred(state: Array, factor: Array, degree: int, rank_axis: int) -> Arr
     return np.moveaxis(columns, 0, rank_axis)
 
 
+# States of 8-bit codes in blocks
+
+
+def decoded(codes: Array, absmax: Array, level_map: Array) -> Array:
+    """What one tensor's codes stand for; block b of 256 elements has the scale absmax[b]."""
+    state = np.zeros(codes.size)
+    for i, code in enumerate(codes.ravel()):
+        state[i] = float(level_map[code]) * float(absmax[i // 256])
+    return state.reshape(codes.shape)
+
+
+def block_scales(state: Array, level_map: Array) -> Array:
+    """The smallest absmax of every block with which no element is beyond the map's ends."""
+    scales = np.zeros(-(-state.size // 256))
+    for i, value in enumerate(state.ravel()):
+        end = level_map[0] if value < 0 else level_map[-1]
+        scales[i // 256] = max(scales[i // 256], float(value) / float(end))
+    return scales
+
+
+def quantization_gaps(state: Array, absmax: Array, level_map: Array) -> Array:
+    """For every element the distance of the two levels around it, times its block's absmax."""
+    levels = [float(level) for level in level_map]
+    gaps = np.zeros(state.size)
+    for i, value in enumerate(state.ravel()):
+        scale = float(absmax[i // 256])
+        if scale == 0:
+            continue
+        position = min(max(float(value) / scale, levels[0]), levels[-1])
+        above = next(k for k in range(1, len(levels)) if position <= levels[k])
+        gaps[i] = (levels[above] - levels[above - 1]) * scale
+    return gaps.reshape(state.shape)
+
+
 # Rounding
 
 

@@ -517,24 +517,30 @@ def coordinates(model: nn.Module, optimizer: scalora.ScaLoRA) -> dict[str, list[
     for pair in lora_pairs(model, "default"):
         tensors = [pair.base_weight]
         for p in (pair.P_parameter, pair.Q_parameter):
-            state = optimizer.inner.state[p]
-            tensors += [p, p.grad, state["exp_avg"], state["exp_avg_sq"]]
+            state = optimizer.inner.state[p].values()
+            tensors += [p, p.grad, *(value for value in state if isinstance(value, torch.Tensor))]
         everything[pair.name] = [t.detach().clone() for t in tensors]
     return everything
 
 
+def adamw8bit(model: nn.Module) -> torch.optim.Optimizer:
+    optim = pytest.importorskip("bitsandbytes").optim
+    return optim.AdamW8bit(trainable(model), lr=1e-2, min_8bit_size=1)
+
+
 @pytest.mark.parametrize(
-    "dtype, error",
+    "dtype, error, inner",
     [
-        (torch.float32, torch.OutOfMemoryError),
-        (torch.float32, KeyboardInterrupt),
-        (torch.bfloat16, RuntimeError),
+        (torch.float32, torch.OutOfMemoryError, adamw),
+        (torch.float32, KeyboardInterrupt, adamw),
+        (torch.bfloat16, RuntimeError, adamw),
+        (torch.float32, RuntimeError, adamw8bit),
     ],
 )
-def test_failure_at_any_operation_leaves_every_layer_whole(dtype, error):
+def test_failure_at_any_operation_leaves_every_layer_whole(dtype, error, inner):
     def prepared():
         model = make_model(dtype)
-        optimizer = scalora.ScaLoRA(adamw(model), model)
+        optimizer = scalora.ScaLoRA(inner(model), model)
         for seed in range(3):
             optimizer.zero_grad()
             backward(model, seed)

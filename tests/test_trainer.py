@@ -29,13 +29,13 @@ class Examples(torch.utils.data.Dataset):
         return {"input_ids": self.ids[i], "labels": self.labels[i]}
 
 
-def make_model() -> nn.Module:
+def make_model(intermediate_size: int = 40) -> nn.Module:
     torch.manual_seed(0)
     config = BertConfig(
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
-        intermediate_size=40,
+        intermediate_size=intermediate_size,
         vocab_size=50,
         hidden_dropout_prob=0.1,
     )
@@ -230,3 +230,27 @@ def test_best_model_from_before_the_first_rebasing_has_its_base_again(tmp_path):
     assert best == 4, "the test needs a best model from before step 6"
     for name, weight in base_weights(trainer.model).items():
         assert torch.equal(weight, start[name])
+
+
+@pytest.mark.parametrize("optim", ["adamw_8bit", "lion_8bit", "ademamix_8bit"])
+def test_trainers_own_8_bit_optimizers_are_rebased_and_resumed(tmp_path, optim):
+    pytest.importorskip("bitsandbytes")
+
+    def trainer():
+        # Wide enough for states of 8 bits beside those of 32: 4096 elements.
+        return make_trainer(tmp_path, model=make_model(intermediate_size=1024), optim=optim)
+
+    whole = trainer()
+    whole.train()
+    inner = whole.optimizer.optimizer.inner
+    assert type(inner).__module__.startswith("bitsandbytes.")
+    kinds = {state["state1"].dtype for state in inner.state.values()}
+    assert kinds == {torch.float32, torch.uint8}
+    for step in (8, 12):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert resumed.optimizer.optimizer.rebase_count == STEPS
+    assert losses(resumed)[4:] == losses(whole)[4:]
+    for name, weight in base_weights(whole.model).items():
+        assert torch.equal(weight, base_weights(resumed.model)[name])

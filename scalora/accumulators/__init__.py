@@ -1,7 +1,6 @@
 """Where the frozen increments of a re-basing go: into the base weight, or beside it."""
 
 from scalora.accumulators.beside import CarryAccumulator
-from scalora.accumulators.commit import Write
 from scalora.accumulators.increment import increment, increment_columns
 from scalora.accumulators.into_base import DenseAccumulator
 from scalora.accumulators.memory import LayerMemory
@@ -10,7 +9,6 @@ __all__ = [
     "CarryAccumulator",
     "DenseAccumulator",
     "LayerMemory",
-    "Write",
     "increment",
     "increment_columns",
 ]

@@ -8,10 +8,11 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from scalora.accumulators.commit import Write, commit
+from scalora.accumulators.commit import commit
 from scalora.accumulators.increment import increment_columns
 from scalora.accumulators.into_base import DenseAccumulator
 from scalora.carry import Carry, compress
+from scalora.layer_batches import Write
 from scalora.options import RebasingOptions
 from scalora.peft_layers import LoRAPair, attach_carry
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-Write = tuple[Sequence[Tensor], Tensor, Tensor]  # where to, and the stack before and after
+from scalora.layer_batches import Write
 
 
 def commit(

@@ -7,9 +7,10 @@ from collections.abc import Hashable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from scalora.accumulators.commit import Write, commit
+from scalora.accumulators.commit import commit
 from scalora.accumulators.memory import LayerMemory
 from scalora.fold import fold, noise_seed
+from scalora.layer_batches import Write
 from scalora.options import RebasingOptions
 from scalora.peft_layers import LoRAPair
 

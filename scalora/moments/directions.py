@@ -9,6 +9,7 @@ gradient, so the re-basing does not model it.  A state that does not exist yet i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import log
 from typing import Any
 
 import torch
@@ -123,7 +124,29 @@ def adafactor(param: Tensor, grad: Tensor, state: State, group: Group) -> Tensor
     return update * size * step.rsqrt().clamp_max(lr) / (denominator * lr)
 
 
-def _average(state: State, name: str, new: Tensor, decay: float) -> Tensor:
+def lion(param: Tensor, grad: Tensor, state: State, group: Group) -> Tensor:
+    """Lion (arXiv 2302.06675)."""
+    return _average(state, "exp_avg", grad, group["betas"][0]).sign()
+
+
+def ademamix(param: Tensor, grad: Tensor, state: State, group: Group) -> Tensor:
+    """AdEMAMix (arXiv 2409.03137), with its schedules of alpha and beta3."""
+    beta1, beta2, beta3 = group["betas"]
+    alpha, t_alpha, t_beta3 = group["alpha"], group["t_alpha"], group["t_beta3"]
+    step = _next_step(state, grad)
+    if t_alpha:
+        alpha = (step * alpha / t_alpha).clamp_max(alpha)
+    if t_beta3:
+        done, log1, log3 = step / t_beta3, log(beta1), log(beta3)
+        beta3 = (log1 * log3 / ((1 - done) * log3 + done * log1)).exp().clamp_max(beta3)
+    fast = _average(state, "exp_avg", grad, beta1) / (1 - beta1**step)
+    slow = _average(state, "exp_avg_slow", grad, beta3)
+    second = _average(state, "exp_avg_sq", grad.square(), beta2)
+    denominator = (second / (1 - beta2**step)).sqrt() + group["eps"]
+    return (fast + alpha * slow) / denominator
+
+
+def _average(state: State, name: str, new: Tensor, decay: float | Tensor) -> Tensor:
     old = state.get(name)
     return new * (1 - decay) if old is None else old.lerp(new, 1 - decay)
 

@@ -31,6 +31,11 @@ class Moments:
     direction_degree: int = 0
     partners: Mapping[str, str] | None = None
 
+    @property
+    def tensor_names(self) -> set[str]:
+        """What the optimizer calls its tensors."""
+        return set(self.degrees)
+
 
 _STEP = {"step": 0}
 _ADAM = {**_STEP, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
@@ -52,6 +57,9 @@ _TABLE: dict[type[torch.optim.Optimizer], Moments] = {
         partners={"row_var": "col_var", "col_var": "row_var"},
     ),
 }
+
+# Classes of libraries that need not be installed, by their full names.
+_BY_NAME: dict[str, Moments] = {}
 
 
 def register_moments(
@@ -89,6 +97,11 @@ def register_moments(
     _TABLE[optimizer_class] = Moments({**_STEP, **degrees}, direction, direction_degree)
 
 
+def register_by_name(full_name: str, entry: Moments) -> None:
+    """Add the class ``module.qualname`` without importing it; `register_moments` has precedence."""
+    _BY_NAME[full_name] = entry
+
+
 def moments_of(optimizer: torch.optim.Optimizer) -> Moments:
     """The entry of the optimizer's class.
 
@@ -96,11 +109,12 @@ def moments_of(optimizer: torch.optim.Optimizer) -> Moments:
         TypeError: the class is not in the table.  A subclass is not its parent: it may
             precondition gradients or keep other state.
     """
-    entry = _TABLE.get(type(optimizer))
+    name = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+    entry = _TABLE.get(type(optimizer), _BY_NAME.get(name))
     if entry is not None:
         return entry
-    known = ", ".join(cls.__name__ for cls in _TABLE)
-    name = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+    others = (full.split(".") for full in _BY_NAME)
+    known = ", ".join([*(cls.__name__ for cls in _TABLE), *(f"{o[0]}.{o[-1]}" for o in others)])
     raise TypeError(
         f"ScaLoRA does not know how the state of {name} depends on the gradient, so it cannot "
         f"carry it across a re-basing. Known: {known}. Register it with "
