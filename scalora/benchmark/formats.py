@@ -131,9 +131,10 @@ class BFloat16:
         return _as_stored(round_stochastically(weight, torch.bfloat16, words))
 
     def half_cells(self, stored: Rounded, increment: Tensor) -> Tensor:
-        """See `Format`; half a unit in the last place."""
-        _, exponent = torch.frexp(stored.values)  # |value| in [1/2, 1) times 2^exponent
-        return torch.ldexp(torch.ones_like(increment), exponent - 9)
+        """See `Format`; half a unit in the last place, and below a power of two half of that."""
+        mantissa, exponent = torch.frexp(stored.values)  # |mantissa| in [1/2, 1)
+        finer = (mantissa.abs() == 0.5) & (increment * stored.values < 0)
+        return torch.ldexp(torch.ones_like(increment), exponent - 9 - finer.int())
 
 
 def formats(device: torch.device) -> dict[str, Format]:
