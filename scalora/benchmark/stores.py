@@ -13,7 +13,7 @@ from scalora.benchmark.formats import Rounded
 from scalora.benchmark.increments import Increments
 from scalora.carry import compress
 
-_SAMPLES = 10  # increments that are looked at on their own, and points of a curve
+_POINTS = 10  # of a curve; every other one's increment is looked at on its own
 _CARRY_RANK, _KEPT_RANK = 64, 48  # room for two increments of r = 8 between recompressions
 
 Rounding = Callable[[Tensor, Rounded | None], Rounded]
@@ -141,10 +141,10 @@ def outcome(store: Callable[[Tensor], Store], layers: Sequence[Increments]) -> O
 def typical(
     store: Callable[[Tensor], Store], layers: Sequence[Increments], size: float = 1
 ) -> Typical:
-    """One increment times ``size``; medians over some of the re-basings and all layers."""
+    """One increment times ``size``; medians over a few re-basings and all layers."""
     each = []
     for layer in layers:
-        for t in marks(layer):
+        for t in marks(layer)[::-2]:
             one = store(layer.weight)
             one.add(size * layer.up[t - 1], layer.down[t - 1])
             sums = _sums(one.change(), size * layer.product(t))
@@ -156,7 +156,7 @@ def typical(
 def marks(layer: Increments) -> range:
     """Evenly spaced re-basings, counted from 1, the last one among them."""
     count = len(layer.up)
-    step = max(1, count // _SAMPLES)
+    step = max(1, count // _POINTS)
     return range(count % step + step, count + 1, step)
 
 

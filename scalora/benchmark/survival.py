@@ -25,7 +25,7 @@ from scalora.benchmark.stores import (
 from scalora.benchmark.survival_plot import draw
 from scalora.benchmark.table import markdown
 
-_RUNS = {1: 120, 10: 30}  # interval: re-basings
+_RUNS = {1: 100, 10: 20}  # interval: re-basings
 _SIZES = (1.0, 0.1, 0.01)
 _NOTE = """\
 D: an increment, or the sum of all. C: what it changed in what is stored.
@@ -85,19 +85,21 @@ def _requantized(format_: Format, rounding: Rounding, weight: Tensor) -> Store:
 
 
 def _heading(interval: int, layers: Sequence[Increments]) -> str:
-    single, total = [], []
+    single, first, total = [], [], []
     for layer in layers:
         norm = float(layer.weight.double().norm())
         single += [float(layer.product(t).norm()) / norm for t in marks(layer)]
+        first.append(float(layer.product(1).norm()) / norm)
         everything = torch.zeros_like(layer.weight, dtype=torch.float64)
         for t in range(1, len(layer.up) + 1):
             everything += layer.product(t)
         total.append(float(everything.norm()) / norm)
     count, weights = len(layers[0].up), sum(layer.weight.numel() for layer in layers)
-    one, all_ = _shares(statistics.median(single), statistics.median(total))
+    typical_, first_, total_ = _shares(*map(statistics.median, (single, first, total)))
     return (
         f"interval={interval}: {count} re-basings, {len(layers)} layers, {weights:,} weights. Over "
-        f"the weight's norm,\none increment is {one}, the sum of all {all_} (medians)."
+        f"the weight's norm,\none increment is {typical_}, the first {first_}, the sum of all "
+        f"{total_} (medians)."
     )
 
 

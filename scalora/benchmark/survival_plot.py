@@ -33,7 +33,7 @@ def draw(curves: Mapping[tuple[str, str], Mapping[int, Sums]], path: Path) -> No
         style = {"label": label, "color": _COLOURS[name], "linestyle": _STYLES[rounding]}
         left.plot(list(curve), [sums.survived for sums in curve.values()], **style)
         right.plot(list(curve), [sums.relative_error for sums in curve.values()], **style)
-    left.set(title="survived: <C, D> / <D, D>", ylim=(0, None))
+    left.set(title="survived: <C, D> / <D, D>", ylim=(0, 1.1))
     right.set(title="error: |C - D| / |D|", ylim=(0, None))
     for axes in (left, right):
         axes.set_xlabel("re-basings")
