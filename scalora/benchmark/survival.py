@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -60,7 +61,8 @@ def run(device: torch.device, plot: Path | None = None) -> str:
         parts += [_heading(interval, layers), _table(known, layers, outcomes)]
         if plot is not None and interval == 1:
             draw({name: result.curve for name, result in outcomes.items()}, plot)
-    return "\n\n".join([*parts, _NOTE, _by_size(ways, runs[1])])
+    parts += [_NOTE, _by_size(ways, runs[1]), f"bitsandbytes {version('bitsandbytes')}"]
+    return "\n\n".join(parts)
 
 
 def _recorded(interval: int, count: int, device: torch.device) -> list[Increments]:
