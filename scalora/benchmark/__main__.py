@@ -1,17 +1,21 @@
-"""``python -m scalora.benchmark [step|quantized|fold|drift|language] [--device cpu|cuda]``."""
+"""``python -m scalora.benchmark [step|quantized|survival|...] [--device cpu|cuda]``."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import torch
 
-from scalora.benchmark import drift, fold, language, step
+from scalora.benchmark import drift, fold, language, step, survival
 from scalora.benchmark.machine import machine
 
-BENCHMARKS = {
+BENCHMARKS: dict[str, Callable[[torch.device], str]] = {
     "step": step.run,
     "quantized": step.run_quantized,
+    "survival": survival.run,
     "fold": fold.run,
     "drift": drift.run,
     "language": language.run,
@@ -23,15 +27,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m scalora.benchmark", description=__doc__)
     parser.add_argument("which", nargs="*", help=f"of {', '.join(BENCHMARKS)}; default: all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--plot", type=Path, help="survival: draw its curves to this file")
     arguments = parser.parse_args()
     unknown = set(arguments.which) - set(BENCHMARKS)
     if unknown:
         parser.error(f"no benchmark named {', '.join(sorted(unknown))}")
     device = torch.device(arguments.device)
+    benchmarks = dict(BENCHMARKS)
+    benchmarks["survival"] = partial(survival.run, plot=arguments.plot)
     print(machine(device))
     for name in arguments.which or BENCHMARKS:
         print(f"\n## {name}\n", flush=True)
-        print(BENCHMARKS[name](device), flush=True)
+        print(benchmarks[name](device), flush=True)
 
 
 if __name__ == "__main__":
