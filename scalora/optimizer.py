@@ -75,12 +75,13 @@ class ScaLoRA(torch.optim.Optimizer):
         seed: of the stochastic rounding; use the same on every replica.
         carry_rank: the most columns a layer's carry may hold, or ``"auto"``: 4 times the adapter's
             rank at first, doubled up to 32 times whenever a compression would cut more than
-            ``carry_tolerance``.  A compression keeps three quarters, by an SVD, which on a GPU
-            waits for the device; it is due once in several re-basings.
+            ``carry_tolerance``.  A compression keeps three quarters.  It is due once in several
+            re-basings, and is the one thing that waits for the device on a GPU.
         when_full: ``"compress"``; ``"hold"``: the layer is plain LoRA from then on; ``"fold"``:
             into the base weight, which must be a plain float weight.
         carry_tolerance: the energy (squared Frobenius norm) that may be cut from a carry over all
-            compressions, relative to the energy that is there.  Beyond it a warning is given, once.
+            compressions, relative to that of what the layer has learned.  Beyond it a warning is
+            given, once.
 
     Raises:
         TypeError: an optimizer whose state is not known, or an argument of the wrong type.

@@ -9,7 +9,9 @@ from io import StringIO
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
+from scalora.carry import Carry
 from scalora.peft_layers import LoRAPair
 
 
@@ -24,7 +26,7 @@ class LayerReport:
         columns: of the carry that are used; 0 with ``"dense"``.
         capacity: the columns that the carry has room for.
         cut: the energy (squared Frobenius norm) of all that was cut from the carry, relative to
-            the energy that is in it.
+            that of what the layer has learned, carry and adapter together.
         bytes: of the carry.
     """
 
@@ -93,8 +95,12 @@ def rebasing_report(pairs: Sequence[LoRAPair], places: Mapping[str, str]) -> Reb
                 rank=pair.rank,
                 columns=0 if carry is None else carry.columns,
                 capacity=0 if carry is None else carry.capacity,
-                cut=0.0 if carry is None else float(carry.relative_cut()),
+                cut=0.0 if carry is None else float(_relative_cut(pair, carry)),
                 bytes=0 if carry is None else 4 * (carry.up.numel() + carry.down.numel()),
             )
         )
     return RebasingReport(rows)
+
+
+def _relative_cut(pair: LoRAPair, carry: Carry) -> Tensor:
+    return carry.relative_cut(pair.P_parameter.flatten(1), pair.Q_parameter.flatten(1))

@@ -67,19 +67,26 @@ def test_compression_in_float32_is_exact_to_a_few_roundings() -> None:
     assert error < 2e-7
 
 
-def test_carry_grows_and_reports_its_energy_without_changing() -> None:
+def test_carry_grows_without_changing() -> None:
     carry = Carry(6, 5, 4, torch.device("cpu"), torch.float64)
-    assert carry.relative_cut() == 0
     carry.up.normal_()
     carry.down.normal_()
     carry.columns = 4
     product = carry.up @ carry.down
-    torch.testing.assert_close(carry.energy(), product.square().sum())
-    carry.cut += 0.25 * carry.energy()
-    assert carry.relative_cut().item() == pytest.approx(0.25)
     carry.grow(9)
     assert carry.capacity == 9 and carry.columns == 4
     torch.testing.assert_close(carry.up @ carry.down, product)
+
+
+def test_cut_is_relative_to_all_that_was_learned() -> None:
+    carry = _filled(Carry(6, 5, 4, torch.device("cpu"), torch.float64), 3)
+    P, Q = models.vectors(6, 2).double(), models.vectors(2, 5).double()
+    assert carry.relative_cut(P, Q) == 0
+    learned = (carry.up @ carry.down + P @ Q).square().sum()
+    carry.cut += 0.25 * learned
+    assert carry.relative_cut(P, Q).item() == pytest.approx(0.25)
+    # All of it taken back: nothing is learned, and no division by zero.
+    assert carry.relative_cut(-carry.used_up, carry.used_down).isfinite()
 
 
 # The forward pass

@@ -8,10 +8,10 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from scalora.accumulators.commit import commit
+from scalora.accumulators.commit import write_all
 from scalora.accumulators.increment import increment_columns
 from scalora.accumulators.into_base import DenseAccumulator
-from scalora.carry import Carry, compress
+from scalora.carry import Carry, compress, relative_cut
 from scalora.layer_batches import Write
 from scalora.options import RebasingOptions
 from scalora.peft_layers import LoRAPair, attach_carry
@@ -106,21 +106,9 @@ class CarryAccumulator:
         k = left.shape[-1]
         ups = [carry.up[:, carry.columns : carry.columns + k] for carry in carries]
         downs = [carry.down[carry.columns : carry.columns + k] for carry in carries]
-        # Counted first: columns that are counted and still zero do no harm.
-        for carry in carries:
-            carry.columns += k
-        landed: set[int] = set()
-        try:
-            commit(
-                lambda: torch._foreach_copy_(ups, list(left.unbind())),
-                ups,
-                [(ups, left, left), (downs, right, right), *writes],
-                landed.add,
-            )
-        finally:
-            for i, carry in enumerate(carries):
-                if i not in landed:
-                    carry.columns -= k
+        counts = [carry.columns + k for carry in carries]
+        writes = [(ups, left, left), (downs, right, right), *writes]
+        write_all(writes, range(len(pairs)), lambda: _count(carries, counts))
 
     @property
     def _folds(self) -> bool:
@@ -134,8 +122,10 @@ class CarryAccumulator:
         down = torch.stack([carry.used_down for carry in carries])
         new = compress(up, down, keep)
         cuts = torch.stack([carry.cut for carry in carries]) + new.cut
-        # The SVD has waited for the device, so reading these costs nothing more.
-        shares = torch.where(cuts > 0, cuts / new.energy, 0).tolist()
+        P = torch.stack([pair.P_parameter.detach().flatten(1) for pair in pairs])
+        Q = torch.stack([pair.Q_parameter.detach().flatten(1) for pair in pairs])
+        # The eigenproblem has waited for the device; reading these costs nothing more.
+        shares = relative_cut(cuts, new.energy, up, down, P, Q).tolist()
         chosen = []
         for i, (pair, carry) in enumerate(zip(pairs, carries, strict=True)):
             most = self._most_columns(pair)
@@ -146,40 +136,40 @@ class CarryAccumulator:
             if shares[i] > self.options.carry_tolerance:
                 self._warn(pair, carry, shares[i])
         if chosen:
-            index = torch.tensor(chosen, device=up.device)
             self._replace(
-                [carries[i] for i in chosen], new.up[index], new.down[index], cuts[index], keep
+                [carries[i] for i in chosen],
+                torch.stack([new.up[i] for i in chosen]),
+                torch.stack([new.down[i] for i in chosen]),
+                torch.stack([cuts[i] for i in chosen]),
             )
 
-    def _replace(
-        self, carries: Sequence[Carry], up: Tensor, down: Tensor, cuts: Tensor, keep: int
-    ) -> None:
+    def _replace(self, carries: Sequence[Carry], up: Tensor, down: Tensor, cuts: Tensor) -> None:
+        keep = up.shape[-1]
         more = carries[0].capacity - keep
         up = torch.nn.functional.pad(up, (0, more))
         down = torch.nn.functional.pad(down, (0, 0, 0, more))
         ups, downs = [carry.up for carry in carries], [carry.down for carry in carries]
 
-        def done(i: int) -> None:
-            carries[i].columns = keep
-
-        commit(
-            lambda: torch._foreach_copy_(ups, list(up.unbind())),
-            ups,
-            [(ups, up, up), (downs, down, down), ([c.cut for c in carries], cuts, cuts)],
-            done,
-        )
+        writes = [
+            (ups, up, up),
+            (downs, down, down),
+            ([carry.cut for carry in carries], cuts, cuts),
+        ]
+        counts = [keep] * len(carries)
+        write_all(writes, range(len(carries)), lambda: _count(carries, counts))
 
     def _fold(self, pairs: Sequence[LoRAPair], count: int) -> None:
         """Into the base weights; the carries are empty then."""
         carries = [_carry(pair) for pair in pairs]
         up = torch.stack([carry.used_up for carry in carries])
         down = torch.stack([carry.used_down for carry in carries])
-        ups, downs = [carry.used_up for carry in carries], [carry.used_down for carry in carries]
-        up_zero, down_zero = torch.zeros_like(up), torch.zeros_like(down)
-        writes = [(downs, down, down_zero), (ups, up, up_zero)]
+        writes = [
+            ([carry.used_down for carry in carries], down, torch.zeros_like(down)),
+            ([carry.used_up for carry in carries], up, torch.zeros_like(up)),
+        ]
+        # What an interruption leaves counted is zero.
         self.dense.commit(pairs, up, down.mT, writes, count)
-        for carry in carries:
-            carry.columns = 0
+        _count(carries, [0] * len(carries))
 
     def _most_columns(self, pair: LoRAPair) -> int:
         """Up to where the layer's carry may grow."""
@@ -192,13 +182,18 @@ class CarryAccumulator:
             return
         self._warned = True
         warnings.warn(
-            f"the carry of {pair.name!r} is full at {carry.capacity} columns, and what was cut "
-            f"from it by now is {share:.1e} of its energy (carry_tolerance="
-            f"{self.options.carry_tolerance:g}): the model's function moves by that much. Pass a "
-            "larger carry_rank or interval; optimizer.report() has every layer.",
+            f"the carry of {pair.name!r} is full at {carry.capacity} columns, and the energy that "
+            f"was cut from it by now is {share:.1e} of what the layer has learned "
+            f"(carry_tolerance={self.options.carry_tolerance:g}): so much the model's function was "
+            "moved. Pass a larger carry_rank or interval; optimizer.report() has every layer.",
             UserWarning,
             stacklevel=6,
         )
+
+
+def _count(carries: Sequence[Carry], columns: Sequence[int]) -> None:
+    for carry, count in zip(carries, columns, strict=True):
+        carry.columns = count
 
 
 def _carry(pair: LoRAPair) -> Carry:

@@ -10,45 +10,56 @@ from torch import Tensor
 from scalora.layer_batches import Write
 
 
-def commit(
-    land: Callable[[], None],
-    witnesses: Sequence[Tensor],
-    writes: Sequence[Write],
-    done: Callable[[int], None],
-) -> None:
-    """Let the increments land, then write the rest for exactly those layers where they did.
+def write_all(writes: Sequence[Write], layers: Sequence[int], done: Callable[[], None]) -> None:
+    """Write some layers, whatever is raised in between.
 
-    A layer's witness is the tensor that its increment lands in; its version counter tells whether
-    it has.  Writing twice does no harm, so an interruption is answered by writing again.
+    Writing twice does no harm, so an interruption is answered by writing again.
 
     Args:
-        land: changes the witnesses, one after the other.
-        witnesses: one a layer.
-        writes: with a stack over the same layers.
-        done: called with the place of each layer that has changed, last.
+        writes: stacks over the same layers, and their targets.
+        layers: the places of those to write.
+        done: called last; it may be called twice.
     """
-    versions = [witness._version for witness in witnesses]
-
-    def landed() -> list[int]:
-        return [i for i, witness in enumerate(witnesses) if witness._version != versions[i]]
 
     def write() -> None:
-        layers = landed()
-        if not layers:
-            return
         for targets, _, new in writes:
             torch._foreach_copy_(
                 [targets[i] for i in layers], [new[i].view_as(targets[i]) for i in layers]
             )
+        done()
 
     try:
-        land()
+        write()
+    except BaseException:
+        write()
+        raise
+
+
+def commit(
+    fold: Callable[[], None],
+    bases: Sequence[Tensor],
+    writes: Sequence[Write],
+    done: Callable[[int], None],
+) -> None:
+    """Fold, then write the rest for exactly those layers whose base has changed.
+
+    Folding twice would do harm: a base's version counter tells whether it has taken its increment.
+
+    Args:
+        fold: changes the bases, one after the other.
+        bases: one a layer.
+        writes: as for `write_all`.
+        done: called with the place of each layer that has changed, last.
+    """
+    versions = [base._version for base in bases]
+    try:
+        fold()
     finally:
-        try:
-            write()
-        except BaseException:
-            write()
-            raise
-        finally:
-            for i in landed():
+        folded = [i for i, base in enumerate(bases) if base._version != versions[i]]
+
+        def note() -> None:
+            for i in folded:
                 done(i)
+
+        if folded:
+            write_all(writes, folded, note)

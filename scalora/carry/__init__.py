@@ -1,7 +1,7 @@
 """Where the frozen increment goes when the base must not be touched: low-rank factors beside it."""
 
 from scalora.carry.carry import Carry
-from scalora.carry.factors import Compressed, compress
+from scalora.carry.factors import Compressed, compress, relative_cut
 from scalora.carry.modules import put_carry
 
-__all__ = ["Carry", "Compressed", "compress", "put_carry"]
+__all__ = ["Carry", "Compressed", "compress", "put_carry", "relative_cut"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from scalora.carry.factors import inner_product, relative_cut
+
 
 class Carry:
     """``up @ down``, in units of the adapter's product: PEFT's scaling applies to both.
@@ -68,13 +70,15 @@ class Carry:
             tensor.zero_()
         self.columns = 0
 
-    def energy(self) -> Tensor:
-        """0-d: squared Frobenius norm of ``up @ down``, which is not formed."""
-        return ((self.up.mT @ self.up) * (self.down @ self.down.mT)).sum().clamp_min(0)
+    def relative_cut(self, P: Tensor, Q: Tensor) -> Tensor:
+        """0-d: the energy cut so far over that of all that was learned beside the base.
 
-    def relative_cut(self) -> Tensor:
-        """0-d: the energy cut so far over the energy that is there; 0 before anything is."""
-        return torch.where(self.cut > 0, self.cut / self.energy(), 0.0)
+        Args:
+            P: (m, r), the adapter's.
+            Q: (r, n), likewise.
+        """
+        own = inner_product(self.up, self.down, self.up, self.down)
+        return relative_cut(self.cut, own, self.up, self.down, P, Q)
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run needs."""

@@ -47,8 +47,10 @@ def compress(up: Tensor, down: Tensor, rank: int) -> Compressed:
     energies, vectors = energies.flip(-1).clamp_min(0), vectors.flip(-1)
     k = min(rank, energies.shape[-1])
     # Both factors get the root of the singular value: half-precision copies of them stay normal.
-    root = energies[..., :k].sqrt().sqrt()
-    inverse = torch.where(root > 0, 1 / root, 0)
+    # A floor, and not zero, keeps their product exact where nothing is left out.
+    floor = energies[..., :1].clamp_min(torch.finfo(work).tiny) * torch.finfo(work).eps
+    root = energies[..., :k].clamp_min(floor).sqrt().sqrt()
+    inverse = 1 / root
     new_up = (basis @ (vectors[..., :k] * root.unsqueeze(-2))).to(up.dtype)
     rows = (vectors[..., :k] * inverse.unsqueeze(-2)).mT @ triangle
     new_down = (rows @ wide).to(down.dtype)
@@ -58,3 +60,32 @@ def compress(up: Tensor, down: Tensor, rank: int) -> Compressed:
         energies[..., k:].sum(-1),
         energies.sum(-1),
     )
+
+
+def inner_product(up: Tensor, down: Tensor, other_up: Tensor, other_down: Tensor) -> Tensor:
+    """(...,): Frobenius inner product of ``up @ down`` and ``other_up @ other_down``, not formed.
+
+    Args:
+        up, other_up: (..., m, c) and (..., m, d).
+        down, other_down: (..., c, n) and (..., d, n).
+    """
+    return ((up.mT @ other_up) * (down @ other_down.mT)).sum(dim=(-2, -1))
+
+
+def relative_cut(
+    cut: Tensor, energy: Tensor, up: Tensor, down: Tensor, P: Tensor, Q: Tensor
+) -> Tensor:
+    """(...,): energy that was cut from a carry over that of carry and adapter together.
+
+    Together, because the two cancel in part: what a re-basing adds to one it takes from the other.
+
+    Args:
+        cut: (...,), what was cut.
+        energy: (...,), of the carry, ``up @ down``.
+        up, down: (..., m, c) and (..., c, n).
+        P, Q: (..., m, r) and (..., r, n), the adapter's.
+    """
+    P, Q = P.to(up.dtype), Q.to(down.dtype)
+    learned = energy + 2 * inner_product(up, down, P, Q) + inner_product(P, Q, P, Q)
+    learned = learned.clamp_min(torch.finfo(up.dtype).eps * energy)
+    return torch.where(cut > 0, cut / learned, 0)

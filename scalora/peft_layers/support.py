@@ -35,6 +35,8 @@ def is_quantized(pair: LoRAPair) -> bool:
 
 def why_not_dense(pair: LoRAPair) -> str | None:
     """Why increments cannot be folded into this layer's base weight, or None if they can."""
+    if is_quantized(pair):
+        return "its base weight is quantized"
     if type(pair.module) not in _PLAIN:
         return f"{type(pair.module).__name__} layers are not supported"
     reason = _why_not_rebased(pair, _PRESERVED_VARIANTS)
