@@ -73,7 +73,7 @@ class ScaLoRA(torch.optim.Optimizer):
             all of a small increment; for comparison).
         bound: every re-basing scales by factors within ``[1/bound, bound]``.
         seed: of the stochastic rounding; use the same on every replica.
-        carry_rank: the most columns a layer's carry may hold, or ``"auto"``: 4 times the adapter's
+        carry_rank: the most columns a layer's carry may hold, or ``"auto"``: 8 times the adapter's
             rank at first, doubled up to 32 times whenever a compression would cut more than
             ``carry_tolerance``.  A compression keeps three quarters.  It is due once in several
             re-basings, and is the one thing that waits for the device on a GPU.

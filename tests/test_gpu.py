@@ -64,6 +64,71 @@ def test_step_never_waits_for_the_device(rule, fused, dtype):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_step_that_adds_to_a_carry_never_waits_for_the_device(dtype, fused):
+    model = make_model("cuda", dtype)
+    optimizer = optimizer_for(model, fused=fused, accumulator="carry", carry_rank=64)
+    x = torch.randn(8, 96, device="cuda", dtype=dtype)
+    for seed in range(3):
+        set_gradients(model, seed)
+        optimizer.step()
+        model(x)
+    set_gradients(model, 3)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+        model(x).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(pair.carry.columns < pair.carry.capacity for pair in lora_pairs(model, "default"))
+
+
+def test_carry_is_the_cpus_through_compressions():
+    found = {}
+    for device in ("cpu", "cuda"):
+        model = make_model(device)
+        optimizer = optimizer_for(model, accumulator="carry", carry_rank=16, carry_tolerance=0.99)
+        for seed in range(12):
+            set_gradients(model, seed)
+            optimizer.step()
+        found[device] = [
+            (pair.learned_change().cpu(), pair.carry.cut.cpu())
+            for pair in lora_pairs(model, "default")
+        ]
+    for (one, cut), (other, other_cut) in zip(found["cpu"], found["cuda"], strict=True):
+        assert cut > 0
+        assert (one - other).norm() < 1e-4 * one.norm()
+        torch.testing.assert_close(cut, other_cut, rtol=1e-3, atol=0)
+
+
+def test_four_bit_base_keeps_its_function_and_its_bytes():
+    bnb = pytest.importorskip("bitsandbytes")
+    base = nn.Sequential(
+        *(bnb.nn.Linear4bit(128, 128, quant_type="nf4", compute_dtype=torch.float32) for _ in "ab")
+    ).to("cuda")
+    base.is_loaded_in_4bit = True
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["0", "1"]))
+    optimizer = optimizer_for(model, carry_rank=16)
+    codes = [
+        module.weight.data.clone() for module in base.modules() if hasattr(module, "quant_state")
+    ]
+    for seed in range(8):
+        set_gradients(model, seed)
+        before = [pair.effective_weight() for pair in lora_pairs(model, "default")]
+        cut = [0 if p.carry is None else float(p.carry.cut) for p in lora_pairs(model, "default")]
+        optimizer._rebaser.rebase(optimizer.inner, seed)
+        for pair, weight, old in zip(lora_pairs(model, "default"), before, cut, strict=True):
+            bound = (
+                1e-6 * weight.norm() + 1.01 * pair.scaling * (float(pair.carry.cut) - old) ** 0.5
+            )
+            assert (pair.effective_weight() - weight).norm() <= bound
+        optimizer.inner.step()
+    for module, before in zip(quantized, codes, strict=True):
+        assert torch.equal(module.weight.data, before)
+
+
 @pytest.mark.parametrize("rounding", ["stochastic", "compensated"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gpu_and_cpu_agree(dtype, rounding):

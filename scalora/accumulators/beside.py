@@ -17,7 +17,7 @@ from scalora.options import RebasingOptions
 from scalora.peft_layers import LoRAPair, attach_carry
 
 # In units of the adapter's rank: where carry_rank="auto" begins, and where it stops growing.
-_AUTO_FIRST, _AUTO_MOST = 4, 32
+_AUTO_FIRST, _AUTO_MOST = 8, 32
 # So many float32 numbers are recompressed at once; it bounds the memory that takes.
 _NUMBERS_AT_ONCE = 1 << 26
 
