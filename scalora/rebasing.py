@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scalora.accumulators import CarryAccumulator, DenseAccumulator, LayerMemory, increment
+from scalora.accumulators import (
+    Accumulator,
+    CarryAccumulator,
+    DenseAccumulator,
+    LayerMemory,
+    increment,
+)
 from scalora.carry import Carry
 from scalora.inner_states import moved_states, stacked_states
 from scalora.layer_batches import (
@@ -46,9 +52,10 @@ class Rebaser:
         self.moments = moments
         self.memory = {pair.name: LayerMemory(i) for i, pair in enumerate(self.pairs)}
         dense = DenseAccumulator(options, self.memory)
-        self._accumulators: dict[str, DenseAccumulator | CarryAccumulator] = {
+        self._carry_accumulator = CarryAccumulator(options, dense)
+        self._accumulators: dict[str, Accumulator] = {
             "dense": dense,
-            "carry": CarryAccumulator(options, dense),
+            "carry": self._carry_accumulator,
         }
         self._last: list[tuple[list[str], Tensor, Tensor]] = []
 
@@ -108,10 +115,8 @@ class Rebaser:
             self._remember_carry(pair, saved.get("carry"))
 
     def _remember_carry(self, pair: LoRAPair, saved: dict[str, Tensor] | None) -> None:
-        accumulator = self._accumulators["carry"]
-        assert isinstance(accumulator, CarryAccumulator)
         if saved is not None:
-            accumulator.carry_of(pair).load(saved)
+            self._carry_accumulator.carry_of(pair).load(saved)
         elif pair.carry is not None:
             pair.carry.clear()
 
@@ -142,7 +147,7 @@ class Rebaser:
                 self.memory[pair.name].product = product
             self._last.append(([pair.name for pair in batch.pairs], alpha, beta))
 
-    def _accumulator(self, pair: LoRAPair) -> DenseAccumulator | CarryAccumulator:
+    def _accumulator(self, pair: LoRAPair) -> Accumulator:
         return self._accumulators[self.places[pair.name]]
 
     def _key(self, pair: LoRAPair) -> tuple[Any, ...]:

@@ -258,6 +258,9 @@ def test_carry_is_switched_with_its_adapter(name: str) -> None:
     torch.testing.assert_close(models.answers(model, inputs), pretrained, rtol=0, atol=1e-12)
     model.delete_adapter("default")
     torch.testing.assert_close(models.answers(model, inputs), pretrained, rtol=0, atol=1e-12)
+    if not pair.is_embedding:  # another of that name begins without
+        model.add_adapter("default", LoraConfig(r=2, target_modules=[layer]))
+        assert pair.carry is None
 
 
 @pytest.mark.parametrize("name", LAYERS)

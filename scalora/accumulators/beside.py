@@ -18,8 +18,8 @@ from scalora.peft_layers import LoRAPair, attach_carry
 
 # In units of the adapter's rank: where carry_rank="auto" begins, and where it stops growing.
 _AUTO_FIRST, _AUTO_MOST = 8, 32
-# So many float32 numbers are recompressed at once; it bounds the memory that takes.
-_NUMBERS_AT_ONCE = 1 << 26
+# So many numbers of carries are recompressed at once: 8 bytes each, several times over.
+_NUMBERS_AT_ONCE = 1 << 23
 
 
 class CarryAccumulator:
@@ -36,11 +36,11 @@ class CarryAccumulator:
         self._warned = False
 
     def key(self, pair: LoRAPair) -> Hashable:
-        """What must agree beyond the factors for layers to be served in one call: nothing."""
+        """Nothing but the factors must agree."""
         return "carry"
 
     def takes(self, pair: LoRAPair) -> bool:
-        """Whether it is still re-based: with ``when_full="hold"`` until its carry is full."""
+        """With ``when_full="hold"``: until its carry is full."""
         carry = pair.carry
         if self.options.when_full != "hold" or carry is None:
             return True
@@ -61,12 +61,7 @@ class CarryAccumulator:
 
     @torch.no_grad()
     def make_room(self, pairs: Sequence[LoRAPair], count: int) -> None:
-        """Let every layer's carry have room for one more increment.
-
-        Args:
-            pairs: the layers.
-            count: the number of this re-basing, part of the rounding noise's seed.
-        """
+        """Recompress the carries that are full, let them grow, or fold them."""
         full: dict[Hashable, list[LoRAPair]] = {}
         for pair in pairs:
             carry = self.carry_of(pair)
@@ -92,15 +87,7 @@ class CarryAccumulator:
         writes: Sequence[Write],
         count: int,
     ) -> None:
-        """Append ``left right^T`` to the carries, and write the rest where that was done.
-
-        Args:
-            pairs: layers with room for the increments.
-            left: (layers, m, k).
-            right: (layers, n, k).
-            writes: what else changes with the layers.
-            count: not needed here.
-        """
+        """Append the increments to the carries, and write the rest with them."""
         carries = [_carry(pair) for pair in pairs]
         left, right = left.to(carries[0].up.dtype), right.to(carries[0].down.dtype).mT
         k = left.shape[-1]
@@ -128,12 +115,13 @@ class CarryAccumulator:
         shares = relative_cut(cuts, new.energy, up, down, P, Q).tolist()
         chosen = []
         for i, (pair, carry) in enumerate(zip(pairs, carries, strict=True)):
-            most = self._most_columns(pair)
-            if shares[i] > self.options.carry_tolerance and carry.capacity < most:
-                carry.grow(min(2 * carry.capacity, most))
+            too_much = shares[i] > self.options.carry_tolerance
+            larger = min(2 * carry.capacity, self._most_columns(pair))
+            if too_much and larger >= carry.columns + increment_columns(pair):
+                carry.grow(larger)
                 continue
             chosen.append(i)
-            if shares[i] > self.options.carry_tolerance:
+            if too_much:
                 self._warn(pair, carry, shares[i])
         if chosen:
             self._replace(
@@ -148,11 +136,9 @@ class CarryAccumulator:
         more = carries[0].capacity - keep
         up = torch.nn.functional.pad(up, (0, more))
         down = torch.nn.functional.pad(down, (0, 0, 0, more))
-        ups, downs = [carry.up for carry in carries], [carry.down for carry in carries]
-
         writes = [
-            (ups, up, up),
-            (downs, down, down),
+            ([carry.up for carry in carries], up, up),
+            ([carry.down for carry in carries], down, down),
             ([carry.cut for carry in carries], cuts, cuts),
         ]
         counts = [keep] * len(carries)

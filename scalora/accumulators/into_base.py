@@ -28,12 +28,12 @@ class DenseAccumulator:
         self.memory = memory
 
     def key(self, pair: LoRAPair) -> Hashable:
-        """What must agree for layers to be folded in one call."""
+        """The base weight's shape, dtype and layout."""
         base = pair.base_weight
         return base.shape, base.dtype, pair.base_is_transposed
 
     def takes(self, pair: LoRAPair) -> bool:
-        """Whether there is room for another increment: always."""
+        """Always."""
         return True
 
     def make_room(self, pairs: Sequence[LoRAPair], count: int) -> None:
@@ -47,15 +47,7 @@ class DenseAccumulator:
         writes: Sequence[Write],
         count: int,
     ) -> None:
-        """Add ``s left right^T`` to the base weights, and write the rest where that was done.
-
-        Args:
-            pairs: layers of one `key` and scaling.
-            left: (layers, m, k).
-            right: (layers, n, k).
-            writes: what else changes with the layers.
-            count: the number of this re-basing, part of the rounding noise's seed.
-        """
+        """Add the increments to the base weights, then write where that was done."""
         left = left * pairs[0].scaling
         commit(
             lambda: self._fold(pairs, left, right, count),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from scalora.benchmark.demo_model import demo_batch, demo_model, quantized_demo_
 from scalora.benchmark.table import markdown
 
 _WARM_UP, _BLOCKS, _BLOCK = 4, 6, 10  # rounds; a block holds one re-basing of interval=10
+
+_IN_A_CARRY: dict[str, object] = {"accumulator": "carry", "carry_rank": 64}
 
 
 @dataclass
@@ -43,6 +46,12 @@ def run(device: torch.device) -> str:
                 demo_model(device),
                 _scalora(interval=1, rule="direction"),
             ),
+            _contestant(
+                "interval=1, carry", demo_model(device), _scalora(interval=1, **_IN_A_CARRY)
+            ),
+            _contestant(
+                "interval=10, carry", demo_model(device), _scalora(interval=10, **_IN_A_CARRY)
+            ),
         ],
         device,
     )
@@ -53,14 +62,15 @@ def run_quantized(device: torch.device) -> str:
 
     The second adapter is PEFT's own, of rank 64 and frozen: what a carry would cost if it were one.
     """
-    carry = {"carry_rank": 64}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return "Not run: bitsandbytes is not installed."
     return _table(
         [
             _contestant("QLoRA", quantized_demo_model(device), _alone),
             _contestant("QLoRA, second adapter", _with_second_adapter(device), _alone),
-            _contestant("interval=1", quantized_demo_model(device), _scalora(**carry)),
+            _contestant("interval=1", quantized_demo_model(device), _scalora(**_IN_A_CARRY)),
             _contestant(
-                "interval=10", quantized_demo_model(device), _scalora(interval=10, **carry)
+                "interval=10", quantized_demo_model(device), _scalora(interval=10, **_IN_A_CARRY)
             ),
         ],
         device,

@@ -13,7 +13,9 @@ from scalora.carry import Carry, put_carry
 
 def carry_of(module: Any, adapter: str) -> Carry | None:
     """The carry of one adapter of PEFT's layer, or None."""
-    return getattr(module, "scalora_carries", {}).get(adapter)
+    if isinstance(module, lora_layers.Embedding):
+        return getattr(module, "scalora_carries", {}).get(adapter)
+    return getattr(module.lora_A[adapter], "carry", None) if adapter in module.lora_A else None
 
 
 def attach_carry(module: Any, adapter: str, carry: Carry) -> None:
@@ -23,13 +25,13 @@ def attach_carry(module: Any, adapter: str, carry: Carry) -> None:
     """
     if not isinstance(module, lora_layers.Embedding):
         put_carry(module.lora_A[adapter], module.lora_B[adapter], carry)
-    elif carry_of(module, adapter) is None:
-        module.register_forward_hook(_EmbeddingCarry(adapter))
-    if not hasattr(module, "scalora_carries"):
-        module.scalora_carries = {}
-        # PEFT merges, unmerges and weighs adapters by this method alone.
+    else:
+        if carry_of(module, adapter) is None:
+            module.register_forward_hook(_EmbeddingCarry(adapter))
+        module.scalora_carries = {**getattr(module, "scalora_carries", {}), adapter: carry}
+    # PEFT merges, unmerges and weighs adapters by this method alone, where it can at all.
+    if hasattr(type(module), "get_delta_weight"):
         module.get_delta_weight = _DeltaWeight(module)
-    module.scalora_carries[adapter] = carry
 
 
 class _DeltaWeight:
