@@ -8,6 +8,7 @@ from peft import PeftModel
 from peft.tuners.lora import layer as lora_layers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from scalora.peft_layers.pair import LoRAPair
 
@@ -111,7 +112,12 @@ def sharing_modules(model: nn.Module) -> dict[int, list[str]]:
 
 
 def storage_address(tensor: Tensor) -> int:
-    """Where the tensor's memory begins: equal for tied weights."""
+    """Where the tensor's memory begins: equal for tied weights.
+
+    A tensor made of others (torchao's quantized weights) has no memory of its own: the first one's.
+    """
+    while is_traceable_wrapper_subclass(tensor):
+        tensor = getattr(tensor, tensor.__tensor_flatten__()[0][0])
     return tensor.untyped_storage().data_ptr()
 
 
