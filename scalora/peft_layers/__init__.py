@@ -25,6 +25,7 @@ from scalora.peft_layers.finding import (
     peft_model,
     sharing_modules,
     storage_address,
+    untie_adapted_weights,
 )
 from scalora.peft_layers.pair import LoRAPair, dequantized
 from scalora.peft_layers.support import is_quantized, why_no_carry, why_not_dense, why_not_measured
@@ -51,6 +52,7 @@ __all__ = [
     "sharing_modules",
     "storage_address",
     "trust_checkpoints",
+    "untie_adapted_weights",
     "warn_when_saved_alone",
     "why_no_carry",
     "why_not_dense",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.tuners.lora import layer as lora_layers
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -111,14 +112,35 @@ def sharing_modules(model: nn.Module) -> dict[int, list[str]]:
     return users
 
 
+@torch.no_grad()
+def untie_adapted_weights(model: nn.Module) -> None:
+    """Give every adapted base weight that other modules share a memory of its own.
+
+    Merging into it would change those too.
+    """
+    users = sharing_modules(model)
+    for module in model.modules():
+        if not isinstance(module, lora_layers.LoraLayer):
+            continue
+        base: Any = module.get_base_layer()
+        weight = base._parameters.get("weight")
+        if weight is None or len(users.get(storage_address(weight), [])) < 2:
+            continue
+        base.weight = nn.Parameter(weight.clone(), requires_grad=weight.requires_grad)
+        config: Any = getattr(base_model(model), "config", None)
+        for part in () if config is None else (config, config.get_text_config()):
+            part.tie_word_embeddings = False
+
+
 def storage_address(tensor: Tensor) -> int:
     """Where the tensor's memory begins: equal for tied weights.
 
     A tensor made of others (torchao's quantized weights) has no memory of its own: the first one's.
     """
-    while is_traceable_wrapper_subclass(tensor):
-        tensor = getattr(tensor, tensor.__tensor_flatten__()[0][0])
-    return tensor.untyped_storage().data_ptr()
+    inner: Any = tensor
+    while is_traceable_wrapper_subclass(inner):
+        inner = getattr(inner, inner.__tensor_flatten__()[0][0])
+    return inner.untyped_storage().data_ptr()
 
 
 def peft_model(model: nn.Module) -> PeftModel | None:
