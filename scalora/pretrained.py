@@ -143,6 +143,7 @@ def full_precision_base(model: nn.Module, base: Base | None) -> nn.Module:
     if isinstance(base, (str, PathLike)):
         return type(own).from_pretrained(base, config=config)
     fresh = type(own)(config)
+    fresh.generation_config = getattr(own, "generation_config", None)
     if base is not None:
         weights = pretrained_weights(model, base)
     else:

@@ -98,7 +98,11 @@ def _unwrapped(module: Any) -> Any:
 def moves_base_at_creation(model: nn.Module, adapter: str) -> bool:
     """Whether PEFT's initialisation of the adapter took its product out of the base weights."""
     wrapped = peft_model(model)
-    config: Any = None if wrapped is None else wrapped.peft_config.get(adapter)
+    return wrapped is not None and config_moves_base(wrapped.peft_config.get(adapter))
+
+
+def config_moves_base(config: Any) -> bool:
+    """Whether an adapter of this config takes its first product out of the base weights."""
     return str(getattr(config, "init_lora_weights", "")).startswith(_MOVING_INITIALISATIONS)
 
 
