@@ -175,9 +175,7 @@ def _adapted(
     pretrained, missing = _pretrained(read, read.source(base), quantized=False)
     lacking = missing & {f"{layer}.weight" for layer in read.state.values["ranks"]}
     if lacking:
-        raise ValueError(
-            f"{read.source(base)} has no weight {min(lacking)!r}: pass another --base."
-        )
+        raise ValueError(f"{read.source(base)} has no weight {min(lacking)!r} that fits.")
     start = {name: weight.clone() for name, weight in pretrained.state_dict().items()}
     return _with_adapter(read, pretrained), start
 
@@ -194,7 +192,9 @@ def _merged(
     saved = adapter.modules_to_save or ()
     lacking = {n for n in missing if not any(f".{module}." in f".{n}" for module in saved)}
     if lacking:
-        raise ValueError(f"neither {source} nor the checkpoint has the weight {min(lacking)!r}.")
+        raise ValueError(
+            f"neither {source} nor the checkpoint has a weight {min(lacking)!r} that fits."
+        )
     model = _with_adapter(read, pretrained)
     merged = merged_model(model)
     if dtype is not None:

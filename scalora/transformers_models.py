@@ -94,7 +94,7 @@ def pretrained_model(
     quantized: bool = False,
     dtype: torch.dtype | None = None,
 ) -> tuple[PreTrainedModel, set[str]]:
-    """A pretrained model, and the names of the weights that ``source`` does not have.
+    """A pretrained model, and the names of the weights that ``source`` lacks or has otherwise.
 
     Args:
         kind: its class, of `model_class`.
@@ -109,7 +109,8 @@ def pretrained_model(
             recorded config.
     """
     config = AutoConfig.from_pretrained(source)
-    options: dict[str, Any] = {"dtype": dtype or "auto"}
+    # A head of another size is often replaced before training; the caller decides what may lack.
+    options: dict[str, Any] = {"dtype": dtype or "auto", "ignore_mismatched_sizes": True}
     if recorded is not None:
         stored, config = getattr(config, _QUANTIZATION, None), config_from(recorded)
         if stored is not None:
@@ -120,4 +121,5 @@ def pretrained_model(
     model, loading = kind.from_pretrained(
         source, config=config, output_loading_info=True, **options
     )
-    return model, set(loading["missing_keys"])
+    mismatched = {name for name, *_ in loading["mismatched_keys"]}
+    return model, set(loading["missing_keys"]) | mismatched
