@@ -188,14 +188,12 @@ def _merged(
     pretrained, missing = _pretrained(read, source, quantized=full_precision_base is None)
     if full_precision_base is not None and hasattr(pretrained.config, "quantization_config"):
         raise ValueError(f"--full-precision-base={full_precision_base} is quantized.")
-    adapter: Any = read.adapter
-    saved = adapter.modules_to_save or ()
-    lacking = {n for n in missing if not any(f".{module}." in f".{n}" for module in saved)}
+    model = _with_adapter(read, pretrained)
+    lacking = {name for name in missing if not peft_layers.is_saved_with_adapter(model, name)}
     if lacking:
         raise ValueError(
             f"neither {source} nor the checkpoint has a weight {min(lacking)!r} that fits."
         )
-    model = _with_adapter(read, pretrained)
     merged = merged_model(model)
     if dtype is not None:
         merged = merged.to(dtype)

@@ -106,6 +106,14 @@ def config_moves_base(config: Any) -> bool:
     return str(getattr(config, "init_lora_weights", "")).startswith(_MOVING_INITIALISATIONS)
 
 
+def is_saved_with_adapter(model: nn.Module, name: str) -> bool:
+    """Whether a weight of the base is part of the active adapter's files (``modules_to_save``)."""
+    wrapped = peft_model(model)
+    config: Any = None if wrapped is None else wrapped.peft_config.get(active_adapter(model))
+    modules = getattr(config, "modules_to_save", None) or ()
+    return any(f".{module}." in f".{name}" for module in modules)
+
+
 def sharing_modules(model: nn.Module) -> dict[int, list[str]]:
     """Address of each parameter's storage -> names of the modules that use it."""
     users: dict[int, list[str]] = {}
