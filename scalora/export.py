@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scalora import peft_layers, transformers_models
+from scalora.files import folder_written_whole
 from scalora.saving import merged_model, save_adapter
 from scalora.training_state import load_rebased_weights
 from scalora.training_state_file import STATE_FILE, TrainingStateFile
@@ -149,12 +148,14 @@ def export_checkpoint(
     with torch.no_grad():
         if merged:
             model, errors = _merged(read, base, full_precision_base, dtype)
-            with _written_whole(folder, read.folder) as staged:
+            with folder_written_whole(folder) as staged:
                 model.save_pretrained(staged)
+                _copy_tokenizer(read.folder, staged)
             return Export(folder, True, errors, None, _bytes(folder))
         wrapped, start = _adapted(read, base)
-        with _written_whole(folder, read.folder) as staged:
+        with folder_written_whole(folder) as staged:
             errors = save_adapter(wrapped, staged, rank, start)
+            _copy_tokenizer(read.folder, staged)
         written = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
         return Export(folder, False, errors, int(written["r"]), _bytes(folder))
 
@@ -186,8 +187,14 @@ def _merged(
     """The merged model, and what rounding took from what was merged into each layer."""
     source = full_precision_base or read.source(base)
     pretrained, missing = _pretrained(read, source, quantized=full_precision_base is None)
-    if full_precision_base is not None and hasattr(pretrained.config, "quantization_config"):
+    quantized = hasattr(pretrained.config, "quantization_config")
+    if full_precision_base is not None and quantized:
         raise ValueError(f"--full-precision-base={full_precision_base} is quantized.")
+    if full_precision_base is None and read.state.values.get("quantized") and not quantized:
+        raise ValueError(
+            f"the base was quantized in training, and neither {source} nor the checkpoint says "
+            "how: pass --full-precision-base to merge onto weights that are not."
+        )
     model = _with_adapter(read, pretrained)
     lacking = {name for name in missing if not peft_layers.is_saved_with_adapter(model, name)}
     if lacking:
@@ -271,20 +278,6 @@ def _loading(what: str) -> Iterator[None]:
         UserWarning,
     ) as error:
         raise ValueError(f"{what} could not be loaded: {error}") from error
-
-
-@contextmanager
-def _written_whole(folder: Path, checkpoint: Path) -> Iterator[Path]:
-    """A folder beside ``folder`` that takes its place, with the checkpoint's tokenizer, at last."""
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".scalora-", dir=folder.absolute().parent) as beside:
-        staged = Path(beside) / "export"
-        staged.mkdir()
-        yield staged
-        _copy_tokenizer(checkpoint, staged)
-        if folder.exists():
-            folder.rmdir()
-        os.replace(staged, folder)
 
 
 def _copy_tokenizer(checkpoint: Path, folder: Path) -> None:

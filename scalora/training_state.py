@@ -45,6 +45,7 @@ def save_training_state(optimizer: ScaLoRA, folder: str | PathLike[str]) -> Path
     # So that `scalora export` can make the model anew.
     state["adapter_name"] = optimizer.options.adapter_name
     state["config"] = transformers_models.recorded_config(peft_layers.base_model(optimizer.model))
+    state["quantized"] = any(map(peft_layers.is_quantized, pairs))
     path = Path(folder) / STATE_FILE
     write_tensors(path, tensors, {"scalora": json.dumps(state)})
     return path
