@@ -6,7 +6,6 @@ import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -16,14 +15,7 @@ from rich.progress import track
 from miub.estimators import ESTIMATORS
 from miub.monitor import MIUBMonitor
 from miub.report import MIUBReport
-
-_MODELS = {
-    "CAUSAL_LM": transformers.AutoModelForCausalLM,
-    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
-    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
-    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
-    "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
-}
+from scalora.transformers_models import model_class
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -83,8 +75,7 @@ def _report(args: argparse.Namespace) -> MIUBReport:
 
 
 def _load(args: argparse.Namespace) -> PeftModel:
-    task = str(getattr(PeftConfig.from_pretrained(args.adapter), "task_type", None))
-    kind: Any = _MODELS.get(task, transformers.AutoModel)
+    kind = model_class(PeftConfig.from_pretrained(args.adapter))
     base = kind.from_pretrained(args.model, dtype=args.dtype)
     return PeftModel.from_pretrained(base, args.adapter).to(args.device).eval()
 

@@ -5,7 +5,11 @@ from scalora.optimizer import ScaLoRA, create_scalora_optimizer
 from scalora.saving import save_adapter, save_merged
 from scalora.scaling import optimal_scaling
 from scalora.spectrum import delta_spectrum, effective_rank
-from scalora.training_state import load_training_state, save_training_state
+from scalora.training_state import (
+    load_rebased_weights,
+    load_training_state,
+    save_training_state,
+)
 from scalora.transformers_callback import ScaLoRACallback
 
 __version__ = "0.1.0"
@@ -16,6 +20,7 @@ __all__ = [
     "create_scalora_optimizer",
     "delta_spectrum",
     "effective_rank",
+    "load_rebased_weights",
     "load_training_state",
     "optimal_scaling",
     "register_moments",

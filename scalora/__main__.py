@@ -1,5 +1,7 @@
 """``python -m scalora``."""
 
+import sys
+
 from scalora.cli import main
 
-main()
+sys.exit(main())

@@ -1,9 +1,11 @@
-"""Tensor files that are written whole or not at all, and never pickled."""
+"""Files and folders that are written whole or not at all; tensors are never pickled."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -36,3 +38,21 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return tensors, dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read, nothing was loaded: {error}") from error
+
+
+@contextmanager
+def folder_written_whole(folder: Path) -> Iterator[Path]:
+    """Another folder to write to, which takes the place of ``folder`` if nothing is raised.
+
+    Args:
+        folder: a path where nothing is, or an empty folder.
+    """
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".scalora-", dir=folder.parent) as beside:
+        staged = Path(beside) / folder.name
+        staged.mkdir()
+        yield staged
+        if folder.exists():
+            folder.rmdir()
+        os.replace(staged, folder)

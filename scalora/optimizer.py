@@ -18,7 +18,7 @@ from scalora.rebasing import Rebaser
 from scalora.report import RebasingReport, rebasing_report
 from scalora.selection import places_of_layers
 
-_STATE_VERSION = 2
+STATE_VERSION = 2
 
 
 class ScaLoRA(torch.optim.Optimizer):
@@ -279,7 +279,7 @@ class ScaLoRA(torch.optim.Optimizer):
         """What re-basing itself remembers: numbers and small tensors."""
         pairs = self._rebaser.pairs
         return {
-            "version": _STATE_VERSION,
+            "version": STATE_VERSION,
             "rule": self.options.rule,
             "rounding": self.options.rounding,
             "seed": self.options.seed,
@@ -316,7 +316,7 @@ class ScaLoRA(torch.optim.Optimizer):
         """Raise a ValueError, which says what differs, if ``own`` is not of this kind of run."""
         ranks = {pair.name: pair.rank for pair in self._rebaser.pairs}
         expected = {
-            "version": _STATE_VERSION,
+            "version": STATE_VERSION,
             "rule": self.options.rule,
             "rounding": self.options.rounding,
             "seed": self.options.seed,

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from scalora import peft_layers
+from scalora import peft_layers, transformers_models
 from scalora.peft_layers import LoRAPair
 
 Base = nn.Module | Mapping[str, Tensor] | str | PathLike[str]
@@ -137,12 +137,13 @@ def full_precision_base(model: nn.Module, base: Base | None) -> nn.Module:
     own: Any = peft_layers.base_model(model)
     if not hasattr(own, "config"):
         raise ValueError(f"{type(own).__name__} is not a transformers model.")
+    if isinstance(base, (str, PathLike)):
+        return _loaded_full_precision_base(model, own, str(base))
     config = copy.deepcopy(own.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    if isinstance(base, (str, PathLike)):
-        return type(own).from_pretrained(base, config=config)
     fresh = type(own)(config)
+    fresh.generation_config = getattr(own, "generation_config", None)
     if base is not None:
         weights = pretrained_weights(model, base)
     else:
@@ -155,6 +156,20 @@ def full_precision_base(model: nn.Module, base: Base | None) -> nn.Module:
     except RuntimeError as error:
         raise ValueError(f"base does not fit this model: {error}") from error
     return fresh
+
+
+def _loaded_full_precision_base(model: nn.Module, own: Any, source: str) -> nn.Module:
+    recorded = transformers_models.recorded_config(own)
+    try:
+        loaded, lacking = transformers_models.pretrained_model(type(own), source, recorded)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"base={source!r} could not be loaded: {error}") from error
+    if hasattr(loaded.config, "quantization_config"):
+        raise ValueError(f"base={source!r} is quantized itself.")
+    lacking = {name for name in lacking if not peft_layers.is_saved_with_adapter(model, name)}
+    if lacking:
+        raise ValueError(f"base={source!r} has no weight {min(lacking)!r} that fits this model.")
+    return loaded
 
 
 def _dequantized_weight(model: nn.Module, name: str) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from scalora import peft_layers
 from scalora.carry import compress
@@ -22,7 +23,8 @@ _TOLERANCE = 1e-4
 def save_merged(model: nn.Module, path: str | PathLike[str], base: Base | None = None) -> None:
     """Write the model as a plain transformers checkpoint, the adapter merged into its weights.
 
-    The model itself is left as it is: PEFT merges a copy, which needs as much memory again.  A
+    The model itself is left as it is: PEFT merges a copy, which needs as much memory again.  An
+    adapted weight that was tied to another is no longer tied there: each has its own change.  A
     quantized base cannot take in the adapter without losing most of it, so what is written is in
     full precision: the quantized base's own weights, dequantized, which gives the model's own
     answers; or ``base``.
@@ -37,27 +39,34 @@ def save_merged(model: nn.Module, path: str | PathLike[str], base: Base | None =
         ValueError: not a PEFT model around a transformers model, or a base for one that is not
             quantized.
     """
+    merged_model(model, base).save_pretrained(path)
+
+
+def merged_model(model: nn.Module, base: Base | None = None) -> PreTrainedModel:
+    """The model that `save_merged` writes; the arguments and errors are its own."""
     wrapped = _require_peft_model(model)
-    if not any(map(peft_layers.is_quantized, peft_layers.all_lora_pairs(wrapped))):
-        if base is not None:
-            raise ValueError("this model is not quantized and has its own base: leave base out.")
-        merged = copy.deepcopy(wrapped).merge_and_unload()
-    else:
-        merged = _merged_in_full_precision(wrapped, base)
-    if not hasattr(merged, "save_pretrained"):
+    own = peft_layers.base_model(wrapped)
+    if not hasattr(own, "save_pretrained"):
         raise ValueError(
-            f"{type(merged).__name__} is not a transformers model; save the state_dict of "
+            f"{type(own).__name__} is not a transformers model; save the state_dict of "
             "copy.deepcopy(model).merge_and_unload() yourself."
         )
-    merged.save_pretrained(path)
+    if any(map(peft_layers.is_quantized, peft_layers.all_lora_pairs(wrapped))):
+        apart = _in_full_precision(wrapped, base)
+    elif base is not None:
+        raise ValueError("this model is not quantized and has its own base: leave base out.")
+    else:
+        apart = copy.deepcopy(wrapped)
+    peft_layers.untie_adapted_weights(apart)
+    return apart.merge_and_unload()
 
 
-def _merged_in_full_precision(model: peft_layers.PeftModel, base: Base | None) -> nn.Module:
+def _in_full_precision(model: peft_layers.PeftModel, base: Base | None) -> peft_layers.PeftModel:
     adapter = peft_layers.active_adapter(model)
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(model, folder, adapter_name=adapter)
         target = full_precision_base(model, base)
-        return peft_layers.PeftModel.from_pretrained(target, folder).merge_and_unload()
+        return peft_layers.PeftModel.from_pretrained(target, folder)
 
 
 @torch.no_grad()

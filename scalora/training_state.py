@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from scalora import peft_layers
-from scalora.files import read_tensors, write_tensors
-from scalora.optimizer import ScaLoRA
+from scalora import peft_layers, transformers_models
+from scalora.carry import Carry
+from scalora.files import write_tensors
+from scalora.optimizer import STATE_VERSION, ScaLoRA
 from scalora.peft_layers import LoRAPair
-
-STATE_FILE = "scalora.safetensors"
-_KEYS = ("version", "steps", "rebase_count", "places", "base", "adapter", "tensors")
+from scalora.training_state_file import STATE_FILE, TrainingStateFile
 
 
 def save_training_state(optimizer: ScaLoRA, folder: str | PathLike[str]) -> Path:
@@ -43,12 +42,15 @@ def save_training_state(optimizer: ScaLoRA, folder: str | PathLike[str]) -> Path
     tensors |= {f"base:{pair.name}": pair.base_weight for pair in folded}
     state["adapter"] = peft_layers.adapter_checksums(pairs)
     state["tensors"] = peft_layers.checksums(tensors)
+    # So that `scalora export` can make the model anew.
+    state["adapter_name"] = optimizer.options.adapter_name
+    state["config"] = transformers_models.recorded_config(peft_layers.base_model(optimizer.model))
+    state["quantized"] = any(map(peft_layers.is_quantized, pairs))
     path = Path(folder) / STATE_FILE
     write_tensors(path, tensors, {"scalora": json.dumps(state)})
     return path
 
 
-@torch.no_grad()
 def load_training_state(optimizer: ScaLoRA, folder: str | PathLike[str]) -> None:
     """Restore what `save_training_state` wrote; load the adapter of the same checkpoint first.
 
@@ -60,25 +62,47 @@ def load_training_state(optimizer: ScaLoRA, folder: str | PathLike[str]) -> None
         ValueError: the file is missing or damaged, or belongs to another model, rank, rule or
             adapter; nothing is changed then.
     """
-    path = Path(folder) / STATE_FILE
-    tensors, metadata = read_tensors(path)
-    state = _state(path, metadata)
+    file = TrainingStateFile.read(folder)
     pairs = optimizer.rebased_pairs
-    state["layers"] = {pair.name: _memory(tensors, pair.name) for pair in pairs}
+    state = {**file.values, "layers": {pair.name: file.memory(pair.name) for pair in pairs}}
     optimizer.check_rebasing_state(state)
-    if state["tensors"] != peft_layers.checksums(tensors):
-        raise ValueError(f"{path} is damaged: its tensors are not those written with it.")
-    if state["adapter"] != peft_layers.adapter_checksums(pairs):
-        raise ValueError(
-            f"the model's adapter is not the one {path} was saved with: load the adapter of the "
-            "same checkpoint first. Nothing was loaded."
-        )
-    folded = [p for p in pairs if f"base:{p.name}" in tensors or state["places"][p.name] == "dense"]
-    for pair in folded:
-        _check_weight(path, pair.name, tensors.get(f"base:{pair.name}"), pair.base_weight)
-    for pair in folded:
-        pair.base_weight.copy_(tensors[f"base:{pair.name}"])
+    file.check(pairs)
+    file.put_weights(pairs)
     optimizer.load_rebasing_state(state)
+
+
+def load_rebased_weights(
+    model: nn.Module, folder: str | PathLike[str], adapter_name: str | None = None
+) -> None:
+    """Make a model with a checkpoint's adapter the model that was trained; no optimizer is needed.
+
+    The folded base weights or the carries, of what `save_training_state` wrote::
+
+        model = PeftModel.from_pretrained(base, "checkpoint-500")
+        scalora.load_rebased_weights(model, "checkpoint-500")
+
+    Args:
+        model: the PEFT model (or a module around it), on the same base.  A carry fits that base in
+            any precision, quantized or not.
+        folder: the checkpoint's folder.
+        adapter_name: None for the active adapter.
+
+    Raises:
+        ValueError: the file is missing or damaged, or belongs to another model, rank or adapter;
+            nothing is changed then.
+    """
+    file = TrainingStateFile.read(folder)
+    name = adapter_name or peft_layers.active_adapter(model)
+    pairs = _pairs_of(file, model, name)
+    file.check(pairs)
+    file.put_weights(pairs)
+    for pair in pairs:
+        if file.values["places"][pair.name] == "carry":
+            _put_carry(pair, file.carry(pair.name))
+        if pair.name in file.values["base"]:
+            pair.mark_rebased()
+    if file.values["rebase_count"]:
+        peft_layers.warn_when_saved_alone(model)
 
 
 def _folded(places: Mapping[str, str], pairs: Sequence[LoRAPair]) -> list[LoRAPair]:
@@ -86,31 +110,37 @@ def _folded(places: Mapping[str, str], pairs: Sequence[LoRAPair]) -> list[LoRAPa
     return [pair for pair in pairs if places[pair.name] == "dense" or pair.was_rebased]
 
 
-def _memory(tensors: Mapping[str, Tensor], layer: str) -> dict[str, Any]:
-    carry = {key: tensors.get(f"carry.{key}:{layer}") for key in ("up", "down", "cut")}
-    return {
-        "product": tensors.get(f"product:{layer}"),
-        "residual": tensors.get(f"residual:{layer}"),
-        "carry": None if None in carry.values() else carry,
-    }
-
-
-def _state(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    try:
-        state = json.loads(metadata["scalora"])
-    except (KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} was not written by scalora.save_training_state.") from error
-    missing = [key for key in _KEYS if key not in state]
-    if missing:
-        raise ValueError(f"{path} is damaged: its entry {missing[0]!r} is missing.")
-    return state
-
-
-def _check_weight(path: Path, name: str, saved: Tensor | None, present: Tensor) -> None:
-    if saved is None:
-        raise ValueError(f"{path} lacks the base weight of {name!r}. Nothing was loaded.")
-    if saved.shape != present.shape or saved.dtype != present.dtype:
+def _pairs_of(file: TrainingStateFile, model: nn.Module, adapter: str) -> list[LoRAPair]:
+    """The model's layers that the file speaks of."""
+    version, ranks = file.values["version"], file.values.get("ranks", {})
+    if version != STATE_VERSION:
         raise ValueError(
-            f"{path} holds a base weight {tuple(saved.shape)} {saved.dtype} for {name!r}, the "
-            f"model has {tuple(present.shape)} {present.dtype}. Nothing was loaded."
+            f"{file.path} was written with version={version!r} of its format, this is "
+            f"{STATE_VERSION}. Nothing was loaded."
         )
+    pairs = {pair.name: pair for pair in peft_layers.lora_pairs(model, adapter)}
+    for name, rank in ranks.items():
+        if name not in pairs or pairs[name].rank != rank:
+            found: Any = f"has rank {pairs[name].rank}" if name in pairs else "is missing"
+            raise ValueError(
+                f"{file.path} belongs to another model: the layer {name!r} has rank {rank} there "
+                f"and {found} in this model's adapter {adapter!r}. Nothing was loaded."
+            )
+    return [pairs[name] for name in ranks]
+
+
+@torch.no_grad()
+def _put_carry(pair: LoRAPair, saved: dict[str, Tensor] | None) -> None:
+    """The saved carry, or an empty one, with room for a training run to begin with."""
+    carry = pair.carry
+    if carry is None:
+        P, Q = pair.P_parameter, pair.Q_parameter
+        columns = 0 if saved is None else saved["up"].shape[1]
+        dtype = torch.promote_types(P.dtype, torch.float32) if saved is None else saved["up"].dtype
+        capacity = max(columns, 4 * pair.rank)
+        carry = Carry(P.shape[0], Q[0].numel(), capacity, P.device, dtype)
+        peft_layers.attach_carry(pair.module, pair.adapter, carry)
+    if saved is None:
+        carry.clear()
+    else:
+        carry.load(saved)

@@ -13,7 +13,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from scalora.optimizer import ScaLoRA
 from scalora.options import RebasingOptions
 from scalora.peft_layers import trust_checkpoints
-from scalora.training_state import STATE_FILE, load_training_state, save_training_state
+from scalora.training_state import load_training_state, save_training_state
+from scalora.training_state_file import STATE_FILE
 
 _OPTIMIZER_FILE = "optimizer.pt"
 

@@ -492,6 +492,9 @@ MERGED = {
     "BERT, lora_bias": (_bert(lora_bias=True), BertForSequenceClassification),
     "GPT-2, tied head": (_gpt2(), GPT2LMHeadModel),
     "GPT-2, DoRA": (_gpt2(use_dora=True), GPT2LMHeadModel),
+    # The head shares its weight with the embedding; only one of them changes.
+    "GPT-2, adapted tied head": (_gpt2(target_modules=["c_attn", "lm_head"]), GPT2LMHeadModel),
+    "GPT-2, adapted tied embedding": (_gpt2(target_modules=["c_attn", "wte"]), GPT2LMHeadModel),
 }
 
 

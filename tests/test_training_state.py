@@ -95,6 +95,10 @@ RUNS = {
     "direction rule": Run(options=(("rule", "direction"),)),
     "fixed Lipschitz constant": Run(options=(("lipschitz", 3.0),)),
     "no re-basing": Run(options=(("rule", "none"),)),
+    "carry": Run(options=(("accumulator", "carry"),)),
+    "carry, folded when full": Run(
+        options=(("accumulator", "carry"), ("carry_rank", 9), ("when_full", "fold"))
+    ),
     "SGD": Run(optimizer=torch.optim.SGD),
     "Adafactor": Run(optimizer=torch.optim.Adafactor),
     "DoRA": Run(lora=(("use_dora", True),)),
@@ -383,6 +387,131 @@ def test_optimizer_state_without_its_own_entry_begins_rebasing_anew(tmp_path: Pa
     assert optimizer.rebase_count == 0
     run.losses(model, optimizer, first=STOP)
     assert optimizer.rebase_count == STEPS - STOP
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS.keys())
+def test_model_alone_takes_up_what_was_folded_or_carried(run: Run, tmp_path: Path) -> None:
+    model = run.model()
+    optimizer = run.optimizer_of(model)
+    run.losses(model, optimizer, last=STOP)
+    model.save_pretrained(tmp_path)
+    scalora.save_training_state(optimizer, tmp_path)
+    inputs = run.inputs(0)
+    inputs = inputs.to(run.dtype) if inputs.is_floating_point() else inputs
+    loaded = PeftModel.from_pretrained(run.pretrained(), tmp_path)
+    before = models.answers(loaded, inputs)
+    scalora.load_rebased_weights(loaded, tmp_path)
+    # The room that a carry has left is not saved, and with it the order of a sum.
+    carried = ("accumulator", "carry") in run.options
+    torch.testing.assert_close(
+        models.answers(loaded, inputs),
+        models.answers(model, inputs),
+        rtol=0,
+        atol=1e-6 if carried else 0,
+    )
+    if optimizer.rebase_count:
+        assert (before - models.answers(loaded, inputs)).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("name", ["float32", "carry", "carry, folded when full"])
+def test_model_that_took_them_up_can_be_trained_on(name: str, tmp_path: Path) -> None:
+    run = RUNS[name]
+    whole = run.checkpoint(tmp_path)
+    model = PeftModel.from_pretrained(run.pretrained(), tmp_path, is_trainable=True)
+    scalora.load_rebased_weights(model, tmp_path)
+    losses = run.losses(model, run.optimizer_of(model), first=STOP)
+    # The first is before the first step; the moments begin anew after it.
+    assert losses[0] == whole[STOP]
+    assert losses[-1] < losses[0]
+
+
+def test_carry_that_is_not_saved_is_emptied(tmp_path: Path) -> None:
+    early = Run(options=(("accumulator", "carry"), ("interval", STOP + 1)))
+    early.checkpoint(tmp_path)  # nothing carried yet
+    model, _ = early.reloaded(tmp_path)
+    expected = models.answers(model, early.inputs(0))
+    run = RUNS["carry"]
+    run.losses(model, run.optimizer_of(model), last=2)
+    model.load_state_dict(early.reloaded(tmp_path)[0].state_dict())
+    assert (models.answers(model, run.inputs(0)) - expected).abs().max() > 1e-3
+    scalora.load_rebased_weights(model, tmp_path)
+    torch.testing.assert_close(models.answers(model, run.inputs(0)), expected, rtol=0, atol=1e-6)
+
+
+def _assert_model_refuses(model: Any, folder: Path, match: str) -> None:
+    bits, answers = models.bits(model), models.answers(model, models.vectors(16, 12))
+    with pytest.raises(ValueError, match=match):
+        scalora.load_rebased_weights(model, folder)
+    models.assert_same_bits(model, bits)
+    assert torch.equal(models.answers(model, models.vectors(16, 12)), answers)
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_model_alone_takes_nothing_of_a_damaged_file(
+    damage: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    run = RUNS["float32"]
+    run.checkpoint(tmp_path)
+    damage(tmp_path)
+    _assert_model_refuses(run.reloaded(tmp_path)[0], tmp_path, match="scalora|version=99")
+
+
+def _flip_a_bit_of_a_carry(folder: Path) -> None:
+    def change(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        tensors["carry.down:second"].view(torch.int32)[3, 4] ^= 1
+
+    _rewritten(folder, change)
+
+
+def _turn_a_carry(folder: Path) -> None:
+    def change(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        tensors["carry.up:second"] = tensors["carry.up:second"].T.contiguous()
+
+    _rewritten(folder, change)
+
+
+def _leave_out_half_a_carry(folder: Path) -> None:
+    def change(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        del tensors["carry.up:second"]
+
+    _rewritten(folder, change)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("damage", [_flip_a_bit_of_a_carry, _turn_a_carry, _leave_out_half_a_carry])
+def test_damaged_carry_is_refused_and_nothing_is_changed(
+    damage: Callable[[Path], Any], alone: bool, tmp_path: Path
+) -> None:
+    run = RUNS["carry"]
+    run.checkpoint(tmp_path)
+    damage(tmp_path)
+    model, optimizer = run.reloaded(tmp_path)
+    if alone:
+        _assert_model_refuses(model, tmp_path, match="damaged|carry")
+    else:
+        _assert_refused_without_a_trace(model, optimizer, tmp_path, match="damaged|carry")
+
+
+@pytest.mark.parametrize("name", ["rank", "model", "hidden size", "layers"])
+def test_model_alone_refuses_the_state_of_another(name: str, tmp_path: Path) -> None:
+    RUNS["float32"].checkpoint(tmp_path)
+    other, match = OTHERS[name]
+    model = other.model()
+    bits = models.bits(model)
+    with pytest.raises(ValueError, match=match):
+        scalora.load_rebased_weights(model, tmp_path)
+    models.assert_same_bits(model, bits)
+
+
+def test_state_is_not_put_into_a_base_without_memory(tmp_path: Path) -> None:
+    run = RUNS["float32"]
+    run.checkpoint(tmp_path)
+    model, _ = run.reloaded(tmp_path)
+    for name in run.targets:
+        base = models.layer(model, name).get_base_layer()
+        base.weight = nn.Parameter(base.weight.to("meta"), requires_grad=False)
+    with pytest.raises(ValueError, match="no memory"):
+        scalora.load_rebased_weights(model, tmp_path)
 
 
 @pytest.mark.parametrize("failing", ["save_file", "os.fsync", "os.replace"])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.tuners.lora import layer as lora_layers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from scalora.peft_layers.pair import LoRAPair
 
@@ -96,8 +98,20 @@ def _unwrapped(module: Any) -> Any:
 def moves_base_at_creation(model: nn.Module, adapter: str) -> bool:
     """Whether PEFT's initialisation of the adapter took its product out of the base weights."""
     wrapped = peft_model(model)
-    config: Any = None if wrapped is None else wrapped.peft_config.get(adapter)
+    return wrapped is not None and config_moves_base(wrapped.peft_config.get(adapter))
+
+
+def config_moves_base(config: Any) -> bool:
+    """Whether an adapter of this config takes its first product out of the base weights."""
     return str(getattr(config, "init_lora_weights", "")).startswith(_MOVING_INITIALISATIONS)
+
+
+def is_saved_with_adapter(model: nn.Module, name: str) -> bool:
+    """Whether a weight of the base is part of the active adapter's files (``modules_to_save``)."""
+    wrapped = peft_model(model)
+    config: Any = None if wrapped is None else wrapped.peft_config.get(active_adapter(model))
+    modules = getattr(config, "modules_to_save", None) or ()
+    return any(f".{module}." in f".{name}" for module in modules)
 
 
 def sharing_modules(model: nn.Module) -> dict[int, list[str]]:
@@ -110,9 +124,35 @@ def sharing_modules(model: nn.Module) -> dict[int, list[str]]:
     return users
 
 
+@torch.no_grad()
+def untie_adapted_weights(model: nn.Module) -> None:
+    """Give every adapted base weight that other modules share a memory of its own.
+
+    Merging into it would change those too.
+    """
+    users = sharing_modules(model)
+    for module in model.modules():
+        if not isinstance(module, lora_layers.LoraLayer):
+            continue
+        base: Any = module.get_base_layer()
+        weight = base._parameters.get("weight")
+        if weight is None or len(users.get(storage_address(weight), [])) < 2:
+            continue
+        base.weight = nn.Parameter(weight.clone(), requires_grad=weight.requires_grad)
+        config: Any = getattr(base_model(model), "config", None)
+        for part in () if config is None else (config, config.get_text_config()):
+            part.tie_word_embeddings = False
+
+
 def storage_address(tensor: Tensor) -> int:
-    """Where the tensor's memory begins: equal for tied weights."""
-    return tensor.untyped_storage().data_ptr()
+    """Where the tensor's memory begins: equal for tied weights.
+
+    A tensor made of others (torchao's quantized weights) has no memory of its own: the first one's.
+    """
+    inner: Any = tensor
+    while is_traceable_wrapper_subclass(inner):
+        inner = getattr(inner, inner.__tensor_flatten__()[0][0])
+    return inner.untyped_storage().data_ptr()
 
 
 def peft_model(model: nn.Module) -> PeftModel | None:

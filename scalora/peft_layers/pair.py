@@ -188,16 +188,32 @@ class LoRAPair:
 
 
 def dequantized(base: Any) -> Tensor:
-    """The weight of a base layer as it computes with it; the very weight where it is a float."""
+    """The weight of a base layer as it computes with it; the very weight where it is a float.
+
+    Raises:
+        ValueError: PEFT cannot dequantize layers of this kind.
+    """
     weight = base._parameters.get("weight")
     if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
         base.state_dict()  # bitsandbytes packs anew to evaluate on a CPU; saving takes that back
     try:
-        return dequantize_module_weight(base).detach()
+        found = dequantize_module_weight(base).detach()
+    except (AttributeError, NotImplementedError, TypeError) as error:
+        raise ValueError(_cannot_dequantize(base)) from error
     finally:
         # On a CPU PEFT leaves an 8-bit layer with another parameter, which has lost its scales.
         if weight is not None and base.weight is not weight:
             base.weight = weight
+    if not found.is_floating_point():
+        raise ValueError(_cannot_dequantize(base))
+    return found
+
+
+def _cannot_dequantize(base: Any) -> str:
+    return (
+        f"the weight of a {type(base).__name__} cannot be dequantized by PEFT: pass base=, the "
+        "pretrained model in full precision."
+    )
 
 
 def _wide(tensor: Tensor) -> Tensor:

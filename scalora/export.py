@@ -1,0 +1,295 @@
+"""A checkpoint of training as an ordinary adapter, or as a plain merged model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from scalora import peft_layers, transformers_models
+from scalora.files import folder_written_whole
+from scalora.saving import merged_model, save_adapter
+from scalora.training_state import load_rebased_weights
+from scalora.training_state_file import STATE_FILE, TrainingStateFile
+
+_CONFIG_FILE = "adapter_config.json"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+# What tokenizers of transformers save; each has some of them.
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.spm",
+    "*.tiktoken",
+)
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written.
+
+    Attributes:
+        folder: where.
+        merged: whether a merged model, not an adapter.
+        errors: layer name -> relative error.  Of an adapter, of the whole change since the
+            pretrained weights; of a merged model, what rounding to its dtype took from what was
+            merged into the base weight.
+        rank: the adapter's largest; None of a merged model.
+        bytes: of all files.
+    """
+
+    folder: Path
+    merged: bool
+    errors: dict[str, float]
+    rank: int | None
+    bytes: int
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    folder: Path
+    state: TrainingStateFile
+    adapter: PeftConfig
+    adapter_folder: Path
+
+    @classmethod
+    def read(cls, folder: Path) -> _Checkpoint:
+        if not (folder / STATE_FILE).is_file():
+            raise ValueError(
+                f"{folder} has no {STATE_FILE}, which ScaLoRACallback and "
+                "scalora.save_training_state write: there is nothing to export."
+            )
+        state = TrainingStateFile.read(folder)
+        named = folder / str(state.values.get("adapter_name", "default"))
+        adapter_folder = named if (named / _CONFIG_FILE).is_file() else folder
+        if not (adapter_folder / _CONFIG_FILE).is_file():
+            raise ValueError(f"{folder} has no {_CONFIG_FILE}: it holds no adapter.")
+        with _loading(f"the adapter in {adapter_folder}"):
+            adapter = PeftConfig.from_pretrained(str(adapter_folder))
+        return cls(folder, state, adapter, adapter_folder)
+
+    @property
+    def recorded(self) -> dict[str, Any] | None:
+        """The config of the model in training."""
+        return self.state.values.get("config")
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the base weights that are here; None if there are none."""
+        return next((weight.dtype for weight in self.state.folded.values()), None)
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether part of what was learned is in the base weights."""
+        return bool(self.state.folded) or peft_layers.config_moves_base(self.adapter)
+
+    def source(self, base: str | None) -> str:
+        """Where the pretrained model comes from."""
+        source = base or self.adapter.base_model_name_or_path
+        if not source:
+            raise ValueError("the adapter does not say what it was trained on: pass --base.")
+        return source
+
+
+def export_checkpoint(
+    checkpoint: str | PathLike[str],
+    output: str | PathLike[str],
+    *,
+    base: str | None = None,
+    rank: int | None = None,
+    merged: bool = False,
+    full_precision_base: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Export:
+    """Write a checkpoint of training as an ordinary adapter, or as a plain merged model.
+
+    Args:
+        checkpoint: a folder with an adapter and ``scalora.safetensors``.
+        output: a new or empty folder; it is there whole in the end, or not at all.
+        base: the pretrained model, a folder or a hub id; None for what the adapter names.  An
+            adapter whose increments are all in carries is written without it.
+        rank: of the adapter, as in `scalora.save_adapter`.
+        merged: write a merged model instead.  A base that was quantized in training is quantized
+            again and dequantized, which gives the answers of the model in training.
+        full_precision_base: merge onto this base instead, as it is stored.
+        dtype: of the merged weights; None for that in training.
+
+    Raises:
+        ValueError: options that exclude each other, an output folder that is not empty, or a
+            checkpoint or base that is missing, damaged, or belongs to another model.
+        OSError: the files cannot be written.
+    """
+    if not merged and (full_precision_base is not None or dtype is not None):
+        raise ValueError("--full-precision-base and --dtype go with --merged.")
+    if merged and rank is not None:
+        raise ValueError("--rank is of an adapter, not of a merged model.")
+    if rank is not None and rank < 1:
+        raise ValueError(f"--rank={rank} must be at least 1.")
+    folder = Path(output)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} exists already and is not an empty folder.")
+    read = _Checkpoint.read(Path(checkpoint))
+    with torch.no_grad():
+        if merged:
+            model, errors = _merged(read, base, full_precision_base, dtype)
+            with folder_written_whole(folder) as staged:
+                model.save_pretrained(staged)
+                _copy_tokenizer(read.folder, staged)
+            return Export(folder, True, errors, None, _bytes(folder))
+        wrapped, start = _adapted(read, base)
+        with folder_written_whole(folder) as staged:
+            errors = save_adapter(wrapped, staged, rank, start)
+            _copy_tokenizer(read.folder, staged)
+        written = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
+        return Export(folder, False, errors, int(written["r"]), _bytes(folder))
+
+
+def _adapted(
+    read: _Checkpoint, base: str | None
+) -> tuple[peft_layers.PeftModel, dict[str, Tensor] | None]:
+    """The trained model, and its pretrained weights if they are needed to tell what it learned."""
+    if not read.needs_base:
+        with _loading("the model's config"):
+            kind = transformers_models.model_class(read.adapter)
+            source = "" if read.recorded is not None else read.source(base)
+            empty = transformers_models.model_without_weights(kind, source, read.recorded)
+        model = _with_adapter(read, empty, assign=True)
+        pairs = peft_layers.all_lora_pairs(model)
+        if all(pair.carry is not None or not pair.has_variant for pair in pairs):
+            return model, None
+    pretrained, missing = _pretrained(read, read.source(base), quantized=False)
+    lacking = missing & {f"{layer}.weight" for layer in read.state.values["ranks"]}
+    if lacking:
+        raise ValueError(f"{read.source(base)} has no weight {min(lacking)!r} that fits.")
+    start = {name: weight.clone() for name, weight in pretrained.state_dict().items()}
+    return _with_adapter(read, pretrained), start
+
+
+def _merged(
+    read: _Checkpoint, base: str | None, full_precision_base: str | None, dtype: torch.dtype | None
+) -> tuple[PreTrainedModel, dict[str, float]]:
+    """The merged model, and what rounding took from what was merged into each layer."""
+    source = full_precision_base or read.source(base)
+    pretrained, missing = _pretrained(read, source, quantized=full_precision_base is None)
+    quantized = hasattr(pretrained.config, "quantization_config")
+    if full_precision_base is not None and quantized:
+        raise ValueError(f"--full-precision-base={full_precision_base} is quantized.")
+    if full_precision_base is None and read.state.values.get("quantized") and not quantized:
+        raise ValueError(
+            f"the base was quantized in training, and neither {source} nor the checkpoint says "
+            "how: pass --full-precision-base to merge onto weights that are not."
+        )
+    model = _with_adapter(read, pretrained)
+    lacking = {name for name in missing if not peft_layers.is_saved_with_adapter(model, name)}
+    if lacking:
+        raise ValueError(
+            f"neither {source} nor the checkpoint has a weight {min(lacking)!r} that fits."
+        )
+    merged = merged_model(model)
+    if dtype is not None:
+        merged = merged.to(dtype)
+    return merged, _rounded_away(model, merged)
+
+
+def _pretrained(
+    read: _Checkpoint, source: str, quantized: bool
+) -> tuple[PreTrainedModel, set[str]]:
+    with _loading(f"the base {source}"):
+        return transformers_models.pretrained_model(
+            transformers_models.model_class(read.adapter),
+            source,
+            read.recorded,
+            quantized=quantized,
+            dtype=read.dtype,
+        )
+
+
+def _with_adapter(
+    read: _Checkpoint, base: nn.Module, *, assign: bool = False
+) -> peft_layers.PeftModel:
+    """The trained model: the base with the checkpoint's adapter and its re-based weights.
+
+    Args:
+        read: the checkpoint.
+        base: what the adapter goes on.
+        assign: whether to put the adapter's tensors in the place of the base's copies
+            (``modules_to_save``), which cannot be written to where they have no memory.
+    """
+    with _loading(f"the adapter in {read.adapter_folder}"):
+        model = peft_layers.PeftModel.from_pretrained(
+            base,
+            str(read.adapter_folder),
+            torch_device="cpu",
+            low_cpu_mem_usage=assign,
+        )
+    load_rebased_weights(model, read.folder)
+    return model
+
+
+def _rounded_away(model: nn.Module, merged: nn.Module) -> dict[str, float]:
+    """Layer name -> ``|W - merged|_F / |change|_F``, W being what the layer computes with."""
+    errors = {}
+    for pair in peft_layers.all_lora_pairs(model):
+        if (
+            peft_layers.why_not_dense(pair) is not None
+            and peft_layers.why_no_carry(pair) is not None
+        ):
+            continue
+        exact = pair.effective_weight()
+        weight: Any = merged.get_submodule(pair.name).weight
+        change = torch.linalg.norm(pair.learned_change())
+        lost = torch.linalg.norm(weight.to(exact.device, exact.dtype) - exact)
+        errors[pair.name] = float(lost / change) if change > 0 else 0.0
+    return errors
+
+
+@contextmanager
+def _loading(what: str) -> Iterator[None]:
+    """Whatever goes wrong in another library says what could not be loaded."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            yield
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ImportError,
+        SafetensorError,
+        UserWarning,
+    ) as error:
+        raise ValueError(f"{what} could not be loaded: {error}") from error
+
+
+def _copy_tokenizer(checkpoint: Path, folder: Path) -> None:
+    if not (checkpoint / _TOKENIZER_CONFIG).is_file():
+        return
+    for pattern in _TOKENIZER_FILES:
+        for path in checkpoint.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+            else:
+                shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
