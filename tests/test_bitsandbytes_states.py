@@ -459,7 +459,7 @@ def test_layers_at_different_steps_are_no_batch() -> None:
                 p.grad = None
         optimizer.step()
     backward(model, 3)
-    batches = batches_with_gradients(optimizer.rebased_pairs, optimizer.inner)
+    batches = batches_with_gradients(optimizer.rebased_pairs, optimizer.inner, lambda pair: None)
     assert [[pair.name for pair in batch.pairs] for batch in batches] == [["0"], ["2"]]
     steps = [
         stacked_states(optimizer.inner, moments_of(optimizer.inner), batch.P)["step"].item()
@@ -491,7 +491,10 @@ def test_of_two_layers_in_a_batch_the_finite_one_is_rebased_alone() -> None:
     optimizer.zero_grad()
     backward(model, 4)
     model.base_model.model[2].lora_B["default"].weight.grad[5, 5] = torch.nan
-    assert len(batches_with_gradients(optimizer.rebased_pairs, optimizer.inner)) == 1
+    assert (
+        len(batches_with_gradients(optimizer.rebased_pairs, optimizer.inner, lambda pair: None))
+        == 1
+    )
     before = everything(model, optimizer)
     optimizer._rebaser.rebase(optimizer.inner, 5)
     after = everything(model, optimizer)
