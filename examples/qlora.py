@@ -273,7 +273,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--text", type=Path, nargs="+", help="text files (default: Python's own sources)")
     add("--output", type=Path, default=Path("qlora-output"), help="default: %(default)s")
     add("--device", type=torch.device, help="default: cuda if there is one, else cpu")
-    add("--steps", type=positive, help="default: 500; short: 10")
+    add("--steps", type=positive, help="default: 500; short: 12")
     add("--batch", type=positive, help="windows a step (default: 8; short: 2)")
     add("--length", type=positive, help="tokens of a window (default: 512; short: 64)")
     add("--held-out", type=positive, help="windows (default: 64; short: 8)")
@@ -284,7 +284,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--carry-rank", type=carry_rank, default="auto", help="columns (default: %(default)s)")
     add("--seed", type=int, default=0, help="default: %(default)s")
     args = parser.parse_args(argv)
-    sizes = {"steps": (500, 10), "batch": (8, 2), "length": (512, 64), "held_out": (64, 8)}
+    sizes = {"steps": (500, 12), "batch": (8, 2), "length": (512, 64), "held_out": (64, 8)}
     for name, (full, short) in {**sizes, "interval": (10, 2)}.items():
         if getattr(args, name) is None:
             setattr(args, name, short if args.short else full)

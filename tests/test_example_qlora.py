@@ -267,6 +267,6 @@ def test_the_short_form_on_the_installed_model(qlora, tmp_path):
     for column in content["results"].values():
         assert column["held_out_loss"] < column["held_out_before"]
     carried, exact = content["results"]["ScaLoRA, NF4"], content["results"]["LoRA, float32"]
-    assert carried["rebasings"] == 5
-    assert carried["largest_cut"] > 0
+    assert carried["rebasings"] == 6
+    assert carried["largest_cut"] > 1e-12  # not round-off
     assert carried["base_bytes"] + carried["carry_bytes"] < exact["base_bytes"] / 2
