@@ -165,7 +165,7 @@ def write_json(options: dict[str, Any], content: dict[str, Any]) -> None:
 
 def plot_losses(losses: dict[str, list[float]], held_out: dict[str, float], path: Path) -> None:
     """Draw the training curves, smoothed, and the held-out losses at the end."""
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
     window = window_of(max(map(len, losses.values())))
     for name, values in losses.items():
         color = "#c2410c" if name.startswith("ScaLoRA") else "#7f7f7f"
@@ -181,6 +181,6 @@ def plot_losses(losses: dict[str, list[float]], held_out: dict[str, float], path
     axes.set_title(f"Training loss, mean of {window} steps", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(frameon=False)
+    figure.legend(frameon=False, loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=150)
     plt.close(figure)
