@@ -8,7 +8,7 @@ JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-all test-gpu check demo demo-short scaling benchmark benchmark-miub clean
+.PHONY: help install test test-all test-gpu check demo demo-short qlora qlora-short scaling benchmark benchmark-miub clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,12 @@ demo: $(STAMP) ## fine-tune a real model with plain LoRA and with ScaLoRA
 demo-short: $(STAMP) ## the same, a few steps
 	$(BIN)/python examples/finetune.py --short
 
+qlora: $(STAMP) ## LoRA and ScaLoRA in 4 bits and in float, for a GPU
+	$(BIN)/python examples/qlora.py
+
+qlora-short: $(STAMP) ## the same, a few steps, for a CPU
+	$(BIN)/python examples/qlora.py --short
+
 scaling: $(STAMP) ## MIUB against rank, model size and complexity of the data
 	$(BIN)/python examples/miub_scaling.py
 
@@ -53,5 +59,5 @@ benchmark-miub: $(STAMP) ## MIUB's estimators on known answers, and the monitor'
 	$(BIN)/python -m miub.benchmark
 
 clean: ## remove .venv, caches, builds and what the demo wrote
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output qlora-output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

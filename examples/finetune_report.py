@@ -61,11 +61,11 @@ def seconds_a_step(seconds: list[float], interval: int) -> float:
     return float(np.median(windows[1:] if len(windows) > 1 else seconds))
 
 
-def smoothed(losses: list[float]) -> np.ndarray:
-    """Return the mean of each loss with up to SMOOTHING - 1 losses before it."""
+def smoothed(losses: list[float], window: int = SMOOTHING) -> np.ndarray:
+    """Return the mean of each loss with up to window - 1 losses before it."""
     sums = np.cumsum([0.0, *losses])
     ends = np.arange(1, len(losses) + 1)
-    starts = np.maximum(ends - SMOOTHING, 0)
+    starts = np.maximum(ends - window, 0)
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
