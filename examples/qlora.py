@@ -281,11 +281,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--lr", type=float, default=1e-3, help="learning rate (default: %(default)s)")
     add("--optimizer", choices=OPTIMIZERS, default="adamw", help="default: %(default)s")
     add("--interval", type=positive, help="re-base every that many steps (default: 10; short: 2)")
-    add("--carry-rank", type=carry_rank, default="auto", help="columns (default: %(default)s)")
+    add("--carry-rank", type=carry_rank, help="columns of a carry (default: auto; short: 32)")
     add("--seed", type=int, default=0, help="default: %(default)s")
     args = parser.parse_args(argv)
     sizes = {"steps": (500, 12), "batch": (8, 2), "length": (512, 64), "held_out": (64, 8)}
-    for name, (full, short) in {**sizes, "interval": (10, 2)}.items():
+    # Small enough for a compression within the short form.
+    chosen = {"interval": (10, 2), "carry_rank": ("auto", 32)}
+    for name, (full, short) in {**sizes, **chosen}.items():
         if getattr(args, name) is None:
             setattr(args, name, short if args.short else full)
     args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -132,7 +132,7 @@ def print_table(results: dict[str, dict[str, Any]], steps: int, console: Console
     console.print(table)
     console.print(
         "Base: codes, scales and everything that is not quantized (embeddings, norms).\n"
-        "Cut energy: of the layer that lost most, relative to what its carry holds.",
+        "Cut energy: of the layer that lost most, relative to what it has learned.",
         style="dim",
     )
 
