@@ -85,7 +85,8 @@ class ScaLoRA(torch.optim.Optimizer):
 
     Raises:
         TypeError: an optimizer whose state is not known, or an argument of the wrong type.
-        ValueError: a model without the adapter, a tied base weight, or an argument out of range.
+        ValueError: a model without the adapter, an argument out of range, or with
+            ``accumulator="dense"`` a tied base weight.
     """
 
     inner: torch.optim.Optimizer
@@ -95,6 +96,7 @@ class ScaLoRA(torch.optim.Optimizer):
     _steps: int
     _skipped: Tensor | None
     _expected_base: dict[str, int] | None
+    _expected_adapter: dict[str, int] | None
     _rebaser: Rebaser
 
     def __init__(
@@ -155,6 +157,7 @@ class ScaLoRA(torch.optim.Optimizer):
                 "_steps": 0,
                 "_skipped": None,
                 "_expected_base": None,
+                "_expected_adapter": None,
                 "_rebaser": Rebaser(places, options, moments),
             }
         )
@@ -288,6 +291,7 @@ class ScaLoRA(torch.optim.Optimizer):
             "ranks": {pair.name: pair.rank for pair in pairs},
             "places": self._rebaser.places,
             "base": peft_layers.base_checksums([p for p in pairs if p.was_rebased]),
+            "adapter": peft_layers.adapter_checksums([p for p in pairs if p.carry is not None]),
             "layers": self._rebaser.layer_states(),
         }
 
@@ -301,6 +305,7 @@ class ScaLoRA(torch.optim.Optimizer):
         self.check_rebasing_state(own)
         self._steps, self.rebase_count = own["steps"], own["rebase_count"]
         self._expected_base = own["base"] or None
+        self._expected_adapter = own["adapter"] or None
         self._rebaser.remember(own["layers"], rebased=own["base"])
         if self.rebase_count:
             peft_layers.warn_when_saved_alone(self.model)
@@ -350,7 +355,17 @@ class ScaLoRA(torch.optim.Optimizer):
             )
 
     def _check_base(self) -> None:
-        """Once after loading: the base weights must be those that the state was saved with."""
+        """Once after loading: the weights must be those that the state was saved with."""
+        if self._expected_adapter is not None:
+            present = peft_layers.adapter_checksums(self._rebaser.pairs)
+            differing = [k for k, v in self._expected_adapter.items() if present[k] != v]
+            if differing:
+                raise ValueError(
+                    f"the model's adapter is not the one this optimizer state was saved with "
+                    f"({differing[0]!r} differs), and the carry in it belongs to that one: load "
+                    "the adapter of the same checkpoint before the first step."
+                )
+            self._expected_adapter = None
         if self._expected_base is None:
             return
         expected_of = self._expected_base

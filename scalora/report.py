@@ -96,7 +96,7 @@ def rebasing_report(pairs: Sequence[LoRAPair], places: Mapping[str, str]) -> Reb
                 columns=0 if carry is None else carry.columns,
                 capacity=0 if carry is None else carry.capacity,
                 cut=0.0 if carry is None else float(_relative_cut(pair, carry)),
-                bytes=0 if carry is None else 4 * (carry.up.numel() + carry.down.numel()),
+                bytes=0 if carry is None else carry.up.nbytes + carry.down.nbytes,
             )
         )
     return RebasingReport(rows)

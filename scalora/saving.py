@@ -19,6 +19,8 @@ from scalora.pretrained import Base, base_has_moved, full_precision_base, weight
 _ADAPTER_FILE = "adapter_model.safetensors"
 _TOLERANCE = 1e-4
 
+_Factors = tuple[Tensor, Tensor, float]  # P (m, k), Q (n, k), and what they miss, relative
+
 
 def save_merged(model: nn.Module, path: str | PathLike[str], base: Base | None = None) -> None:
     """Write the model as a plain transformers checkpoint, the adapter merged into its weights.
@@ -64,7 +66,10 @@ def merged_model(model: nn.Module, base: Base | None = None) -> PreTrainedModel:
 def _in_full_precision(model: peft_layers.PeftModel, base: Base | None) -> peft_layers.PeftModel:
     adapter = peft_layers.active_adapter(model)
     with tempfile.TemporaryDirectory() as folder:
-        save_adapter(model, folder, adapter_name=adapter)
+        if base is None:  # onto the model's own base, which has in it what was folded
+            _write_adapter(model, Path(folder), adapter, *_all_beside(model, adapter, None))
+        else:
+            save_adapter(model, folder, base=base, adapter_name=adapter)
         target = full_precision_base(model, base)
         return peft_layers.PeftModel.from_pretrained(target, folder)
 
@@ -101,7 +106,8 @@ def save_adapter(
         LoRA because their change is not one matrix are saved as they are.
 
     Raises:
-        ValueError: a rank below 1, or a base that is missing or belongs to another model.
+        ValueError: a rank below 1, a base that is missing or belongs to another model, or one that
+            is quantized and was changed by the adapter's initialisation.
     """
     if rank is not None and rank < 1:
         raise ValueError(f"rank={rank} must be at least 1.")
@@ -109,48 +115,73 @@ def save_adapter(
     name = adapter_name or peft_layers.active_adapter(model)
     pairs = peft_layers.lora_pairs(wrapped, name)
     beside = [pair for pair in pairs if pair.carry is not None or peft_layers.is_quantized(pair)]
-    # DoRA's magnitude is kept if nothing of what it multiplies is in a base.
-    keep_dora = 0 < len(beside) == len(pairs) and not base_has_moved(wrapped, name)
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
-    errors: dict[str, float] = {}
-    if keep_dora:
-        for pair in pairs:
-            factors[pair.name], errors[pair.name] = _factors_beside(pair, rank)
+    if any(map(peft_layers.is_quantized, pairs)):
+        _check_initialisation(wrapped, name)
+    if 0 < len(beside) == len(pairs) and not base_has_moved(wrapped, name):
+        factors, keep_dora = _all_beside(wrapped, name, rank)
     else:
-        for layer, (pair, change) in weight_changes(model, base, name).items():
-            if pair in beside and not pair.was_rebased and not pair.has_variant:
-                factors[layer], errors[layer] = _factors_beside(pair, rank)
-            else:
-                factors[layer], errors[layer] = _best_factors(pair.as_matrix(change), rank)
+        keep_dora = False
+        factors = {
+            layer: _factors_beside(pair, rank)
+            if pair in beside and not pair.was_rebased and not pair.has_variant
+            else _best_factors(pair.as_matrix(change), rank)
+            for layer, (pair, change) in weight_changes(model, base, name).items()
+        }
+    return _write_adapter(wrapped, Path(path), name, factors, keep_dora)
 
-    tensors, config = peft_layers.adapter_with_factors(wrapped, name, factors, keep_dora=keep_dora)
-    folder = Path(path)
+
+def _all_beside(
+    model: nn.Module, adapter: str, rank: int | None
+) -> tuple[dict[str, _Factors], bool]:
+    """What is beside the base of every layer, and that DoRA's magnitude is to be kept."""
+    pairs = peft_layers.lora_pairs(model, adapter)
+    return {pair.name: _factors_beside(pair, rank) for pair in pairs}, True
+
+
+def _write_adapter(
+    model: peft_layers.PeftModel,
+    folder: Path,
+    adapter: str,
+    factors: dict[str, _Factors],
+    keep_dora: bool,
+) -> dict[str, float]:
+    """Write the adapter with these factors; layer name -> relative error."""
+    products = {layer: (P, Q) for layer, (P, Q, _) in factors.items()}
+    tensors, config = peft_layers.adapter_with_factors(
+        model, adapter, products, keep_dora=keep_dora
+    )
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / _ADAPTER_FILE, tensors, {"format": "pt"})
     config.save_pretrained(str(folder))
-    return errors
+    return {layer: error for layer, (_, _, error) in factors.items()}
 
 
-def _factors_beside(
-    pair: peft_layers.LoRAPair, rank: int | None
-) -> tuple[tuple[Tensor, Tensor], float]:
-    """P (m, k) and Q (n, k) of adapter and carry together, and the relative error."""
+def _check_initialisation(model: peft_layers.PeftModel, adapter: str) -> None:
+    if peft_layers.moves_base_at_creation(model, adapter):
+        raise ValueError(
+            f"the initialisation of adapter {adapter!r} (init_lora_weights) changed the quantized "
+            "base, so no adapter for the original one gives this model; use scalora.save_merged."
+        )
+
+
+def _factors_beside(pair: peft_layers.LoRAPair, rank: int | None) -> _Factors:
+    """Of adapter and carry together."""
     up, down = pair.scaling * pair.learned_P, pair.learned_Q
     if rank is None or rank >= up.shape[1]:
-        return (up.float(), down.mT.float()), 0.0
+        return up.float(), down.mT.float(), 0.0
     cut = compress(up, down, rank)
     error = float((cut.cut / cut.energy).sqrt()) if cut.energy > 0 else 0.0
-    return (cut.up.float(), cut.down.mT.float()), error
+    return cut.up.float(), cut.down.mT.float(), error
 
 
-def _best_factors(matrix: Tensor, rank: int | None) -> tuple[tuple[Tensor, Tensor], float]:
-    """P (m, k), Q (n, k), ``P Q^T`` the best approximation of a matrix (m, n), and its error."""
+def _best_factors(matrix: Tensor, rank: int | None) -> _Factors:
+    """Of the best approximation of a matrix (m, n)."""
     U, sigma, Vh = torch.linalg.svd(matrix, full_matrices=False)
     k = _rank_within_tolerance(sigma) if rank is None else min(rank, len(sigma))
     root = sigma[:k].sqrt()
     P, Q = (U[:, :k] * root).float(), (Vh[:k].T * root).float()
     norm = torch.linalg.norm(matrix)
-    return (P, Q), float(torch.linalg.norm(matrix - P @ Q.T) / norm) if norm > 0 else 0.0
+    return P, Q, float(torch.linalg.norm(matrix - P @ Q.T) / norm) if norm > 0 else 0.0
 
 
 def _rank_within_tolerance(sigma: Tensor) -> int:

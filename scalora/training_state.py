@@ -8,11 +8,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from scalora import peft_layers, transformers_models
-from scalora.carry import Carry
 from scalora.files import write_tensors
 from scalora.optimizer import STATE_VERSION, ScaLoRA
 from scalora.peft_layers import LoRAPair
@@ -97,8 +95,11 @@ def load_rebased_weights(
     file.check(pairs)
     file.put_weights(pairs)
     for pair in pairs:
-        if file.values["places"][pair.name] == "carry":
-            _put_carry(pair, file.carry(pair.name))
+        saved = file.carry(pair.name)
+        if saved is not None:
+            pair.ensure_carry(int(saved["capacity"])).load(saved)
+        elif pair.carry is not None or file.values["places"][pair.name] == "carry":
+            pair.ensure_carry(2 * pair.rank).clear()
         if pair.name in file.values["base"]:
             pair.mark_rebased()
     if file.values["rebase_count"]:
@@ -127,20 +128,3 @@ def _pairs_of(file: TrainingStateFile, model: nn.Module, adapter: str) -> list[L
                 f"and {found} in this model's adapter {adapter!r}. Nothing was loaded."
             )
     return [pairs[name] for name in ranks]
-
-
-@torch.no_grad()
-def _put_carry(pair: LoRAPair, saved: dict[str, Tensor] | None) -> None:
-    """The saved carry, or an empty one, with room for a training run to begin with."""
-    carry = pair.carry
-    if carry is None:
-        P, Q = pair.P_parameter, pair.Q_parameter
-        columns = 0 if saved is None else saved["up"].shape[1]
-        dtype = torch.promote_types(P.dtype, torch.float32) if saved is None else saved["up"].dtype
-        capacity = max(columns, 4 * pair.rank)
-        carry = Carry(P.shape[0], Q[0].numel(), capacity, P.device, dtype)
-        peft_layers.attach_carry(pair.module, pair.adapter, carry)
-    if saved is None:
-        carry.clear()
-    else:
-        carry.load(saved)

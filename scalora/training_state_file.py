@@ -18,7 +18,7 @@ from scalora.peft_layers import LoRAPair
 
 STATE_FILE = "scalora.safetensors"
 _KEYS = ("version", "steps", "rebase_count", "places", "base", "adapter", "tensors")
-_CARRY = ("up", "down", "cut")
+_CARRY = ("up", "down", "cut", "capacity")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class TrainingStateFile:
         }
 
     def carry(self, layer: str) -> dict[str, Tensor] | None:
-        """A layer's ``up`` (m, c), ``down`` (c, n) and ``cut``, or None if it has no carry."""
+        """A layer's ``up`` (m, c), ``down`` (c, n), ``cut`` and ``capacity``; None without one."""
         carry = {key: self.tensors.get(f"carry.{key}:{layer}") for key in _CARRY}
         found = {key: tensor for key, tensor in carry.items() if tensor is not None}
         return found if len(found) == len(_CARRY) else None

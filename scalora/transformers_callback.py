@@ -130,4 +130,4 @@ def _was_rebased(path: Path) -> bool:
     if not path.exists():
         return False
     saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return bool(saved.get("scalora", {}).get("base"))
+    return bool(saved.get("scalora", {}).get("rebase_count"))

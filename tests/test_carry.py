@@ -258,9 +258,10 @@ def test_carry_is_switched_with_its_adapter(name: str) -> None:
     torch.testing.assert_close(models.answers(model, inputs), pretrained, rtol=0, atol=1e-12)
     model.delete_adapter("default")
     torch.testing.assert_close(models.answers(model, inputs), pretrained, rtol=0, atol=1e-12)
-    if not pair.is_embedding:  # another of that name begins without
-        model.add_adapter("default", LoraConfig(r=2, target_modules=[layer]))
-        assert pair.carry is None
+    model.add_adapter("default", LoraConfig(r=2, target_modules=[layer]))
+    model.set_adapter("default")
+    assert pair.carry is None  # another of that name begins without
+    torch.testing.assert_close(models.answers(model, inputs), pretrained, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -289,6 +290,34 @@ def test_carry_is_dropped_out_with_its_adapter() -> None:
     model.train()
     first, second = models.outputs(model, inputs), models.outputs(model, inputs)
     assert (first - second).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["linear", "embedding"])
+def test_batch_that_mixes_adapters_gives_the_carry_to_its_own_rows(name: str) -> None:
+    model, pair, inputs = _model(name)
+    _with_carry(pair)
+    model.eval()
+    with model.disable_adapter():
+        pretrained = model(inputs)
+    whole = model(inputs)
+    names = ["__base__"] + ["default"] * (len(inputs) - 1)
+    mixed = model(inputs, adapter_names=names)
+    torch.testing.assert_close(mixed[:1], pretrained[:1], rtol=0, atol=1e-12)
+    torch.testing.assert_close(mixed[1:], whole[1:], rtol=0, atol=1e-12)
+
+
+def test_functional_gradients_see_the_carry() -> None:
+    model, pair, inputs = _model("linear")
+    _with_carry(pair)
+    weight = pair.P_parameter.detach().clone()
+    name = next(n for n, p in model.named_parameters() if p is pair.P_parameter)
+
+    def loss(P: Tensor) -> Tensor:
+        return torch.func.functional_call(model, {name: P}, (inputs,)).square().sum()
+
+    found = torch.func.grad(loss)(weight)
+    model(inputs).square().sum().backward()
+    torch.testing.assert_close(found, pair.P_parameter.grad, rtol=0, atol=1e-10)
 
 
 def test_embedding_that_scales_its_output_scales_its_carry() -> None:

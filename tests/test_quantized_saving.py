@@ -328,3 +328,44 @@ def test_training_goes_on_after_saving(case: str, base: Path, tmp_path: Path) ->
         return models.train(tuned.model, tuned.optimizer, models.token_ids(6, 9), steps=3)
 
     assert losses(save=True) == losses(save=False)
+
+
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
+def test_dense_layer_beside_quantized_ones_is_saved_once(
+    config: dict[str, Any], base: Path, tmp_path: Path
+) -> None:
+    lora = LoraConfig(r=R, target_modules=["q_proj", "lm_head"], **config)
+    model = get_peft_model(pretrained(base, "NF4"), lora)
+    optimizer = scalora.create_scalora_optimizer(model, torch.optim.AdamW, lr=3e-3)
+    places = {row.layer: row.accumulator for row in optimizer.report()}
+    assert places["lm_head"] == "dense" and set(places.values()) == {"dense", "carry"}
+    model.train()
+    for seed in range(8):
+        ids = torch.randint(1, models.VOCABULARY, (4, 9), generator=_generator(seed))
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    before = logits(model)
+    scalora.save_merged(model, tmp_path / "merged")
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), before, rtol=0, atol=1e-4)
+    if not config:
+        scalora.save_adapter(model, tmp_path / "adapter", base=base)
+        again = PeftModel.from_pretrained(pretrained(base, "NF4"), tmp_path / "adapter")
+        torch.testing.assert_close(logits(again), before, rtol=0, atol=2e-3)
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_initialisation_that_changed_a_quantized_base_is_not_saved_as_an_adapter(
+    base: Path, tmp_path: Path
+) -> None:
+    lora = LoraConfig(r=R, target_modules=["q_proj"], init_lora_weights="olora")
+    model = get_peft_model(pretrained(base, "NF4"), lora)
+    with pytest.raises(ValueError, match=r"init_lora_weights.*save_merged"):
+        scalora.save_adapter(model, tmp_path)
+    scalora.save_merged(model, tmp_path / "merged")
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), logits(model), rtol=0, atol=1e-4)

@@ -205,6 +205,30 @@ def test_trainer_resumes_on_a_quantized_base_to_the_same_weights(
         assert torch.equal(one.P_parameter, other.P_parameter)
 
 
+def test_trainer_that_resumes_without_the_carrys_file_is_refused(
+    folder: Path, tmp_path: Path
+) -> None:
+    data = [{"input_ids": ids[0], "labels": ids[0]} for ids in text(32)]
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=6,
+        per_device_train_batch_size=4,
+        save_steps=4,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+
+    def trainer() -> Trainer:
+        callbacks = [scalora.ScaLoRACallback()]
+        return Trainer(quantized(folder, "nf4"), arguments, train_dataset=data, callbacks=callbacks)
+
+    trainer().train()
+    (tmp_path / "checkpoint-4" / "scalora.safetensors").unlink()
+    with pytest.raises(ValueError, match="incomplete"):
+        trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
 def test_dora_on_a_quantized_base_keeps_its_function(folder: Path) -> None:
     model = quantized(folder, "nf4", use_dora=True)
     optimizer = scalora_of(model, carry_rank=10_000)

@@ -14,7 +14,7 @@ from scalora.accumulators.into_base import DenseAccumulator
 from scalora.carry import Carry, compress, relative_cut
 from scalora.layer_batches import Write
 from scalora.options import RebasingOptions
-from scalora.peft_layers import LoRAPair, attach_carry
+from scalora.peft_layers import LoRAPair
 
 # In units of the adapter's rank: where carry_rank="auto" begins, and where it stops growing.
 _AUTO_FIRST, _AUTO_MOST = 8, 32
@@ -47,17 +47,10 @@ class CarryAccumulator:
         return carry.columns + increment_columns(pair) <= carry.capacity
 
     def carry_of(self, pair: LoRAPair) -> Carry:
-        """The layer's; an empty one is made if it has none."""
-        carry = pair.carry
-        if carry is None:
-            wanted = self.options.carry_rank
-            columns = _AUTO_FIRST * pair.rank if isinstance(wanted, str) else wanted
-            columns = min(max(columns, 2 * increment_columns(pair)), _most(pair))
-            P, Q = pair.P_parameter, pair.Q_parameter
-            dtype = torch.promote_types(torch.promote_types(P.dtype, Q.dtype), torch.float32)
-            carry = Carry(P.shape[0], Q[0].numel(), columns, P.device, dtype)
-            attach_carry(pair.module, pair.adapter, carry)
-        return carry
+        """The layer's, with as much room as was asked for."""
+        wanted = self.options.carry_rank
+        columns = _AUTO_FIRST * pair.rank if isinstance(wanted, str) else wanted
+        return pair.ensure_carry(min(max(columns, 2 * increment_columns(pair)), _most(pair)))
 
     @torch.no_grad()
     def make_room(self, pairs: Sequence[LoRAPair], count: int) -> None:

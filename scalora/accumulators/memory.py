@@ -13,8 +13,8 @@ class LayerMemory:
 
     Attributes:
         index: the layer's place in the model, part of its rounding noise's seed.
-        product: L times the learning rate, calibrated at the layer's first re-basing, 0-d; NaN
-            before it.
+        product: L times the learning rate, calibrated at the layer's first re-basing, 0-d; None
+            or NaN before it.
         residual: what rounding cut from the base weight; ``rounding="compensated"`` only.
     """
 

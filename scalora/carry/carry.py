@@ -82,15 +82,16 @@ class Carry:
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run needs."""
-        return {"up": self.used_up, "down": self.used_down, "cut": self.cut}
+        capacity = torch.tensor(self.capacity)
+        return {"up": self.used_up, "down": self.used_down, "cut": self.cut, "capacity": capacity}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take up what `state` was taken of."""
-        up, down = state["up"], state["down"]
-        if up.shape[1] > self.capacity:
-            self.grow(up.shape[1])
+        """Take up what `state` was taken of, this very carry included; never with less room."""
+        up, down, cut = (state[name].clone() for name in ("up", "down", "cut"))
+        if int(state["capacity"]) > self.capacity:
+            self.grow(int(state["capacity"]))
         self.clear()
         self.columns = up.shape[1]
         self.used_up.copy_(up)
         self.used_down.copy_(down)
-        self.cut.copy_(state["cut"])
+        self.cut.copy_(cut)

@@ -7,6 +7,7 @@ sees both.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,10 +21,13 @@ class _Joined(torch.autograd.Function):
     """``x @ cat([weight, frozen])^T`` without the frozen half's share of the weight's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, frozen: Tensor, axis: int) -> Tensor:
-        ctx.save_for_backward(x, weight, frozen)
-        ctx.axis = axis
+    def forward(x: Tensor, weight: Tensor, frozen: Tensor, axis: int) -> Tensor:
         return functional.linear(x, torch.cat([weight, frozen], dim=axis))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, frozen, ctx.axis = inputs
+        ctx.save_for_backward(x, weight, frozen)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -51,9 +55,16 @@ def _joined(x: Tensor, weight: Tensor, frozen: Tensor, axis: int) -> Tensor:
 
 
 class _Carrying:
-    """A module of the adapter that has a carry."""
+    """A module of the adapter that has a carry, which moves with it and keeps its dtype."""
 
     carry: Carry
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        module: nn.Module = super()._apply(fn, recurse)  # type: ignore[misc]
+        device = next(module.parameters()).device
+        if device.type != "meta":
+            self.carry.on(device)
+        return module
 
 
 class DownLinear(_Carrying, nn.Linear):
@@ -61,7 +72,7 @@ class DownLinear(_Carrying, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """The codes of the adapter, then those of the carry."""
-        return _joined(input, self.weight, self.carry.on(input.device).down, 0)
+        return _joined(input, self.weight, self.carry.down.to(input.device), 0)
 
 
 class UpLinear(_Carrying, nn.Linear):
@@ -69,22 +80,22 @@ class UpLinear(_Carrying, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """The sum of the adapter's output and the carry's."""
-        output = _joined(input, self.weight, self.carry.on(input.device).up, 1)
+        output = _joined(input, self.weight, self.carry.up.to(input.device), 1)
         return output if self.bias is None else output + self.bias
 
 
 class _DownConv(_Carrying):
     def forward(self, input: Tensor) -> Tensor:
         this: Any = self
-        down = self.carry.on(input.device).down.view(-1, *this.weight.shape[1:])
-        return this._conv_forward(input, torch.cat([this.weight, down.to(this.weight.dtype)]), None)
+        down = self.carry.down.to(this.weight).view(-1, *this.weight.shape[1:])
+        return this._conv_forward(input, torch.cat([this.weight, down]), None)
 
 
 class _UpConv(_Carrying):
     def forward(self, input: Tensor) -> Tensor:
         this: Any = self
-        up = self.carry.on(input.device).up.view(-1, self.carry.capacity, *this.weight.shape[2:])
-        weight = torch.cat([this.weight, up.to(this.weight.dtype)], dim=1)
+        up = self.carry.up.to(this.weight).view(-1, self.carry.capacity, *this.weight.shape[2:])
+        weight = torch.cat([this.weight, up], dim=1)
         return this._conv_forward(input, weight, this.bias)
 
 

@@ -27,9 +27,10 @@ def attach_carry(module: Any, adapter: str, carry: Carry) -> None:
         put_carry(module.lora_A[adapter], module.lora_B[adapter], carry)
     else:
         if carry_of(module, adapter) is None:
-            module.register_forward_hook(_EmbeddingCarry(adapter))
+            module.register_forward_hook(_EmbeddingCarry(adapter), with_kwargs=True)
         module.scalora_carries = {**getattr(module, "scalora_carries", {}), adapter: carry}
-    # PEFT merges, unmerges and weighs adapters by this method alone, where it can at all.
+        module.delete_adapter = _DeleteAdapter(module)
+    # PEFT merges and unmerges adapters by this method alone, where it can at all.
     if hasattr(type(module), "get_delta_weight"):
         module.get_delta_weight = _DeltaWeight(module)
 
@@ -55,20 +56,36 @@ class _DeltaWeight:
         return (delta + product).to(delta.dtype)
 
 
+class _DeleteAdapter:
+    """``layer.delete_adapter`` of an embedding: its carry goes too."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    def __call__(self, adapter_name: str) -> None:
+        type(self.module).delete_adapter(self.module, adapter_name)
+        self.module.scalora_carries.pop(adapter_name, None)
+
+
 class _EmbeddingCarry:
     """Forward hook of an embedding, whose factors are no modules that could be replaced."""
 
     def __init__(self, adapter: str) -> None:
         self.adapter = adapter
 
-    def __call__(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def __call__(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor:
         carry = carry_of(module, self.adapter)
-        runs = not module.disable_adapters and self.adapter in module.active_adapters
-        if carry is None or module.merged or not runs or self.adapter not in module.scaling:
+        rows = kwargs.get("adapter_names")  # of a batch that mixes adapters, one a row
+        runs = self.adapter in (module.active_adapters if rows is None else rows)
+        if carry is None or module.merged or module.disable_adapters or not runs:
             return output
-        carry = carry.on(output.device)
-        codes = torch.nn.functional.embedding(args[0], carry.down.T)
-        added = module.scaling[self.adapter] * (codes @ carry.up.T)
+        codes = torch.nn.functional.embedding(args[0], carry.down.to(output.device).T)
+        added = module.scaling[self.adapter] * (codes @ carry.up.to(output.device).T)
+        if rows is not None:
+            own = torch.tensor([name == self.adapter for name in rows], device=output.device)
+            added = added * own.view(-1, *(1,) * (added.ndim - 1))
         scale = module._get_embed_scale()  # of Gemma's embeddings
         added = added if scale is None else added * scale.to(added.dtype)
         return output + added.to(output.dtype)

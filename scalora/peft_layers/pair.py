@@ -11,7 +11,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from scalora.carry import Carry
-from scalora.peft_layers.carried import carry_of
+from scalora.peft_layers.carried import attach_carry, carry_of
 
 CONVOLUTIONS = (lora_layers.Conv1d, lora_layers.Conv2d, lora_layers.Conv3d)
 
@@ -54,6 +54,18 @@ class LoRAPair:
         """The frozen increments beside the base, on the factors' device; None before the first."""
         carry = carry_of(self.module, self.adapter)
         return None if carry is None else carry.on(self.P_parameter.device)
+
+    def ensure_carry(self, capacity: int) -> Carry:
+        """The layer's carry with room for that many columns; an empty one if it has none."""
+        carry = self.carry
+        if carry is None:
+            P, Q = self.P_parameter, self.Q_parameter
+            dtype = torch.promote_types(torch.promote_types(P.dtype, Q.dtype), torch.float32)
+            carry = Carry(P.shape[0], Q[0].numel(), capacity, P.device, dtype)
+            attach_carry(self.module, self.adapter, carry)
+        if carry.capacity < capacity:
+            carry.grow(capacity)
+        return carry
 
     @property
     def learned_P(self) -> Tensor:
