@@ -31,8 +31,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-# It says on import which optional kernels it lacks.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# They say on import which optional kernels they lack, and what of torch they still use.
+for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+    logging.getLogger(library).setLevel(logging.ERROR)
 
 import finetune_data as data
 import finetune_report as report

@@ -24,8 +24,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# It says on import which optional kernels it lacks.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# They say on import which optional kernels they lack, and what of torch they still use.
+for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+    logging.getLogger(library).setLevel(logging.ERROR)
 
 import miub_scaling_data as data
 import miub_scaling_report as report

@@ -33,8 +33,9 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("TQDM_DISABLE", "1")
-# It says on import which optional kernels it lacks.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# They say on import which optional kernels they lack, and what of torch they still use.
+for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+    logging.getLogger(library).setLevel(logging.ERROR)
 
 import bitsandbytes
 import qlora_data as data
