@@ -12,13 +12,13 @@ from torch import nn
 
 import scalora
 from miub import MIUBMonitor
-from scalora.peft_layers import adapter_checksums, base_checksums
+from scalora.peft_layers import adapter_checksums, base_checksums, checksums
 
 pytestmark = pytest.mark.distributed
 PROCESSES = 2
 
 
-def replica(rank: int, folder: str, dtype: torch.dtype) -> None:
+def replica(rank: int, folder: str, dtype: torch.dtype, accumulator: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", PROCESSES)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES)
@@ -26,7 +26,9 @@ def replica(rank: int, folder: str, dtype: torch.dtype) -> None:
     base = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 6)).to(dtype)
     model = get_peft_model(base, LoraConfig(r=3, target_modules=["0", "2"]))
     parallel = nn.parallel.DistributedDataParallel(model)
-    optimizer = scalora.create_scalora_optimizer(parallel, torch.optim.AdamW, lr=1e-2)
+    optimizer = scalora.create_scalora_optimizer(
+        parallel, torch.optim.AdamW, lr=1e-2, accumulator=accumulator
+    )
     generator = torch.Generator().manual_seed(rank)
     for _ in range(20):
         optimizer.zero_grad()
@@ -34,7 +36,11 @@ def replica(rank: int, folder: str, dtype: torch.dtype) -> None:
         parallel(x).float().square().mean().backward()
         optimizer.step()
     pairs = optimizer.rebased_pairs
-    torch.save(base_checksums(pairs) | adapter_checksums(pairs), f"{folder}/{rank}.pt")
+    sums = base_checksums(pairs) | adapter_checksums(pairs)
+    carries = {pair.name: pair.carry for pair in pairs if pair.carry is not None}
+    assert len(carries) == (2 if accumulator == "carry" else 0)
+    sums |= checksums({f"up:{name}": carry.up for name, carry in carries.items()})
+    torch.save(sums, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -69,9 +75,11 @@ def test_a_report_is_of_all_ranks_tokens(tmp_path: Path) -> None:
     assert first["row"][0] == pytest.approx(sum(values) / 2)
 
 
+@pytest.mark.parametrize("accumulator", ["dense", "carry"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_replicas_hold_the_same_bits(tmp_path: Path, dtype: torch.dtype) -> None:
-    torch.multiprocessing.spawn(replica, args=(str(tmp_path), dtype), nprocs=PROCESSES)
+def test_replicas_hold_the_same_bits(tmp_path: Path, dtype: torch.dtype, accumulator: str) -> None:
+    arguments = str(tmp_path), dtype, accumulator
+    torch.multiprocessing.spawn(replica, args=arguments, nprocs=PROCESSES)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(PROCESSES))
     assert first.keys() == second.keys()
     assert first == second
