@@ -16,6 +16,7 @@ from scalora.options import RebasingOptions
 from scalora.peft_layers import LoRAPair
 from scalora.rebasing import Rebaser
 from scalora.report import RebasingReport, rebasing_report
+from scalora.resuming import check_adapter, check_base, check_same_kind
 from scalora.selection import places_of_layers
 
 STATE_VERSION = 2
@@ -222,7 +223,7 @@ class ScaLoRA(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_base()
+        self._check_weights()
         overflow = self._overflow()
         if overflow is not None and overflow.device.type == "cpu" and bool(overflow):
             self._count_skipped(overflow)
@@ -282,14 +283,9 @@ class ScaLoRA(torch.optim.Optimizer):
         """What re-basing itself remembers: numbers and small tensors."""
         pairs = self._rebaser.pairs
         return {
-            "version": STATE_VERSION,
-            "rule": self.options.rule,
-            "rounding": self.options.rounding,
-            "seed": self.options.seed,
+            **self._kind_of_run(),
             "steps": self._steps,
             "rebase_count": self.rebase_count,
-            "ranks": {pair.name: pair.rank for pair in pairs},
-            "places": self._rebaser.places,
             "base": peft_layers.base_checksums([p for p in pairs if p.was_rebased]),
             "adapter": peft_layers.adapter_checksums([p for p in pairs if p.carry is not None]),
             "layers": self._rebaser.layer_states(),
@@ -319,67 +315,29 @@ class ScaLoRA(torch.optim.Optimizer):
 
     def check_rebasing_state(self, own: dict[str, Any]) -> None:
         """Raise a ValueError, which says what differs, if ``own`` is not of this kind of run."""
-        ranks = {pair.name: pair.rank for pair in self._rebaser.pairs}
-        expected = {
+        check_same_kind(own, self._kind_of_run())
+
+    def _kind_of_run(self) -> dict[str, Any]:
+        """What must agree for one run to continue another."""
+        return {
             "version": STATE_VERSION,
             "rule": self.options.rule,
             "rounding": self.options.rounding,
             "seed": self.options.seed,
-            "ranks": ranks,
+            "ranks": {pair.name: pair.rank for pair in self._rebaser.pairs},
             "places": self._rebaser.places,
         }
-        for name, value in expected.items():
-            if own.get(name) == value:
-                continue
-            if name == "ranks":
-                saved = own.get("ranks", {})
-                differing = sorted(k for k in {*saved, *ranks} if saved.get(k) != ranks.get(k))
-                raise ValueError(
-                    f"the checkpoint's LoRA layers are not this model's: {len(differing)} differ "
-                    f"in presence or rank, for example {differing[0]!r} (checkpoint: rank "
-                    f"{saved.get(differing[0])}, model: rank {ranks.get(differing[0])}). "
-                    "Nothing was loaded."
-                )
-            if name == "places":
-                saved = own.get("places", {})
-                places = self._rebaser.places
-                layer = next(k for k, place in places.items() if saved.get(k) != place)
-                raise ValueError(
-                    f"the checkpoint keeps the increments of {layer!r} in its accumulator "
-                    f"{saved.get(layer)!r}, this optimizer in {places[layer]!r}: create it with "
-                    "the same accumulator, over the same kind of base. Nothing was loaded."
-                )
-            raise ValueError(
-                f"the checkpoint was written with {name}={own.get(name)!r}, this optimizer has "
-                f"{name}={value!r}. Create it with the same {name} to resume. Nothing was loaded."
-            )
 
-    def _check_base(self) -> None:
+    def _check_weights(self) -> None:
         """Once after loading: the weights must be those that the state was saved with."""
+        pairs = self._rebaser.pairs
         if self._expected_adapter is not None:
-            present = peft_layers.adapter_checksums(self._rebaser.pairs)
-            differing = [k for k, v in self._expected_adapter.items() if present[k] != v]
-            if differing:
-                raise ValueError(
-                    f"the model's adapter is not the one this optimizer state was saved with "
-                    f"({differing[0]!r} differs), and the carry in it belongs to that one: load "
-                    "the adapter of the same checkpoint before the first step."
-                )
+            check_adapter(self._expected_adapter, peft_layers.adapter_checksums(pairs))
             self._expected_adapter = None
-        if self._expected_base is None:
-            return
-        expected_of = self._expected_base
-        moved = [pair for pair in self._rebaser.pairs if pair.name in expected_of]
-        found = peft_layers.base_checksums(moved)
-        for name, expected in expected_of.items():
-            if found[name] != expected:
-                raise ValueError(
-                    f"the base weight of {name!r} is not the one this optimizer state was saved "
-                    "with: what had been folded into it would be lost. Load the model's full "
-                    "state_dict, or scalora.load_training_state, before the first step (or drop "
-                    "the state's 'scalora' entry to begin re-basing anew on this base)."
-                )
-        self._expected_base = None
+        if self._expected_base is not None:
+            moved = [pair for pair in pairs if pair.name in self._expected_base]
+            check_base(self._expected_base, peft_layers.base_checksums(moved))
+            self._expected_base = None
 
     @torch.no_grad()
     def _overflow(self) -> Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from os import PathLike
 from typing import Any
 
@@ -16,7 +16,10 @@ Base = nn.Module | Mapping[str, Tensor] | str | PathLike[str]
 
 
 def weight_changes(
-    model: nn.Module, base: Base | None, adapter_name: str | None
+    model: nn.Module,
+    base: Base | None,
+    adapter_name: str | None,
+    without: Collection[LoRAPair] = (),
 ) -> dict[str, tuple[LoRAPair, Tensor]]:
     """Layer name -> (layer, everything learned since ``base`` as stored), float32 at least.
 
@@ -29,6 +32,7 @@ def weight_changes(
             is enough while the model's base weights are the pretrained ones (as they stay under a
             carry); else the model's own ``name_or_path`` is tried.
         adapter_name: None for the active adapter.
+        without: layers to leave out; a change is as large as the weight.
 
     Raises:
         ValueError: no such adapter, no layer with such a change, or a base whose weights do not
@@ -42,6 +46,7 @@ def weight_changes(
     if not pairs:
         reason = peft_layers.why_not_dense(every[0])
         raise ValueError(f"the change of {every[0].name!r} cannot be measured: {reason}.")
+    pairs = [pair for pair in pairs if pair not in without]
     moved = base is not None or base_has_moved(model, name)
     alone = [pair for pair in pairs if not moved or peft_layers.why_not_dense(pair) is not None]
     changes = {pair.name: (pair, pair.learned_change()) for pair in alone}

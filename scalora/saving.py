@@ -121,12 +121,10 @@ def save_adapter(
         factors, keep_dora = _all_beside(wrapped, name, rank)
     else:
         keep_dora = False
-        factors = {
-            layer: _factors_beside(pair, rank)
-            if pair in beside and not pair.was_rebased and not pair.has_variant
-            else _best_factors(pair.as_matrix(change), rank)
-            for layer, (pair, change) in weight_changes(model, base, name).items()
-        }
+        thin = [pair for pair in beside if not pair.was_rebased and not pair.has_variant]
+        factors = {pair.name: _factors_beside(pair, rank) for pair in thin}
+        for layer, (pair, change) in weight_changes(model, base, name, thin).items():
+            factors[layer] = _best_factors(pair.as_matrix(change), rank)
     return _write_adapter(wrapped, Path(path), name, factors, keep_dora)
 
 

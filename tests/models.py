@@ -6,6 +6,7 @@ Nothing here imports scalora: the tests that reload what it wrote run where it i
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +18,24 @@ from transformers import (
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
 )
 
 VOCABULARY = 23
+
+# What a script begins with that runs where scalora is not installed.
+WITHOUT_SCALORA = f"""
+import sys
+sys.modules["scalora"] = None
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+try:
+    import scalora
+except ImportError:
+    pass
+else:
+    raise SystemExit("scalora can be imported here")
+"""
 
 
 class Perceptron(nn.Module):
@@ -107,6 +123,18 @@ def gpt2(**changes: Any) -> GPT2LMHeadModel:
         eos_token_id=0,
     )
     return GPT2LMHeadModel(GPT2Config(**{**options, **changes}))
+
+
+def llama(**changes: Any) -> LlamaForCausalLM:
+    options = dict(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+    )
+    return LlamaForCausalLM(LlamaConfig(**{**options, **changes}))
 
 
 def with_lora(base: nn.Module, *, autocast_adapter_dtype: bool = True, **config: Any) -> Any:

@@ -13,7 +13,6 @@ import torch
 from peft import PeftModel
 from test_optimizer import FailAt
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import scalora
 from scalora.peft_layers import LoRAPair, lora_pairs
@@ -57,17 +56,15 @@ def effective(model: Any) -> dict[str, Tensor]:
 # The same as dense
 
 
-def small_llama() -> LlamaForCausalLM:
+def small_llama() -> Any:
     torch.manual_seed(0)
-    config = LlamaConfig(
+    return models.llama(
         vocab_size=64,
         hidden_size=48,
         intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=4,
-        max_position_embeddings=32,
     )
-    return LlamaForCausalLM(config)
 
 
 def test_carry_and_dense_give_the_same_losses_over_300_steps() -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import models
 import pytest
 import torch
-from models import token_ids
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from miub import MIUBMonitor
 
@@ -16,14 +16,9 @@ pytest.importorskip("bitsandbytes")
 @pytest.mark.parametrize("bits", [4, 8])
 def test_layers_of_a_quantized_base_are_measured_as_those_of_the_base_in_float(bits, tmp_path):
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
+    models.llama(vocab_size=32, num_hidden_layers=2, num_attention_heads=4).save_pretrained(
+        tmp_path
     )
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
     quantized = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
     reports = []
     for quantization in (None, quantized):
@@ -39,7 +34,7 @@ def test_layers_of_a_quantized_base_are_measured_as_those_of_the_base_in_float(b
                 torch.nn.init.normal_(parameter, std=0.02)
         monitor = MIUBMonitor(model, every=1, tokens=128)
         with monitor:
-            model(input_ids=token_ids(8, 24), labels=token_ids(8, 24)).loss.backward()
+            model(input_ids=models.token_ids(8, 24), labels=models.token_ids(8, 24)).loss.backward()
         reports.append(monitor.report())
     plain, found = reports
     assert found.layers == plain.layers

@@ -15,7 +15,7 @@ from peft.tuners.lora.aqlm import AqlmLoraLinear
 from peft.tuners.lora.awq import AwqLoraLinear
 from peft.tuners.lora.gptq import GPTQLoraLinear
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, TorchAoConfig
+from transformers import LlamaForCausalLM, TorchAoConfig
 
 import scalora
 from scalora.cli import main
@@ -88,14 +88,7 @@ BACKENDS = {
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=models.VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    models.llama().save_pretrained(folder)
     return folder
 
 

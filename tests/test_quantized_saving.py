@@ -84,14 +84,7 @@ def stored(model: Any) -> dict[str, Tensor]:
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=models.VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    models.llama().save_pretrained(folder)
     return folder
 
 
@@ -183,19 +176,10 @@ def found_elsewhere(
     for number, case in enumerate(CASES):
         scalora.save_adapter(trained[case].model, folder / str(number))
     formats = [FORMATS[case.partition(",")[0]] for case in CASES]
-    script = f"""
-import sys
-sys.modules["scalora"] = None
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+    script = f"""{models.WITHOUT_SCALORA}
 import torch, models
 from peft import PeftModel, prepare_model_for_kbit_training
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
-try:
-    import scalora
-except ImportError:
-    pass
-else:
-    raise SystemExit("scalora can be imported here")
 found = []
 for number, quantization in enumerate({formats!r}):
     base = LlamaForCausalLM.from_pretrained(

@@ -276,18 +276,9 @@ def reloaded_without_scalora(
         torch.save(tuned.start.state_dict(), folder / str(number) / "base.pt")
         torch.save((base.__name__, tuned.inputs), folder / str(number) / "inputs.pt")
         here[name] = tuned.answers()
-    script = f"""
-import sys
-sys.modules["scalora"] = None
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+    script = f"""{models.WITHOUT_SCALORA}
 import torch, models
 from peft import PeftModel
-try:
-    import scalora
-except ImportError:
-    pass
-else:
-    raise SystemExit("scalora can be imported here")
 found = []
 for number in range({len(chosen)}):
     folder = {str(folder)!r} + "/" + str(number)

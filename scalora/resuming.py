@@ -1,0 +1,69 @@
+"""Whether a saved state of re-basing belongs to this run, and to the weights that are there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def check_same_kind(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+    """Raise a ValueError, which says what differs, if a state is of another kind of run.
+
+    Args:
+        saved: the state; it may hold more.
+        present: what must agree, of this run: ``ranks`` and ``places`` map layers, the rest are
+            single values.
+    """
+    for name, value in present.items():
+        found = saved.get(name)
+        if found == value:
+            continue
+        if name == "ranks":
+            raise ValueError(_other_layers(found or {}, value))
+        if name == "places":
+            raise ValueError(_other_place(found or {}, value))
+        raise ValueError(
+            f"the checkpoint was written with {name}={found!r}, this optimizer has "
+            f"{name}={value!r}. Create it with the same {name} to resume. Nothing was loaded."
+        )
+
+
+def check_adapter(expected: Mapping[str, int], found: Mapping[str, int]) -> None:
+    """Raise a ValueError if the adapter's checksums are not those that a carry was saved with."""
+    differing = [name for name, checksum in expected.items() if found[name] != checksum]
+    if differing:
+        raise ValueError(
+            f"the model's adapter is not the one this optimizer state was saved with "
+            f"({differing[0]!r} differs), and the carry in it belongs to that one: load the "
+            "adapter of the same checkpoint before the first step."
+        )
+
+
+def check_base(expected: Mapping[str, int], found: Mapping[str, int]) -> None:
+    """Raise a ValueError if base weights' checksums are not those that increments went into."""
+    differing = [name for name, checksum in expected.items() if found[name] != checksum]
+    if differing:
+        raise ValueError(
+            f"the base weight of {differing[0]!r} is not the one this optimizer state was saved "
+            "with: what had been folded into it would be lost. Load the model's full state_dict, "
+            "or scalora.load_training_state, before the first step (or drop the state's "
+            "'scalora' entry to begin re-basing anew on this base)."
+        )
+
+
+def _other_layers(saved: Mapping[str, int], ranks: Mapping[str, int]) -> str:
+    differing = sorted(k for k in {*saved, *ranks} if saved.get(k) != ranks.get(k))
+    return (
+        f"the checkpoint's LoRA layers are not this model's: {len(differing)} differ in presence "
+        f"or rank, for example {differing[0]!r} (checkpoint: rank {saved.get(differing[0])}, "
+        f"model: rank {ranks.get(differing[0])}). Nothing was loaded."
+    )
+
+
+def _other_place(saved: Mapping[str, str], places: Mapping[str, str]) -> str:
+    layer = next(name for name, place in places.items() if saved.get(name) != place)
+    return (
+        f"the checkpoint keeps the increments of {layer!r} in its accumulator "
+        f"{saved.get(layer)!r}, this optimizer in {places[layer]!r}: create it with the same "
+        "accumulator, over the same kind of base. Nothing was loaded."
+    )
