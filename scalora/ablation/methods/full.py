@@ -10,7 +10,7 @@ from peft import LoraConfig
 from torch import nn
 
 from scalora import peft_layers
-from scalora.ablation.methods.lora import on_adapted_layers, put_adapter
+from scalora.ablation.methods.adapter import on_adapted_layers, put_adapter
 from scalora.ablation.methods.method import Setup, Training
 from scalora.ablation.methods.recipe import Recipe
 from scalora.ablation.methods.schedule import adamw, linear_schedule
