@@ -100,6 +100,14 @@ def test_a_seed_decides_everything(name: str) -> None:
     assert torch.equal(run(1), run(1))
 
 
+def test_dropout_draws_the_same_for_every_method() -> None:
+    def drawn(name: str) -> float:
+        started(name, TOKENS, seed=7)
+        return torch.rand(()).item()
+
+    assert len({drawn(name) for name in METHODS}) == 1
+
+
 def test_lora_and_scalora_begin_with_the_same_adapter() -> None:
     plain, rebased = (started(name, TOKENS, seed=3).model for name in ("lora", "scalora"))
     other = started("lora", TOKENS, seed=4).model

@@ -96,7 +96,7 @@ def test_balancing_minimises_the_bound(
         for k in (m, n)
     )
     P = P * 10**scale
-    S, inverse = balancing(P, Q)
+    S, inverse = balancing(P.T @ P, Q.T @ Q)
     torch.testing.assert_close(S @ inverse, torch.eye(r, dtype=torch.float64))
     torch.testing.assert_close(S @ (P.T @ P) @ S, Q.T @ Q)
 
@@ -115,7 +115,7 @@ def test_reflora_steps_as_the_balanced_factors_would() -> None:
     P, Q, g_P, g_Q = (
         torch.randn(k, 3, generator=generator, dtype=torch.float64) for k in (7, 5, 7, 5)
     )
-    S, inverse = balancing(P, Q)
+    S, inverse = balancing(P.T @ P, Q.T @ Q)
     R = torch.linalg.cholesky(S)
     refactored_P, refactored_Q = P @ R, Q @ torch.linalg.inv(R).T
     torch.testing.assert_close(refactored_P @ refactored_Q.T, P @ Q.T)
@@ -123,6 +123,14 @@ def test_reflora_steps_as_the_balanced_factors_would() -> None:
     there = (refactored_P - 0.1 * g_P @ torch.linalg.inv(R).T) @ (refactored_Q - 0.1 * g_Q @ R).T
     here = (P - 0.1 * g_P @ inverse) @ (Q - 0.1 * g_Q @ S).T
     torch.testing.assert_close(here, there)
+
+
+def test_balancing_leaves_a_layer_alone_whose_factor_is_zero() -> None:
+    gramians = torch.stack([torch.zeros(2, 2), 4 * torch.eye(2)])
+    S, inverse = balancing(gramians, torch.eye(2).expand(2, 2, 2))
+    identity = torch.eye(2, dtype=torch.float64)
+    torch.testing.assert_close(S, torch.stack([identity, identity / 2]))
+    torch.testing.assert_close(inverse, torch.stack([identity, identity * 2]))
 
 
 def test_reflora_is_plain_lora_at_first_and_touches_gradients_alone() -> None:

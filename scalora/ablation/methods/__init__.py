@@ -43,12 +43,12 @@ def method_of(spec: str) -> Method:
 
 
 def _rebased(*rules: str) -> tuple[str, ...]:
-    """Rules x intervals x accumulators, each by its one name."""
+    """Rules x intervals x accumulators, each by its one name; of a float base, auto is dense."""
     return tuple(
         method_of(f"scalora:rule={rule}:interval={interval}:accumulator={accumulator}").name
         for rule in rules
         for interval in (1, 10, 30)
-        for accumulator in ("dense", "carry")
+        for accumulator in ("auto", "carry")
     )
 
 

@@ -60,7 +60,7 @@ class Adapter(Recipe):
         """What steps the adapter's parameters, and the head's."""
         return adamw(model, setup)
 
-    def start(self, setup: Setup) -> Training:
+    def training(self, setup: Setup) -> Training:
         """Make the model ready, in place, and return what trains it."""
         model = put_adapter(setup.model, self.config(setup), setup.seed)
         optimizer = self.optimizer(model, setup)

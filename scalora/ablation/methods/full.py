@@ -51,7 +51,7 @@ class Full(Recipe):
         """Names of the parameters that are trained."""
         return {name for name, _ in setup.model.named_parameters()}
 
-    def start(self, setup: Setup) -> Training:
+    def training(self, setup: Setup) -> Training:
         """Make the model ready, in place, and return what trains it."""
         trained = self.trains(setup)
         for name, parameter in setup.model.named_parameters():

@@ -55,7 +55,7 @@ class LoRAGA(LoRA):
         own = LoraGAConfig(stable_gamma=self.gamma)
         return {"init_lora_weights": "lora_ga", "lora_ga_config": own}
 
-    def start(self, setup: Setup) -> Training:
+    def training(self, setup: Setup) -> Training:
         """Make the model ready, in place, and return what trains it."""
         shapes = adapted_layers(setup.model, setup.task).shapes
         self._check_rank(self.rank(setup), shapes)
@@ -70,7 +70,7 @@ class LoRAGA(LoRA):
             # Its hooks count calls, which is right for a layer whose inputs need no gradient too.
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
             preprocess_loraga(setup.model, config, backward)
-        return super().start(setup)
+        return super().training(setup)
 
     @staticmethod
     def _check_rank(r: int, shapes: dict[str, tuple[int, int]]) -> None:

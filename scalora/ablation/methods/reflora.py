@@ -51,30 +51,34 @@ class RefLoRA(LoRA):
         return optimizer
 
 
-def balancing(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
-    """Return S and its inverse, (r, r): the positive definite S with ``S P^T P S = Q^T Q``.
+def balancing(gramian_P: Tensor, gramian_Q: Tensor) -> tuple[Tensor, Tensor]:
+    """Return S and its inverse: the positive definite S with ``S P^T P S = Q^T Q``.
 
     That is the geometric mean of ``(P^T P)^-1`` and ``Q^T Q``, the minimum over S of
     ``|P S P^T|_F^2 + |Q S^-1 Q^T|_F^2``.  Eigenvalues below a millionth of the largest are raised
-    to that, so that directions which a factor does not have are not divided by zero.
+    to that, so that directions which a factor does not have are not divided by zero.  The identity
+    where a factor is zero.
 
-    P: (m, r), not zero.  Q: (n, r).  Float64 inside.
+    gramian_P, gramian_Q: ``P^T P`` and ``Q^T Q``, (..., r, r); float64 inside.
     """
-    P, Q = P.double(), Q.double()
-    root, inverse = _roots(P.T @ P)
-    middle, inverse_middle = _roots(root @ (Q.T @ Q) @ root)
-    return inverse @ middle @ inverse, root @ inverse_middle @ root
+    gramian_P, gramian_Q = gramian_P.double(), gramian_Q.double()
+    root, inverse = _roots(gramian_P)
+    middle, inverse_middle = _roots(root @ gramian_Q @ root)
+    S, S_inverse = inverse @ middle @ inverse, root @ inverse_middle @ root
+    defined = (S.isfinite() & S_inverse.isfinite()).all(-1).all(-1)[..., None, None]
+    identity = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
+    return torch.where(defined, S, identity), torch.where(defined, S_inverse, identity)
 
 
 def _roots(gramian: Tensor) -> tuple[Tensor, Tensor]:
-    """The square root of a symmetric positive semidefinite matrix, and that root's inverse."""
+    """The square root of symmetric positive semidefinite matrices, and that root's inverse."""
     values, vectors = torch.linalg.eigh(gramian)
-    roots = values.clamp_min(values[-1] / _CONDITION).sqrt()
-    return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
+    roots = values.clamp_min(values[..., -1:] / _CONDITION).sqrt().unsqueeze(-2)
+    return (vectors * roots) @ vectors.mT, (vectors / roots) @ vectors.mT
 
 
 class _Precondition:
-    """Hook before an optimizer's step."""
+    """Hook before an optimizer's step; all layers at once, since the matrices are tiny."""
 
     def __init__(self, model: PeftModel, after: int) -> None:
         self.pairs = peft_layers.lora_pairs(model, "default")
@@ -85,12 +89,13 @@ class _Precondition:
         if self.left > 0:
             self.left -= 1
             return
-        for pair in self.pairs:
-            P, Q = pair.P_parameter, pair.Q_parameter
-            if P.grad is None or Q.grad is None or not P.any() or not Q.any():
-                continue
-            S, inverse = balancing(P.flatten(1), Q.flatten(1).T)
-            grad_P = P.grad.flatten(1).double() @ inverse
-            grad_Q = S @ Q.grad.flatten(1).double()
-            P.grad.copy_(grad_P.view_as(P.grad))
-            Q.grad.copy_(grad_Q.view_as(Q.grad))
+        factors = [(pair.P_parameter, pair.Q_parameter) for pair in self.pairs]
+        factors = [(P, Q) for P, Q in factors if P.grad is not None and Q.grad is not None]
+        S, inverse = balancing(
+            torch.stack([P.flatten(1).T @ P.flatten(1) for P, _ in factors]),
+            torch.stack([Q.flatten(1) @ Q.flatten(1).T for _, Q in factors]),
+        )
+        for (P, Q), own, own_inverse in zip(factors, S, inverse, strict=True):
+            assert P.grad is not None and Q.grad is not None
+            P.grad.copy_((P.grad.flatten(1).double() @ own_inverse).view_as(P.grad))
+            Q.grad.copy_((own @ Q.grad.flatten(1).double()).view_as(Q.grad))

@@ -47,7 +47,7 @@ class ReLoRA(LoRA):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
 
-    def start(self, setup: Setup) -> Training:
+    def training(self, setup: Setup) -> Training:
         """Make the model ready, in place, and return what trains it."""
         every = self.every or max(1, setup.steps // 4)
         rewarm = self.rewarm or max(1, every // 10)
