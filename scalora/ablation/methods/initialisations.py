@@ -38,8 +38,9 @@ class LoRAGA(LoRA):
     """LoRA-GA (arXiv 2407.05000), PEFT's: the adapter begins along the gradient's singular vectors.
 
     What the adapter begins with is taken out of the base weight.  The gradient is that of the run's
-    first training batches.  PEFT's scaling is not the paper's: it multiplies ``lora_B`` with the
-    gradient's singular values too, and leaves ``lora_A`` at unit rows.
+    first training batches.  PEFT's scaling is not the paper's, where both factors are singular
+    vectors times one number: ``lora_B`` has the gradient's singular values in it as well, and
+    ``lora_A`` stays at unit rows.
 
     batches: how many training batches the gradient is averaged over.
     gamma: PEFT's ``stable_gamma``.

@@ -29,8 +29,8 @@ class ReLoRA(LoRA):
 
     every: steps between two merges; a quarter of the run unless given.
     rewarm: steps of the new rise; a tenth of ``every`` unless given.
-    prune: share of a moment's entries that are set to zero, the smallest ones first (the paper's
-        99 %); 1 resets them all.
+    prune: share of a moment's entries that are set to zero, the smallest ones first; 1 resets them
+        all.
     """
 
     name: ClassVar[str] = "relora"
@@ -55,7 +55,8 @@ class ReLoRA(LoRA):
         peft_layers.untie_adapted_weights(model)
         optimizer = self.optimizer(model, setup)
         pairs = peft_layers.lora_pairs(model, "default")
-        generator = torch.Generator().manual_seed(setup.seed)
+        # Another stream than the first draw's, or the second would repeat it.
+        generator = torch.Generator().manual_seed(setup.seed + 1_000_003)
 
         def restart(done: int) -> None:
             if done % every or done >= setup.steps:
