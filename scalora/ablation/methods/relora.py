@@ -23,21 +23,20 @@ class ReLoRA(LoRA):
     """ReLoRA (arXiv 2307.05695): merge, draw anew, prune the moments, warm up again.
 
     Every so many steps the adapter is added to the base weights, ``lora_A`` is drawn anew and
-    ``lora_B`` set to zero; the least entries of both moments of AdamW are set to zero, its step
-    count stays; the learning rate rises again from near 0 to where the schedule is by then.  A base
-    weight in half precision loses in a merge what is below its unit in the last place.
+    ``lora_B`` set to zero; both moments of AdamW are set to zero, its step count stays; the
+    learning rate rises again from near 0 to where the schedule is by then.  A base weight in half
+    precision loses in a merge what is below its unit in the last place.
 
     every: steps between two merges; a quarter of the run unless given.
     rewarm: steps of the new rise; a tenth of ``every`` unless given.
-    prune: share of a moment's entries that are set to zero, the smallest ones first; 1 resets them
-        all.
+    prune: share of the moments' entries that are set to zero, the smallest first moments first.
     """
 
     name: ClassVar[str] = "relora"
 
     every: int | None = None
     rewarm: int | None = None
-    prune: float = 0.99
+    prune: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,13 +99,15 @@ def draw(pair: LoRAPair, generator: torch.Generator) -> None:
 def prune_moments(
     optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], share: float
 ) -> None:
-    """Set the smallest entries of AdamW's moments of these parameters to zero."""
+    """Set both of AdamW's moments of these parameters to zero where the first is smallest.
+
+    The same entries of both: a first moment that has lost its second would be divided by epsilon.
+    """
     for parameter in parameters:
+        state = optimizer.state[parameter]
+        if "exp_avg" not in state:
+            continue
+        size = parameter.numel()
+        least = state["exp_avg"].abs().flatten().argsort()[: math.ceil(share * size)]
         for name in ("exp_avg", "exp_avg_sq"):
-            moment = optimizer.state[parameter].get(name)
-            if moment is not None:
-                kept = moment.numel() - math.ceil(share * moment.numel())
-                largest = moment.abs().flatten().topk(kept).indices
-                pruned = torch.zeros_like(moment).flatten()
-                pruned[largest] = moment.flatten()[largest]
-                moment.copy_(pruned.view_as(moment))
+            state[name].view(-1)[least] = 0
