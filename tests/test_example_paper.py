@@ -667,3 +667,21 @@ def test_records_on_a_base_in_4_bits(example, commonsense_folder, llama, tmp_pat
     assert set(rebased["details"]["boolq"]) == {"right", "no answer"}
     assert (plain["settings"]["interval"], rebased["settings"]["interval"]) == (None, 2)
     assert rebased["details"]["rebasings"] == 1
+
+
+@pytest.mark.slow
+def test_answers_that_were_learned_are_generated_and_read(
+    example, commonsense_folder, llama, tmp_path
+):
+    """From labels to words: a tiny model that has learned eight answers by heart gives them all."""
+    adapter = dict.fromkeys(("rank", "alpha", "target_modules"))
+    small = {"method": "full", "batch": 8, "micro_batch": 8, "seeds": [0], "learning_rates": [3e-3]}
+    small |= {"warmup_steps": 5, "max_length": 400, "protocol": "records"}
+    path = row(tmp_path / "full.json", "llama3-lora", **adapter, **small)
+    output = tmp_path / "results.json"
+    command = [path, "--data", str(commonsense_folder), "--output", str(output)]
+    command += ["--model", str(llama), "--base", "float32", "--steps", "250"]
+
+    assert example("commonsense").main(command) == 0
+    [run] = json.loads(output.read_text(encoding="utf-8"))["runs"]
+    assert set(run["scores"].values()) == {100.0}

@@ -9,11 +9,18 @@ all tasks, and its generated answers are read. Every run is added to --output wh
 is not done again. README.md says where each setting comes from.
 """
 
+import logging
+import os
 import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+# They say on import which optional kernels they lack, and what of torch they still use.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+    logging.getLogger(library).setLevel(logging.ERROR)
 
 import commonsense_records as records
 import commonsense_scoring as scoring
@@ -101,6 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     args, rows = paper_options.parse(__doc__, "commonsense", tasks.TASKS, argv)
     console = Console(soft_wrap=True)
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
         results = Results(args.output)
         data = {protocol: load(args, protocol) for protocol in {row.protocol for row in rows}}

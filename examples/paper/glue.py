@@ -7,9 +7,16 @@ Every run (a row, a task, a learning rate, a seed) is added to --output when it 
 not done again. README.md says where each setting comes from.
 """
 
+import logging
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
+
+# They say on import which optional kernels they lack, and what of torch they still use.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+    logging.getLogger(library).setLevel(logging.ERROR)
 
 import glue_data as data
 import numpy as np
@@ -90,6 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     args, rows = paper_options.parse(__doc__, "glue", TASKS, argv)
     console = Console(soft_wrap=True)
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
         results = Results(args.output)
         splits = {task: data.load(args.data, task) for task in args.tasks}
