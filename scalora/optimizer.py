@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from scalora import peft_layers
+from scalora.calibration import StepCalibration
 from scalora.moments import moments_of
 from scalora.options import RebasingOptions
 from scalora.peft_layers import LoRAPair
@@ -19,7 +20,7 @@ from scalora.report import RebasingReport, rebasing_report
 from scalora.resuming import check_adapter, check_base, check_same_kind
 from scalora.selection import places_of_layers
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 
 class ScaLoRA(torch.optim.Optimizer):
@@ -83,6 +84,11 @@ class ScaLoRA(torch.optim.Optimizer):
         carry_tolerance: the energy (squared Frobenius norm) that may be cut from a carry over all
             compressions, relative to that of what the layer has learned.  Beyond it a warning is
             given, once.
+        calibration: for how many steps after the learning rate's peak the length of a step is
+            calibrated: whether the next batch's gradient asks for more of the step just taken, or
+            for less, decides whether all layers' steps grow or shrink.  The factor is then held, so
+            a schedule keeps its meaning and what was typed in as learning rate nearly loses its
+            own.  0: never.  ``"auto"``: 100 with ``rule="auto"``, else 0.
 
     Raises:
         TypeError: an optimizer whose state is not known, or an argument of the wrong type.
@@ -99,6 +105,7 @@ class ScaLoRA(torch.optim.Optimizer):
     _expected_base: dict[str, int] | None
     _expected_adapter: dict[str, int] | None
     _rebaser: Rebaser
+    _calibration: StepCalibration
 
     def __init__(
         self,
@@ -116,6 +123,7 @@ class ScaLoRA(torch.optim.Optimizer):
         carry_rank: int | str = "auto",
         when_full: str = "compress",
         carry_tolerance: float = RebasingOptions.carry_tolerance,
+        calibration: int | str = "auto",
     ) -> None:
         options = RebasingOptions(
             interval=interval,
@@ -129,6 +137,7 @@ class ScaLoRA(torch.optim.Optimizer):
             carry_rank=carry_rank,
             when_full=when_full,
             carry_tolerance=carry_tolerance,
+            calibration=calibration,
         )
         if isinstance(optimizer, ScaLoRA):
             raise TypeError("optimizer is a ScaLoRA already; pass the optimizer it wraps.")
@@ -160,6 +169,7 @@ class ScaLoRA(torch.optim.Optimizer):
                 "_expected_base": None,
                 "_expected_adapter": None,
                 "_rebaser": Rebaser(places, options, moments),
+                "_calibration": StepCalibration(options.calibration_steps),
             }
         )
 
@@ -196,6 +206,11 @@ class ScaLoRA(torch.optim.Optimizer):
         return self._rebaser.last_scaling
 
     @property
+    def step_factor(self) -> Tensor | None:
+        """What calibration has found: steps are that many times plain LoRA's; () or None."""
+        return self._calibration.factor
+
+    @property
     def rebased_pairs(self) -> list[LoRAPair]:
         """The layers that are re-based; the others stay plain LoRA."""
         return self._rebaser.pairs
@@ -211,7 +226,7 @@ class ScaLoRA(torch.optim.Optimizer):
 
     def kept_tensors(self) -> list[Tensor]:
         """Tensors that re-basing keeps between steps, besides the inner optimizer's state."""
-        return self._rebaser.kept_tensors()
+        return [*self._rebaser.kept_tensors(), *self._calibration.kept_tensors()]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Re-base if it is time to, then step the inner optimizer.
@@ -233,6 +248,8 @@ class ScaLoRA(torch.optim.Optimizer):
                 stacklevel=2,
             )
             return loss
+        factors = self._factors_to_calibrate()
+        self._calibration.observe(factors, self._learning_rate())
         if self._rebaser.pairs and (self._steps + 1) % self.options.interval == 0:
             if self.rebase_count == 0:
                 peft_layers.warn_when_saved_alone(self.model)
@@ -240,7 +257,8 @@ class ScaLoRA(torch.optim.Optimizer):
             self.rebase_count += 1
             self._rebaser.rebase(self.inner, self.rebase_count)
         self._steps += 1
-        self._step_inner(overflow)
+        with self._calibration.scaled(factors):
+            self._step_inner(overflow)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -276,6 +294,7 @@ class ScaLoRA(torch.optim.Optimizer):
         self.inner.load_state_dict({k: v for k, v in state_dict.items() if k != "scalora"})
         self._steps = self.rebase_count = 0
         self._rebaser.forget()
+        self._load_calibration(None)
         if own is not None:
             self.load_rebasing_state(own)
 
@@ -289,6 +308,7 @@ class ScaLoRA(torch.optim.Optimizer):
             "base": peft_layers.base_checksums([p for p in pairs if p.was_rebased]),
             "adapter": peft_layers.adapter_checksums([p for p in pairs if p.carry is not None]),
             "layers": self._rebaser.layer_states(),
+            "calibration": self._calibration.state(),
         }
 
     def load_rebasing_state(self, own: dict[str, Any]) -> None:
@@ -303,6 +323,7 @@ class ScaLoRA(torch.optim.Optimizer):
         self._expected_base = own["base"] or None
         self._expected_adapter = own["adapter"] or None
         self._rebaser.remember(own["layers"], rebased=own["base"])
+        self._load_calibration(own["calibration"])
         if self.rebase_count:
             peft_layers.warn_when_saved_alone(self.model)
 
@@ -327,6 +348,22 @@ class ScaLoRA(torch.optim.Optimizer):
             "ranks": {pair.name: pair.rank for pair in self._rebaser.pairs},
             "places": self._rebaser.places,
         }
+
+    def _factors_to_calibrate(self) -> list[Tensor]:
+        """All layers' factors, whose steps share one factor."""
+        if not self.options.calibration_steps:
+            return []
+        return [p for pair in self._rebaser.pairs for p in (pair.P_parameter, pair.Q_parameter)]
+
+    def _learning_rate(self) -> float | None:
+        """The highest of all groups; None where one is a tensor, which may be on a device."""
+        rates = [group["lr"] for group in self.param_groups]
+        return None if any(torch.is_tensor(rate) for rate in rates) else max(rates)
+
+    def _load_calibration(self, state: dict[str, Any] | None) -> None:
+        pairs = self._rebaser.pairs
+        if pairs:
+            self._calibration.load(state, pairs[0].P_parameter.device)
 
     def _check_weights(self) -> None:
         """Once after loading: the weights must be those that the state was saved with."""

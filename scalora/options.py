@@ -17,6 +17,8 @@ _HOLD_SIZE = ("direction", "none")
 # the calibration sees and then holds (docs/measurements.md, the default rule).
 _AUTO_FIRST_STEP_LENGTH = 2.0
 
+_AUTO_CALIBRATION = 100
+
 
 @dataclass(frozen=True)
 class RebasingOptions:
@@ -38,6 +40,7 @@ class RebasingOptions:
     carry_rank: int | str = "auto"
     when_full: str = "compress"
     carry_tolerance: float = 1e-4
+    calibration: int | str = "auto"
 
     def __post_init__(self) -> None:
         if isinstance(self.interval, bool) or not isinstance(self.interval, int):
@@ -56,6 +59,7 @@ class RebasingOptions:
             raise ValueError(f"bound={self.bound} must be finite and at least 1.")
         self._check_lipschitz()
         self._check_carry()
+        self._check_calibration()
 
     def _check_carry(self) -> None:
         rank = self.carry_rank
@@ -67,6 +71,13 @@ class RebasingOptions:
             raise ValueError(f"when_full={self.when_full!r} is not one of {list(WHEN_FULL)}.")
         if not 0 <= self.carry_tolerance < 1:
             raise ValueError(f"carry_tolerance={self.carry_tolerance} must be within [0, 1).")
+
+    def _check_calibration(self) -> None:
+        steps = self.calibration
+        if isinstance(steps, bool) or not isinstance(steps, (int, str)):
+            raise TypeError(f"calibration={steps!r} must be a number of steps or 'auto'.")
+        if steps != "auto" and (isinstance(steps, str) or steps < 0):
+            raise ValueError(f"calibration={steps!r} must be 'auto', 0 (never) or more steps.")
 
     def _check_lipschitz(self) -> None:
         if self.lipschitz is None:
@@ -86,6 +97,13 @@ class RebasingOptions:
     def first_step_length(self) -> float:
         """Length of a layer's first re-based step in units of plain LoRA's."""
         return _AUTO_FIRST_STEP_LENGTH if self.rule == "auto" else 1.0
+
+    @property
+    def calibration_steps(self) -> int:
+        """For how many steps the length of a step is calibrated; 0: never."""
+        if self.calibration == "auto":
+            return _AUTO_CALIBRATION if self.rule == "auto" else 0
+        return int(self.calibration)
 
     @property
     def resolved_rule(self) -> str:

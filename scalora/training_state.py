@@ -35,6 +35,10 @@ def save_training_state(optimizer: ScaLoRA, folder: str | PathLike[str]) -> Path
     for name, memory in state.pop("layers").items():
         memory |= {f"carry.{key}": value for key, value in (memory.pop("carry") or {}).items()}
         tensors |= {f"{key}:{name}": value for key, value in memory.items() if value is not None}
+    calibration = state["calibration"]
+    found = {key: value for key, value in calibration.items() if isinstance(value, Tensor)}
+    tensors |= {f"calibration:{key}": value for key, value in found.items()}
+    state["calibration"] = {key: None if key in found else calibration[key] for key in calibration}
     pairs = optimizer.rebased_pairs
     folded = _folded(state["places"], pairs)
     tensors |= {f"base:{pair.name}": pair.base_weight for pair in folded}
@@ -62,7 +66,11 @@ def load_training_state(optimizer: ScaLoRA, folder: str | PathLike[str]) -> None
     """
     file = TrainingStateFile.read(folder)
     pairs = optimizer.rebased_pairs
-    state = {**file.values, "layers": {pair.name: file.memory(pair.name) for pair in pairs}}
+    state = {
+        **file.values,
+        "layers": {pair.name: file.memory(pair.name) for pair in pairs},
+        "calibration": file.calibration(),
+    }
     optimizer.check_rebasing_state(state)
     file.check(pairs)
     file.put_weights(pairs)

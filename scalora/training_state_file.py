@@ -17,7 +17,7 @@ from scalora.files import read_tensors
 from scalora.peft_layers import LoRAPair
 
 STATE_FILE = "scalora.safetensors"
-_KEYS = ("version", "steps", "rebase_count", "places", "base", "adapter", "tensors")
+_KEYS = ("version", "steps", "rebase_count", "places", "base", "adapter", "tensors", "calibration")
 _CARRY = ("up", "down", "cut", "capacity")
 
 
@@ -76,6 +76,11 @@ class TrainingStateFile:
             "residual": self.tensors.get(f"residual:{layer}"),
             "carry": self.carry(layer),
         }
+
+    def calibration(self) -> dict[str, Any]:
+        """What the calibration of the step remembers."""
+        values = self.values["calibration"]
+        return {key: self.tensors.get(f"calibration:{key}", values[key]) for key in values}
 
     def check(self, pairs: Sequence[LoRAPair]) -> None:
         """Raise a ValueError if the file is damaged or was not saved with these layers' adapter.
