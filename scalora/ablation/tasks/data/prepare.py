@@ -1,6 +1,6 @@
 """Make movie_reviews.csv.gz from the file inside the vaderSentiment source distribution.
 
-    python examples/data/prepare.py PATH/TO/movieReviewSnippets_GroundTruth.txt
+    python scalora/ablation/tasks/data/prepare.py PATH/TO/movieReviewSnippets_GroundTruth.txt
 
 The source is tab separated: number, mean rating, sentence. The number is dropped,
 the rating (-4 to 4) and the sentence are kept as they stand. The archive carries no
@@ -44,7 +44,8 @@ def write_csv(rows: list[tuple[str, str]], path: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Write the archive beside this file and tell what is in it."""
+    parser = argparse.ArgumentParser(description="Make movie_reviews.csv.gz.")
     parser.add_argument("source", type=Path, help="movieReviewSnippets_GroundTruth.txt")
     rows = read_source(parser.parse_args().source)
     digest = write_csv(rows, OUTPUT)

@@ -1,12 +1,15 @@
-"""The sentences: read them, split them, cut them into batches."""
+"""Sentences with a class each: read them, split them, cut them into batches."""
 
-import csv
-import gzip
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+from scalora.ablation.tasks.rows import Row, read_rows
 
 SHIPPED = Path(__file__).parent / "data" / "movie_reviews.csv.gz"
 
@@ -28,23 +31,25 @@ class Sentences:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def select(self, indices: list[int]) -> "Sentences":
+    def select(self, indices: list[int]) -> Sentences:
         """Return the sentences at these positions."""
         texts = [self.texts[i] for i in indices]
         return Sentences(texts, [self.labels[i] for i in indices], self.classes)
 
 
 def load_sentences(source: str) -> Sentences:
-    """Read a CSV file (gzipped or not) or, if there is no such file, a data set of the hub.
+    """Read a file or a data set of the hub, as `read_rows` does.
 
     The columns are `text` (or `sentence`) and either `label`, one class a value, or
     `rating`: above zero is positive, below negative, and near zero is left out. A
     sentence that occurs twice is taken once, so that it cannot be on both sides of the
     split.
+
+    Raises:
+        ValueError: it cannot be read, lacks a column, or has fewer than two classes.
     """
-    rows = read_csv(Path(source)) if Path(source).is_file() else read_hub(source)
     labelled = {}
-    for row in rows:
+    for row in read_rows(source):
         label = read_label(row)
         if label is not None:
             labelled[read_text(row)] = label
@@ -54,30 +59,15 @@ def load_sentences(source: str) -> Sentences:
     return Sentences(list(labelled), [classes.index(c) for c in labelled.values()], classes)
 
 
-def read_csv(path: Path) -> list[dict]:
-    open_text = gzip.open if path.suffix == ".gz" else open
-    with open_text(path, "rt", encoding="utf-8", newline="") as lines:
-        return list(csv.DictReader(lines))
-
-
-def read_hub(name: str) -> list[dict]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ValueError(
-            f"--data {name}: no such file; for a data set of the hub, pip install datasets"
-        ) from error
-    return list(datasets.load_dataset(name, split="train"))
-
-
-def read_text(row: dict) -> str:
+def read_text(row: Row) -> str:
+    """Return the text of a row."""
     for column in ("text", "sentence"):
         if column in row:
-            return row[column]
+            return str(row[column])
     raise ValueError(f"no column `text` or `sentence` among {sorted(row)}")
 
 
-def read_label(row: dict) -> str | None:
+def read_label(row: Row) -> str | None:
     """Return the class of a row, or None if its rating is too near neutral to have one."""
     if "label" in row:
         return str(row["label"])
@@ -92,7 +82,7 @@ def read_label(row: dict) -> str | None:
 def split(sentences: Sentences, held_out: int, seed: int) -> tuple[Sentences, Sentences]:
     """Return the sentences to train on and those held out, drawn by the seed."""
     if not 0 < held_out < len(sentences):
-        raise ValueError(f"--held-out {held_out}: the data has {len(sentences)} sentences")
+        raise ValueError(f"{held_out} sentences to hold out of {len(sentences)}")
     order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(seed)).tolist()
     return sentences.select(order[held_out:]), sentences.select(order[:held_out])
 
@@ -111,10 +101,10 @@ def training_batches(
     batches that this gives are shuffled again.
     """
     if batch_size > len(sentences):
-        raise ValueError(f"--batch-size {batch_size}: only {len(sentences)} training sentences")
+        raise ValueError(f"batches of {batch_size}: only {len(sentences)} training sentences")
     encoded = encode(sentences, tokenizer, max_length)
     generator = torch.Generator().manual_seed(seed)
-    batches: list[list[dict]] = []
+    batches: list[list[dict[str, Any]]] = []
     while len(batches) < steps:
         order = torch.randperm(len(encoded), generator=generator).tolist()
         stretch = batch_size * SORTED_BATCHES
@@ -138,7 +128,10 @@ def held_out_batches(
     return [tokenizer.pad(batch, return_tensors="pt") for batch in cut]
 
 
-def encode(sentences: Sentences, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict]:
+def encode(
+    sentences: Sentences, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[dict[str, Any]]:
+    """Return the tokens and the class of every sentence, as a tokenizer pads them."""
     tokens = tokenizer(sentences.texts, truncation=True, max_length=max_length)["input_ids"]
     return [
         {"input_ids": ids, "labels": label}
