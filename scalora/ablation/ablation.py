@@ -39,7 +39,7 @@ def run_plans(
             records |= read_records(jobs, folder)
             left = [job for job in jobs if job not in records or not records[job].done]
             progress.skip(len(jobs) - len(left))
-            for record in _run(left, engine, folder, cache):
+            for record in _run(left, engine, folder, cache, progress):
                 records[record.job] = record
                 progress.advance(record)
     return records
@@ -52,9 +52,13 @@ def recorded(plans: Sequence[TaskPlan], output: Path) -> dict[Job, Record]:
     return records | read_records((job for plan in plans for job in plan.rest(records)), folder)
 
 
-def _run(jobs: Sequence[Job], engine: Engine, folder: Path, cache: Path) -> Iterator[Record]:
+def _run(
+    jobs: Sequence[Job], engine: Engine, folder: Path, cache: Path, progress: RunProgress
+) -> Iterator[Record]:
     """Prepare every task once, by one process alone, then run the jobs."""
     first_of_tasks = list({(job.task, job.options): job for job in jobs}.values())
+    for job in first_of_tasks:
+        progress.prepare(job.task_name)
     preparing = functools.partial(prepare_only, cache=cache)
     prepared = dict(engine.run(preparing, first_of_tasks))
     unprepared = {job.task: record for job, record in prepared.items() if not record.done}

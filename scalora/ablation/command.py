@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -73,7 +74,7 @@ def add_to(commands: Any) -> None:
     ):
         add(option, metavar="FILE_OR_ID", help=f"the {what}, for tasks that take one")
     add = parser.add_argument_group("how it is run").add_argument
-    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one here")
     add(
         "--jobs",
         type=_positive,
@@ -111,7 +112,20 @@ def add_to(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    # torch and the libraries take seconds to import: not for --help.
+    # Libraries have much to say while they are imported, and none of it is of the ablation.
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        return _plan_and_run(args)
+    except KeyboardInterrupt:
+        print("scalora ablate: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    finally:
+        logging.disable(before)
+
+
+def _plan_and_run(args: argparse.Namespace) -> int:
+    # What these import takes seconds: not for --help.
     from scalora.ablation.ablation import recorded, run_plans
     from scalora.ablation.plan import read_plan, write_plan
     from scalora.ablation.planning import engine_of, plans_of
@@ -119,23 +133,22 @@ def _run(args: argparse.Namespace) -> int:
 
     # A log has no width; a table in it is not to be cut to a terminal's.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else LOG_WIDTH)
+    cache = args.cache or default_cache()
     try:
         if args.report_only:
             plans = read_plan(args.output)
-            records = recorded(plans, args.output)
         else:
             plans = plans_of(args)
             engine = engine_of(args)
-            write_plan(plans, args.output)
-            cache = args.cache or default_cache()
             cache.mkdir(parents=True, exist_ok=True)
-            records = run_plans(plans, engine, args.output, cache, console)
+            write_plan(plans, args.output)
     except (OSError, ValueError) as error:
         print(f"scalora ablate: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("scalora ablate: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    if args.report_only:
+        records = recorded(plans, args.output)
+    else:
+        records = run_plans(plans, engine, args.output, cache, console)
     succeeded = report(plans, records, args.output, console)
     console.print(f"results in {args.output}", soft_wrap=True, markup=False)
     return 0 if succeeded else 1

@@ -37,9 +37,14 @@ class Job:
     source_code: str = ""
 
     @property
+    def task_name(self) -> str:
+        """The task's name, or the class of a user's own."""
+        return self.task.rpartition(":")[2]
+
+    @property
     def file_name(self) -> str:
         """Readable, and by its digest of every field unlike that of any other settings."""
-        readable = f"{self.task}_{self.method}_lr{self.learning_rate:g}_seed{self.seed}"
+        readable = f"{self.task_name}_{self.method}_lr{self.learning_rate:g}_seed{self.seed}"
         return f"{_plain(readable)[-100:]}_{digest(asdict(self))}.json"
 
 
@@ -61,7 +66,7 @@ def digest_of_source(task: str) -> str:
 
 def folder_of_task(job: Job) -> str:
     """Of what a task keeps between commands: its name, and a digest of what it was made with."""
-    name = _plain(Path(job.task).name)
+    name = _plain(job.task_name)
     made_with = [job.task, job.options, job.source_code]
     return f"{name}-{digest(made_with)}" if job.options or job.source_code else name
 

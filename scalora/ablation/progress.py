@@ -59,6 +59,12 @@ class RunProgress:
     ) -> None:
         self._bar.stop()
 
+    def prepare(self, task: str) -> None:
+        """A task is being made ready, which may take minutes where nothing is cached."""
+        self._bar.update(self._task, description=f"preparing {task}")
+        if not self._console.is_terminal:
+            self._print(f"preparing {task}")
+
     def skip(self, runs: int) -> None:
         """So many runs were done before."""
         self._total -= runs
@@ -92,7 +98,7 @@ def line(record: Record) -> str:
 
 def _name(record: Record) -> str:
     job = record.job
-    return f"{job.task} {job.method} lr={job.learning_rate:g} seed={job.seed}"
+    return f"{job.task_name} {job.method} lr={job.learning_rate:g} seed={job.seed}"
 
 
 def _outcome(record: Record) -> str:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from miub.report_files import write_whole
 from scalora.ablation.job import Job
+from scalora.ablation.pictures import draw_pictures
 from scalora.ablation.plan import TaskPlan
 from scalora.ablation.record import Record
 from scalora.ablation.rows import Row, rows_of
@@ -33,16 +34,24 @@ def report(
         for table in tables_of(plan, rows):
             if table.brief:
                 print_table(table, console)
+        _draw(plan, rows, output / plan.name, console)
     failed = [record for record in records.values() if record.status == "failed"]
     for text in failures(failed):
         console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
     return not failed
 
 
+def _draw(plan: TaskPlan, rows: list[Row], folder: Path, console: Console) -> None:
+    try:
+        draw_pictures(plan, rows, folder)
+    except ImportError:
+        console.print("No pictures: matplotlib is not installed (pip install scalora[plot]).")
+
+
 def failures(failed: Sequence[Record]) -> list[str]:
     """What each failed run raised, in a line."""
     return [
-        f"failed: {record.job.task} {record.job.method} lr={record.job.learning_rate:g} "
+        f"failed: {record.job.task_name} {record.job.method} lr={record.job.learning_rate:g} "
         f"seed={record.job.seed}: {(record.error or '').partition(chr(10))[0]}"
         for record in failed
     ]

@@ -45,7 +45,7 @@ class Row:
         effective_rank, stable_rank, energy_top_r, miub: means over the layers.
         miub_of_layers: layer -> over seeds.
         seconds_a_step, peak_bytes, trainable_parameters: as in the record.
-        curve: (step, validation loss), mean over seeds.
+        curve: (step, validation loss, its standard error) over seeds.
         spectrum: singular values over the largest, mean over layers and seeds.
     """
 
@@ -70,7 +70,7 @@ class Row:
     seconds_a_step: Statistic | None
     peak_bytes: Statistic | None
     trainable_parameters: Statistic | None
-    curve: list[tuple[int, float]]
+    curve: list[tuple[int, float, float | None]]
     spectrum: list[float]
 
 

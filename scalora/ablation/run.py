@@ -115,7 +115,7 @@ def run(job: Job, cache: Path) -> Record:
     trainable = trainable_parameters(training.model)
     # Methods draw unlike numbers in the making; dropout is to be the same for all.
     _seed_all(job.seed)
-    seen = train(task, training, job.seed, job.steps, device)
+    seen = train(task, training, job.seed, job.steps)
     measured = Record(
         job=job,
         status="diverged",

@@ -118,14 +118,19 @@ def steps_to(curve: Sequence[tuple[int, float]], target: float) -> float | None:
     return None
 
 
-def mean_curve(curves: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, float]]:
-    """The mean of curves with the same steps, as far as all of them go and are finite."""
+def mean_curve(
+    curves: Sequence[Sequence[tuple[int, float]]],
+) -> list[tuple[int, float, float | None]]:
+    """(step, mean, standard error) of curves with the same steps, as far as all go and are finite.
+
+    Where one diverged the mean ends: that of the others would look better for it.
+    """
     means = []
     for points in zip(*curves, strict=False):
-        loss = math.fsum(loss for _, loss in points) / len(points)
-        if not math.isfinite(loss):
+        found = statistic([loss for _, loss in points])
+        if found is None or found.diverged:
             break
-        means.append((points[0][0], loss))
+        means.append((points[0][0], found.mean, found.stderr))
     return means
 
 

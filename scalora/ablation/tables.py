@@ -138,8 +138,14 @@ def _rates(plan: TaskPlan, rows: Sequence[Row]) -> Table:
         )
         for row in rows
     ]
-    notes = (f"Over {_seeds(len(plan.search_seeds))}. *: the best by {plan.metric}.",)
-    return Table(f"{plan.name}: validation loss by learning rate", header, body, notes)
+    notes = [f"Over {_seeds(len(plan.search_seeds))}. *: the best by {plan.metric}."]
+    ends = [row.method for row in rows if _is_at_an_end(row)]
+    if ends:
+        notes.append(
+            "The best is at an end of its range, and a better one may be outside: "
+            f"{', '.join(ends)}."
+        )
+    return Table(f"{plan.name}: validation loss by learning rate", header, body, tuple(notes))
 
 
 def _layers(rows: Sequence[Row]) -> Table:
@@ -183,6 +189,11 @@ def _places(value: float, digits: int) -> int:
     if value == 0 or not math.isfinite(value):
         return digits - 1
     return min(6, max(0, digits - 1 - math.floor(math.log10(abs(value)))))
+
+
+def _is_at_an_end(row: Row) -> bool:
+    tried = list(row.by_rate)
+    return len(tried) > 1 and row.best in (tried[0], tried[-1])
 
 
 def _without_error(found: Statistic | None) -> Statistic | None:

@@ -6,6 +6,7 @@ import itertools
 import math
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -39,41 +40,67 @@ class Progress:
         return statistics.median(self.seconds) if self.seconds else None
 
 
-def train(task: Task, training: Training, seed: int, steps: int, device: torch.device) -> Progress:
+def train(task: Task, training: Training, seed: int, steps: int) -> Progress:
     """Train for so many steps, or until a loss is not finite at a point of the curve.
 
     The device is waited for at the curve's points and in the steps whose memory is measured, and
     nowhere else.
+
+    Raises:
+        Exception: what the task or the method raise, but for what they raise at numbers that are
+            not finite: that is divergence.
     """
     seen = Progress()
     batches = task.batches(seed, steps)
     _evaluate(task, training, 0, seen)
-    points = curve_points(steps)
-    for before, point in itertools.pairwise([0, *points]):
-        stretch = range(before + 1, point + 1)
+    for before, point in itertools.pairwise([0, *curve_points(steps)]):
         losses: list[Tensor] = []
-        begun = _now(device)
-        for number in stretch:
-            batch = next(batches)
-
-            def step(batch: object = batch, losses: list[Tensor] = losses) -> None:
-                losses.append(_step(task, training, batch))
-
-            if number in MEMORY_STEPS:
-                peak = peak_of(step, training.model, training.optimizer, device)
-                seen.peak_bytes = max(peak, seen.peak_bytes or 0)
-            else:
-                step()
-            if training.after_step is not None:
-                training.after_step(number)
-        if not set(stretch) & set(MEMORY_STEPS):
-            seen.seconds.append((_now(device) - begun) / len(stretch))
+        try:
+            _train_stretch(task, training, batches, range(before + 1, point + 1), losses, seen)
+        except Exception:
+            if not _has_diverged(training, losses):
+                raise
+            seen.diverged_at = point
+            break
         seen.training_losses.append((point, torch.stack(losses).mean().item()))
         _evaluate(task, training, point, seen)
         if not all(math.isfinite(x[-1][1]) for x in (seen.training_losses, seen.curve)):
             seen.diverged_at = point
             break
     return seen
+
+
+def _train_stretch(
+    task: Task,
+    training: Training,
+    batches: Iterator[object],
+    stretch: range,
+    losses: list[Tensor],
+    seen: Progress,
+) -> None:
+    """Train from one point of the curve to the next; the losses, (), stay on the device."""
+    device = next(training.model.parameters()).device
+    begun = _now(device)
+    for number in stretch:
+
+        def step() -> None:
+            losses.append(_step(task, training, next(batches)))
+
+        if number in MEMORY_STEPS:
+            peak = peak_of(step, training.model, training.optimizer, device)
+            seen.peak_bytes = max(peak, seen.peak_bytes or 0)
+        else:
+            step()
+        if training.after_step is not None:
+            training.after_step(number)
+    if not set(stretch) & set(MEMORY_STEPS):
+        seen.seconds.append((_now(device) - begun) / len(stretch))
+
+
+def _has_diverged(training: Training, losses: list[Tensor]) -> bool:
+    trained = [p for p in training.model.parameters() if p.requires_grad]
+    gradients = [p.grad for p in trained if p.grad is not None]
+    return not all(bool(x.isfinite().all()) for x in (*losses, *trained, *gradients))
 
 
 def curve_points(steps: int) -> list[int]:
