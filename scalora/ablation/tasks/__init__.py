@@ -16,8 +16,11 @@ from scalora.ablation.task import Task
 from scalora.ablation.tasks.domain_shift import DomainShift
 from scalora.ablation.tasks.regression import Regression
 from scalora.ablation.tasks.sentiment import Sentiment
+from scalora.ablation.tasks.text import Text
 
-EMBEDDED: dict[str, type[Task]] = {task.name: task for task in (DomainShift, Sentiment, Regression)}
+EMBEDDED: dict[str, type[Task]] = {
+    task.name: task for task in (DomainShift, Sentiment, Regression, Text)
+}
 
 
 def task_of(spec: str, **options: Any) -> Task:
