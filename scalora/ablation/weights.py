@@ -27,7 +27,7 @@ def effective_weights(model: nn.Module, layers: Iterable[str] | None = None) -> 
             without PEFT every linear layer, if not given.
 
     Returns:
-        Layer name -> weight (m, n), out times in, a copy.
+        Layer name -> weight (m, n), out times in, a copy, float32 at least.
 
     Raises:
         ValueError: a layer that the model does not have, or one that has no weight.
@@ -68,8 +68,7 @@ def _linear_layers(model: nn.Module) -> list[str]:
 
 
 def _matrix(layer: nn.Module) -> Tensor:
-    """The weight (m, n), a copy; some layers store its transpose."""
-    weight = layer.get_parameter("weight").detach()
-    if isinstance(layer, (Conv1D, nn.Embedding)):
-        return weight.T.clone()
-    return weight.flatten(1).clone()
+    """The weight (m, n), a copy in float32 at least; some layers store its transpose."""
+    stored = layer.get_parameter("weight").detach()
+    weight = stored.to(torch.promote_types(stored.dtype, torch.float32), copy=True)
+    return weight.T if isinstance(layer, (Conv1D, nn.Embedding)) else weight.flatten(1)

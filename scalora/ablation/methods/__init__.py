@@ -5,14 +5,25 @@ A method is a frozen dataclass of its options (:class:`Recipe`); a spec such as
 """
 
 from scalora.ablation.methods.full import Full, FullAdapted
+from scalora.ablation.methods.initialisations import LoRAGA, PiSSA
 from scalora.ablation.methods.lora import DoRA, LoRA
 from scalora.ablation.methods.method import Method, Setup, Training
+from scalora.ablation.methods.optimizers import LoRAFA, LoRAPlus, Riemannian
+from scalora.ablation.methods.other_adapters import GraLoRA, HiRA, MiSS, RandLoRA
 from scalora.ablation.methods.rebasing import Rebased
 from scalora.ablation.methods.recipe import Recipe
+from scalora.ablation.methods.reflora import RefLoRA
+from scalora.ablation.methods.relora import ReLoRA
 from scalora.ablation.methods.spec import canonical, parse
 
 RECIPES: dict[str, type[Recipe]] = {
-    recipe.name: recipe for recipe in (Full, FullAdapted, LoRA, DoRA, Rebased)
+    recipe.name: recipe
+    for recipe in (
+        *(Full, FullAdapted, LoRA, Rebased),
+        *(LoRAPlus, Riemannian, LoRAFA, RefLoRA),
+        *(DoRA, PiSSA, LoRAGA, ReLoRA),
+        *(HiRA, RandLoRA, MiSS, GraLoRA),
+    )
 }
 """Every method, by its name in a spec."""
 
@@ -32,12 +43,12 @@ def method_of(spec: str) -> Method:
 
 
 def _rebased(*rules: str) -> tuple[str, ...]:
-    """Rules x intervals x accumulators, each by its one name."""
+    """Rules x intervals x accumulators, each by its one name; of a float base, auto is dense."""
     return tuple(
         method_of(f"scalora:rule={rule}:interval={interval}:accumulator={accumulator}").name
         for rule in rules
         for interval in (1, 10, 30)
-        for accumulator in ("dense", "carry")
+        for accumulator in ("auto", "carry")
     )
 
 

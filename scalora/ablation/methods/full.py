@@ -10,7 +10,7 @@ from peft import LoraConfig
 from torch import nn
 
 from scalora import peft_layers
-from scalora.ablation.methods.lora import on_adapted_layers, put_adapter
+from scalora.ablation.methods.adapter import on_adapted_layers, put_adapter
 from scalora.ablation.methods.method import Setup, Training
 from scalora.ablation.methods.recipe import Recipe
 from scalora.ablation.methods.schedule import adamw, linear_schedule
@@ -51,7 +51,7 @@ class Full(Recipe):
         """Names of the parameters that are trained."""
         return {name for name, _ in setup.model.named_parameters()}
 
-    def start(self, setup: Setup) -> Training:
+    def training(self, setup: Setup) -> Training:
         """Make the model ready, in place, and return what trains it."""
         trained = self.trains(setup)
         for name, parameter in setup.model.named_parameters():

@@ -1,0 +1,67 @@
+"""What every adapter method does: put PEFT's adapter on the model and train it with AdamW."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from scalora.ablation.methods.method import Setup, Training
+from scalora.ablation.methods.recipe import Recipe
+from scalora.ablation.methods.schedule import adamw, linear_schedule
+from scalora.ablation.task import Task
+
+
+def on_adapted_layers(task: Task) -> dict[str, Any]:
+    """What every PEFT config says of the layers that it is for."""
+    targets = task.targets
+    return {
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "task_type": task.task_type,
+    }
+
+
+def put_adapter(model: nn.Module, config: Any, seed: int) -> PeftModel:
+    """Put an adapter on the model; the seed alone decides what is drawn for it."""
+    torch.manual_seed(seed)
+    return get_peft_model(model, config)
+
+
+@dataclass(frozen=True)
+class Adapter(Recipe):
+    """An adapter of PEFT's on the task's layers.
+
+    r: the rank, in place of the task's.
+    ranks: the rank in units of the task's.
+    """
+
+    r: int | None = None
+    ranks: int = 1
+
+    def __post_init__(self) -> None:
+        if self.r is not None and self.ranks != 1:
+            raise ValueError("r and ranks both say what the rank is; give one of them.")
+        if self.ranks < 1 or (self.r is not None and self.r < 1):
+            raise ValueError(f"the rank must be at least 1, not r={self.r}, ranks={self.ranks}.")
+
+    def rank(self, setup: Setup) -> int:
+        """The adapter's r."""
+        return self.ranks * setup.rank if self.r is None else self.r
+
+    @abstractmethod
+    def config(self, setup: Setup) -> Any:
+        """PEFT's config of the adapter."""
+
+    def optimizer(self, model: PeftModel, setup: Setup) -> torch.optim.Optimizer:
+        """What steps the adapter's parameters, and the head's."""
+        return adamw(model, setup)
+
+    def training(self, setup: Setup) -> Training:
+        """Make the model ready, in place, and return what trains it."""
+        model = put_adapter(setup.model, self.config(setup), setup.seed)
+        optimizer = self.optimizer(model, setup)
+        return Training(model, optimizer, linear_schedule(optimizer, setup))

@@ -1,0 +1,83 @@
+"""LoRA from another beginning: factors taken from the base weight or from its gradient."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from peft import LoraGAConfig
+from peft.tuners.lora.loraga import preprocess_loraga
+
+from scalora.ablation.methods.full import adapted_layers
+from scalora.ablation.methods.lora import LoRA
+from scalora.ablation.methods.method import Setup, Training
+
+
+@dataclass(frozen=True)
+class PiSSA(LoRA):
+    """PiSSA (arXiv 2404.02948), PEFT's: the adapter begins as the weight's principal part.
+
+    What the adapter begins with is taken out of the base weight.
+
+    niter: subspace iterations of a fast SVD; an exact SVD unless given.
+    """
+
+    name: ClassVar[str] = "pissa"
+
+    niter: int | None = None
+
+    def variant(self) -> dict[str, Any]:
+        """What this method's config says beside LoRA's."""
+        exact = self.niter is None
+        return {"init_lora_weights": "pissa" if exact else f"pissa_niter_{self.niter}"}
+
+
+@dataclass(frozen=True)
+class LoRAGA(LoRA):
+    """LoRA-GA (arXiv 2407.05000), PEFT's: the adapter begins along the gradient's singular vectors.
+
+    What the adapter begins with is taken out of the base weight.  The gradient is that of the run's
+    first training batches.  PEFT's scaling is not the paper's, where both factors are singular
+    vectors times one number: ``lora_B`` has the gradient's singular values in it as well, and
+    ``lora_A`` stays at unit rows.
+
+    batches: how many training batches the gradient is averaged over.
+    gamma: PEFT's ``stable_gamma``.
+    """
+
+    name: ClassVar[str] = "lora-ga"
+
+    batches: int = 8
+    gamma: int = 16
+
+    def variant(self) -> dict[str, Any]:
+        """What this method's config says beside LoRA's."""
+        own = LoraGAConfig(stable_gamma=self.gamma)
+        return {"init_lora_weights": "lora_ga", "lora_ga_config": own}
+
+    def training(self, setup: Setup) -> Training:
+        """Make the model ready, in place, and return what trains it."""
+        shapes = adapted_layers(setup.model, setup.task).shapes
+        self._check_rank(self.rank(setup), shapes)
+        config = self.config(setup)
+        config.target_modules = set(shapes)  # preprocess_loraga does not know "all-linear"
+
+        def backward() -> None:
+            for batch in setup.task.batches(setup.seed, self.batches):
+                setup.task.loss(setup.model, batch).backward()
+
+        with warnings.catch_warnings():
+            # Its hooks count calls, which is right for a layer whose inputs need no gradient too.
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            preprocess_loraga(setup.model, config, backward)
+        return super().training(setup)
+
+    @staticmethod
+    def _check_rank(r: int, shapes: dict[str, tuple[int, int]]) -> None:
+        for layer, shape in shapes.items():
+            if min(shape) < 2 * r:
+                raise ValueError(
+                    f"lora-ga takes 2 r = {2 * r} singular vectors, and layer {layer!r}, {shape}, "
+                    "does not have as many: choose a lower rank."
+                )
