@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from miub import MIUBMonitor
@@ -17,12 +15,6 @@ from scalora.spectrum import entropy_rank
 
 SPECTRUM_LENGTH = 256
 """The most singular values of the mean spectrum that are kept."""
-
-
-def adapted_layers(model: nn.Module, task: Task) -> list[str]:
-    """Return the names of the layers that get an adapter on this task."""
-    config = LoraConfig(r=1, target_modules=task.targets, task_type=task.task_type)
-    return list(get_peft_model(copy.deepcopy(model), config).targeted_module_names)
 
 
 @torch.no_grad()
@@ -87,11 +79,10 @@ def miub_of_layers(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            monitor = MIUBMonitor(model, every=1, reference=reference, seed=seed)
-        except ValueError:  # no LoRA layer, or none whose two paths can be told apart
+            with MIUBMonitor(model, every=1, reference=reference, seed=seed) as monitor:
+                for batch in task.probes():
+                    task.loss(model, batch)
+            report = monitor.report().averaged()
+        except ValueError:  # no LoRA layer, or none whose two paths can be told apart or sampled
             return None
-        with monitor:
-            for batch in task.probes():
-                task.loss(model, batch)
-        report = monitor.report().averaged()
     return {row.layer: row.value for row in report}

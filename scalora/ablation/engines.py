@@ -155,7 +155,6 @@ class Cluster(Engine):
             raise ValueError(
                 "--engine slurm needs submitit: pip install scalora[cluster]"
             ) from error
-        folder.mkdir(parents=True, exist_ok=True)
         try:
             self._executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
             self._executor.update_parameters(name="scalora-ablate", **parameters)

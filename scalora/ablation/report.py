@@ -29,23 +29,28 @@ def report(
     results = [(plan, rows_of(plan, records)) for plan in plans]
     output.mkdir(parents=True, exist_ok=True)
     write_whole(output / RESULTS_JSON, as_json(results, records))
-    write_whole(output / RESULTS_MARKDOWN, as_text(results, records).encode("utf-8"))
+    pictures: dict[str, list[str]] = {}
     for plan, rows in results:
         for table in tables_of(plan, rows):
             if table.brief:
                 print_table(table, console)
-        _draw(plan, rows, output / plan.name, console)
+        drawn = _draw(plan, rows, output / plan.name, console)
+        pictures[plan.name] = [path.relative_to(output).as_posix() for path in drawn]
+    text = as_text(results, records, pictures)
+    write_whole(output / RESULTS_MARKDOWN, text.encode("utf-8"))
     failed = [record for record in records.values() if record.status == "failed"]
     for text in failures(failed):
         console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
     return not failed
 
 
-def _draw(plan: TaskPlan, rows: list[Row], folder: Path, console: Console) -> None:
+def _draw(plan: TaskPlan, rows: list[Row], folder: Path, console: Console) -> list[Path]:
     try:
-        draw_pictures(plan, rows, folder)
+        return draw_pictures(plan, rows, folder)
     except ImportError:
-        console.print("No pictures: matplotlib is not installed (pip install scalora[plot]).")
+        text = "No pictures: matplotlib is not installed (pip install scalora[plot])."
+        console.print(text, markup=False)
+        return []
 
 
 def failures(failed: Sequence[Record]) -> list[str]:
@@ -70,12 +75,20 @@ def as_json(results: Sequence[tuple[TaskPlan, list[Row]]], records: Mapping[Job,
     return json.dumps(_finite({"tasks": content}), indent=1, allow_nan=False).encode("utf-8")
 
 
-def as_text(results: Sequence[tuple[TaskPlan, list[Row]]], records: Mapping[Job, Record]) -> str:
-    """Markdown: a section a task."""
+def as_text(
+    results: Sequence[tuple[TaskPlan, list[Row]]],
+    records: Mapping[Job, Record],
+    pictures: Mapping[str, Sequence[str]],
+) -> str:
+    """Markdown: a section a task.
+
+    pictures: name of a task -> their paths beside the file.
+    """
     parts = ["# Ablation"]
     for plan, rows in results:
         parts.append(f"## {plan.name}")
         parts += [as_markdown(table) for table in tables_of(plan, rows)]
+        parts += [f"![{Path(path).stem}]({path})" for path in pictures[plan.name]]
         own = [record for job, record in records.items() if job.task == plan.task]
         parts.append(_made_with(own))
     lines = failures([record for record in records.values() if record.status == "failed"])
@@ -85,15 +98,19 @@ def as_text(results: Sequence[tuple[TaskPlan, list[Row]]], records: Mapping[Job,
 
 
 def _made_with(records: Sequence[Record]) -> str:
-    machines = sorted(
+    """The machines and versions that runs are of, and a word where they are not all alike."""
+    found = sorted(
         {
-            f"{record.device_name}, {record.threads} threads; "
+            f"{record.device_name}, {record.threads} thread{'s'[: record.threads != 1]}; "
             + ", ".join(f"{name} {version}" for name, version in record.versions.items())
             for record in records
             if record.device_name
         }
     )
-    return "\n".join(machines)
+    if len(found) < 2:
+        return "\n".join(found)
+    mixed = "The runs are not all of one machine and one set of versions:"
+    return "\n".join([mixed, "", *(f"* {one}" for one in found)])
 
 
 def _row(row: Row) -> dict[str, Any]:

@@ -169,8 +169,10 @@ def _ended(records: Mapping[int, Record]) -> dict[int, Record]:
 
 def _scores(plan: TaskPlan, records: Mapping[int, Record], name: str) -> dict[int, float]:
     """Test scores by seed."""
-    lower = plan.lower_is_better if name == plan.metric else name != "accuracy"
-    scores = {seed: score_of(record, "test", name, lower) for seed, record in records.items()}
+    scores = {
+        seed: score_of(record, "test", name, plan.lower_is_better)
+        for seed, record in records.items()
+    }
     return {seed: score for seed, score in scores.items() if score is not None}
 
 

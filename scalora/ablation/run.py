@@ -19,7 +19,6 @@ from torch import Tensor
 
 import scalora
 from scalora.ablation.change import (
-    adapted_layers,
     mean_spectrum,
     miub_of_layers,
     spectra_of_change,
@@ -27,6 +26,7 @@ from scalora.ablation.change import (
 )
 from scalora.ablation.job import Job, folder_of_task
 from scalora.ablation.methods import method_of
+from scalora.ablation.methods.full import adapted_layers
 from scalora.ablation.methods.method import Setup, Training
 from scalora.ablation.record import Record, write_record
 from scalora.ablation.task import Task
@@ -146,7 +146,7 @@ def _with_scores(
         return dataclasses.replace(record, diverged_at=job.steps)
     # A layer for every method alike: full fine-tuning has no adapters to go by.
     pretrained = task.model(job.seed)
-    layers = adapted_layers(pretrained, task)
+    layers = adapted_layers(pretrained, task).shapes
     before = effective_weights(pretrained, layers)
     spectra = spectra_of_change(before, effective_weights(model, layers))
     return dataclasses.replace(
