@@ -62,5 +62,5 @@ benchmark-miub: $(STAMP) ## MIUB's estimators on known answers, and the monitor'
 	$(BIN)/python -m miub.benchmark
 
 clean: ## remove .venv, caches, builds and what the demo wrote
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output qlora-output
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output qlora-output ablation
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import scalora
 from scalora import export_command
+from scalora.ablation import command as ablate_command
 
 
 class _Parser(argparse.ArgumentParser):
@@ -23,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"scalora {scalora.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     export_command.add_to(commands)
+    ablate_command.add_to(commands)
     parsed = parser.parse_args(arguments)
     if not hasattr(parsed, "run"):
         parser.print_help()

@@ -1,0 +1,184 @@
+"""One run of an ablation: a pretrained model in, a record out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import platform
+import random
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import peft
+import torch
+import transformers
+from torch import Tensor
+
+import scalora
+from scalora.ablation.change import (
+    mean_spectrum,
+    miub_of_layers,
+    spectra_of_change,
+    summary_of,
+)
+from scalora.ablation.job import Job, folder_of_task
+from scalora.ablation.methods import method_of
+from scalora.ablation.methods.full import adapted_layers
+from scalora.ablation.methods.method import Setup, Training
+from scalora.ablation.record import Record, write_record
+from scalora.ablation.task import Task
+from scalora.ablation.tasks import task_of
+from scalora.ablation.training import train
+from scalora.ablation.weights import effective_weights, trainable_parameters
+
+WARM_UP = 0.05
+"""Share of the steps over which the learning rate rises; one step at least."""
+
+
+def warm_up_steps(steps: int) -> int:
+    """Steps over which the learning rate rises."""
+    return max(1, round(WARM_UP * steps))
+
+
+def prepare(job: Job, cache: Path) -> Task:
+    """Return the job's task, ready to give models and batches."""
+    task = task_of(job.task, **dict(job.options))
+    folder = cache / folder_of_task(job)
+    folder.mkdir(parents=True, exist_ok=True)
+    task.prepare(folder)
+    return task
+
+
+def prepare_only(job: Job, cache: Path) -> Record:
+    """Make what the job's task keeps; the record, written nowhere, says whether that failed."""
+    try:
+        prepare(job, cache)
+    except Exception as error:
+        return failure(job, error)
+    return Record(job, "ok")
+
+
+def run_and_record(job: Job, cache: Path, records: Path) -> Record:
+    """Run, and write what it came to into a folder; what it raises is recorded."""
+    begun = time.perf_counter()
+    try:
+        record = run(job, cache)
+    except Exception as error:
+        record = failure(job, error)
+    record = dataclasses.replace(record, wall_seconds=time.perf_counter() - begun)
+    write_record(record, records)
+    return record
+
+
+def failure(job: Job, error: BaseException) -> Record:
+    """The record of a run that raised."""
+    trace = "".join(traceback.format_exception(error))
+    return Record(job, "failed", error=f"{describe(error)}\n{trace}", versions=versions())
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def run(job: Job, cache: Path) -> Record:
+    """Train and measure.
+
+    Raises:
+        Exception: whatever the task, the method or the model raise.
+    """
+    device = torch.device(job.device)
+    task = prepare(job, cache)
+    # After preparing, which draws numbers where the cache is empty and none where it is not.
+    _seed_all(job.seed)
+    model = task.model(job.seed).to(device)
+    reference = {
+        name: weight.detach().to("cpu", copy=True) for name, weight in model.state_dict().items()
+    }
+    source_before = task.source_loss(model.eval())
+    _seed_all(job.seed)
+    training = method_of(job.method).start(
+        Setup(
+            task=task,
+            model=model.train(),
+            rank=job.rank,
+            learning_rate=job.learning_rate,
+            steps=job.steps,
+            warmup=warm_up_steps(job.steps),
+            seed=job.seed,
+        )
+    )
+    training.model.train()
+    trainable = trainable_parameters(training.model)
+    # Methods draw unlike numbers in the making; dropout is to be the same for all.
+    _seed_all(job.seed)
+    seen = train(task, training, job.seed, job.steps)
+    measured = Record(
+        job=job,
+        status="diverged",
+        diverged_at=seen.diverged_at,
+        curve=seen.curve,
+        training_losses=seen.training_losses,
+        source_before=source_before,
+        seconds_a_step=seen.seconds_a_step,
+        peak_bytes=seen.peak_bytes,
+        trainable_parameters=trainable,
+        threads=torch.get_num_threads(),
+        device_name=_name_of(device),
+        versions=versions(),
+    )
+    if seen.diverged_at is not None:
+        return measured
+    return _with_scores(measured, task, training, reference)
+
+
+def _with_scores(
+    record: Record, task: Task, training: Training, reference: Mapping[str, Tensor]
+) -> Record:
+    model = training.model.eval()
+    job = record.job
+    validation = task.score(model, "validation")
+    test = task.score(model, "test")
+    if not all(map(math.isfinite, (*validation.values(), *test.values()))):
+        return dataclasses.replace(record, diverged_at=job.steps)
+    # A layer for every method alike: full fine-tuning has no adapters to go by.
+    pretrained = task.model(job.seed)
+    layers = adapted_layers(pretrained, task).shapes
+    before = effective_weights(pretrained, layers)
+    spectra = spectra_of_change(before, effective_weights(model, layers))
+    return dataclasses.replace(
+        record,
+        status="ok",
+        validation=validation,
+        test=test,
+        source_after=task.source_loss(model),
+        spectra={name: summary_of(spectrum, job.rank) for name, spectrum in spectra.items()},
+        spectrum=mean_spectrum(spectra),
+        miub=miub_of_layers(model, task, reference, job.seed),
+    )
+
+
+def versions() -> dict[str, str]:
+    """What a result may depend on beside its job."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "scalora": scalora.__version__,
+    }
+
+
+def _name_of(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU"
+
+
+def _seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
