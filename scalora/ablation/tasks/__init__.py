@@ -13,13 +13,14 @@ from types import ModuleType
 from typing import Any
 
 from scalora.ablation.task import Task
+from scalora.ablation.tasks.arithmetic import Arithmetic
 from scalora.ablation.tasks.domain_shift import DomainShift
 from scalora.ablation.tasks.regression import Regression
 from scalora.ablation.tasks.sentiment import Sentiment
 from scalora.ablation.tasks.text import Text
 
 EMBEDDED: dict[str, type[Task]] = {
-    task.name: task for task in (DomainShift, Sentiment, Regression, Text)
+    task.name: task for task in (DomainShift, Sentiment, Arithmetic, Regression, Text)
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from scalora.ablation.tasks.evaluation import evaluating
 from scalora.files import read_tensors, write_tensors
 
+Pair = tuple[Tensor, Tensor]
+"""Bytes and labels, (batch, length) each."""
+
 _RISE = 50
 """Pretraining steps until the learning rate is at its highest; it falls to zero from there."""
 
@@ -23,7 +27,7 @@ _RISE = 50
 class ByteLlama:
     """The sizes of a Llama with a token for every byte; 4 layers of width 128 unless said.
 
-    context: the most bytes that it reads at once.
+    context: the most bytes that it reads at once; spread: standard deviation of the new weights.
     """
 
     width: int = 128
@@ -31,6 +35,7 @@ class ByteLlama:
     layers: int = 4
     heads: int = 4
     context: int = 128
+    spread: float = 0.02
 
     def build(self, seed: int = 0) -> LlamaForCausalLM:
         """Return a model with new weights, float32 on the CPU; torch's own generator is kept."""
@@ -41,6 +46,7 @@ class ByteLlama:
             num_hidden_layers=self.layers,
             num_attention_heads=self.heads,
             max_position_embeddings=self.context,
+            initializer_range=self.spread,
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -80,7 +86,7 @@ def mean_loss(model: nn.Module, batches: list[Tensor]) -> float:
 
 
 def pretrained_weights(
-    cache: Path, shape: ByteLlama, batches: list[Tensor], learning_rate: float
+    cache: Path, shape: ByteLlama, batches: Sequence[Tensor | Pair], learning_rate: float
 ) -> dict[str, Tensor]:
     """The weights after a pass over the batches: from the folder, or made now and kept there.
 
@@ -88,12 +94,14 @@ def pretrained_weights(
     It is written beside its place and moved there: processes that race do the work twice and leave
     one whole file.
 
-    cache: a folder, made if it is not there; batches: (batch, length) each.
+    cache: a folder, made if it is not there; batches: (batch, length) bytes each, or bytes and
+    their labels.
     """
     told = json.dumps([asdict(shape), learning_rate, _RISE, len(batches)], sort_keys=True)
     digest = hashlib.sha256(told.encode())
     for batch in batches:
-        digest.update(batch.to(torch.uint8).numpy().tobytes())
+        for part in _parts(batch):
+            digest.update(part.numpy().tobytes())
     file = cache / f"pretrained-{digest.hexdigest()[:16]}.safetensors"
     if not file.is_file():
         weights = _pretrain(shape, batches, learning_rate)
@@ -105,7 +113,13 @@ def pretrained_weights(
     return read_tensors(file)[0]
 
 
-def _pretrain(shape: ByteLlama, batches: list[Tensor], learning_rate: float) -> dict[str, Tensor]:
+def _parts(batch: Tensor | Pair) -> tuple[Tensor, ...]:
+    return (batch,) if isinstance(batch, Tensor) else batch
+
+
+def _pretrain(
+    shape: ByteLlama, batches: Sequence[Tensor | Pair], learning_rate: float
+) -> dict[str, Tensor]:
     model = shape.build()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -113,7 +127,7 @@ def _pretrain(shape: ByteLlama, batches: list[Tensor], learning_rate: float) -> 
     )
     for batch in batches:
         optimizer.zero_grad()
-        language_loss(model, batch).backward()
+        language_loss(model, *_parts(batch)).backward()
         optimizer.step()
         schedule.step()
     return dict(model.state_dict())
