@@ -21,8 +21,6 @@ _COLOURS = ("#4477aa", "#ee6677", "#228833", "#aa3377", "#ccbb44", "#66ccee", "#
 _LINES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*")
 _WIDE = 8.0  # a ratio of losses beyond which an axis is logarithmic
-
-
 _CROSSES = 8  # lines of crosses above a picture
 
 
@@ -82,6 +80,8 @@ def learning_curves(axes: Axes, plan: TaskPlan, rows: Sequence[Row]) -> bool:
 def learning_rates(axes: Axes, plan: TaskPlan, rows: Sequence[Row]) -> bool:
     """Draw validation loss against learning rate; a cross on top for what diverged."""
     axes.set_xscale("log")
+    rates = {rate for row in rows for rate in row.by_rate}
+    axes.set_xlim(min(rates) / 1.5, max(rates) * 1.5)
     crossed = 0
     for i, row in enumerate(rows):
         look = _look(i)
@@ -109,8 +109,6 @@ def learning_rates(axes: Axes, plan: TaskPlan, rows: Sequence[Row]) -> bool:
     if not known:
         return False
     _loss_scale(axes, [found.mean for found in known if not found.diverged])
-    rates = {rate for row in rows for rate in row.by_rate}
-    axes.set_xlim(min(rates) / 1.5, max(rates) * 1.5)
     axes.set_xlabel("learning rate")
     axes.set_ylabel("validation loss")
     crosses = "; ×: diverged" if crossed else ""
