@@ -21,6 +21,7 @@ _COLOURS = ("#4477aa", "#ee6677", "#228833", "#aa3377", "#ccbb44", "#66ccee", "#
 _LINES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*")
 _WIDE = 8.0  # a ratio of losses beyond which an axis is logarithmic
+_CROSSES = 8  # lines of crosses above a picture
 
 
 class _Look(NamedTuple):
@@ -79,6 +80,9 @@ def learning_curves(axes: Axes, plan: TaskPlan, rows: Sequence[Row]) -> bool:
 def learning_rates(axes: Axes, plan: TaskPlan, rows: Sequence[Row]) -> bool:
     """Draw validation loss against learning rate; a cross on top for what diverged."""
     axes.set_xscale("log")
+    rates = {rate for row in rows for rate in row.by_rate}
+    axes.set_xlim(min(rates) / 1.5, max(rates) * 1.5)
+    crossed = 0
     for i, row in enumerate(rows):
         look = _look(i)
         points = {rate: found for rate, found in row.by_rate.items() if found is not None}
@@ -91,8 +95,8 @@ def learning_rates(axes: Axes, plan: TaskPlan, rows: Sequence[Row]) -> bool:
         if lost:
             axes.plot(
                 lost,
-                # Those of several methods side by side, not on top of each other.
-                [1.0 + 0.025 * (1 + i % 4)] * len(lost),
+                # A line a method above the axes, as they diverge at the same rates.
+                [1.02 + 0.03 * (crossed % _CROSSES)] * len(lost),
                 "x",
                 color=look.color,
                 markersize=7,
@@ -100,16 +104,16 @@ def learning_rates(axes: Axes, plan: TaskPlan, rows: Sequence[Row]) -> bool:
                 transform=axes.get_xaxis_transform(),
                 clip_on=False,
             )
+            crossed += 1
     known = [found for row in rows for found in row.by_rate.values() if found is not None]
     if not known:
         return False
     _loss_scale(axes, [found.mean for found in known if not found.diverged])
-    rates = {rate for row in rows for rate in row.by_rate}
-    axes.set_xlim(min(rates) / 1.5, max(rates) * 1.5)
     axes.set_xlabel("learning rate")
     axes.set_ylabel("validation loss")
-    crosses = "; ×: diverged" if any(found.diverged for found in known) else ""
-    axes.set_title(f"{plan.name}: learning rates (large: chosen{crosses})", pad=20)
+    crosses = "; ×: diverged" if crossed else ""
+    title = f"{plan.name}: learning rates (large: chosen{crosses})"
+    axes.set_title(title, pad=8 + 8 * min(crossed, _CROSSES))
     return True
 
 

@@ -65,7 +65,7 @@ def _learning(plan: TaskPlan, rows: Sequence[Row]) -> Table:
         header += (f"{plan.metric} − LoRA's", "steps to LoRA's", "worst rate")
     body = []
     for row in rows:
-        cells = [_label(row), _rate(row.best), *(shown(row.test.get(name)) for name in scores)]
+        cells = [row.method, _rate(row.best), *(shown(row.test.get(name)) for name in scores)]
         if compared:
             cells += [
                 NONE if row.method == BASELINE else shown(row.difference, signed=True),
@@ -95,7 +95,7 @@ def _change(plan: TaskPlan, rows: Sequence[Row]) -> Table:
     )
     body = [
         (
-            _label(row),
+            row.method,
             shown(row.forgetting, signed=True),
             shown(row.effective_rank, digits=3),
             shown(row.stable_rank, digits=3),
@@ -115,7 +115,7 @@ def _cost(rows: Sequence[Row]) -> Table:
     header = ("method", "ms a step", "peak MiB", "trainable parameters")
     body = [
         (
-            _label(row),
+            row.method,
             shown(row.seconds_a_step, scale=1e3, digits=3),
             shown(_without_error(row.peak_bytes), scale=2.0**-20),
             f"{row.trainable_parameters.mean:,.0f}" if row.trainable_parameters else NONE,
@@ -130,7 +130,7 @@ def _rates(plan: TaskPlan, rows: Sequence[Row]) -> Table:
     header = ("method", *(f"{rate:g}" for rate in plan.learning_rates))
     body = [
         (
-            _label(row) if row.rate == 1 else f"{_label(row)} (rates × {row.rate:g})",
+            row.method if row.rate == 1 else f"{row.method} (rates × {row.rate:g})",
             *(
                 f"{shown(found)}{' *' if rate == row.best else ''}"
                 for rate, found in row.by_rate.items()
@@ -155,7 +155,7 @@ def _layers(rows: Sequence[Row]) -> Table:
         (layer, *(shown(row.miub_of_layers.get(layer), digits=3) for row in measured))
         for layer in layers
     ]
-    header = ("layer", *(_label(row) for row in measured))
+    header = ("layer", *(row.method for row in measured))
     return Table("MIUB by layer (nats)", header, body, brief=False)
 
 
@@ -171,17 +171,19 @@ def shown(
     if found is None:
         return NONE
     if found.diverged:
-        return f"diverged ({found.diverged} of {found.n})"
+        all_of_them = found.diverged == found.n
+        return "diverged" if all_of_them else f"diverged ({found.diverged} of {found.n})"
     sign = "+" if signed else ""
     if percent:
         text = f"{found.mean:{sign}.1%}"
         return text if found.stderr is None else f"{text} ± {100 * found.stderr:.1f}"
     value = scale * found.mean
-    places = _places(
-        value if found.stderr is None else max(abs(value), scale * found.stderr), digits
-    )
-    text = f"{value:{sign},.{places}f}"
-    return text if found.stderr is None else f"{text} ± {scale * found.stderr:,.{places}f}"
+    places = _places(value, digits)
+    if found.stderr is None:
+        return f"{value:{sign},.{places}f}"
+    if found.stderr > 0:  # two digits of the error, as more of the mean say nothing
+        places = min(places + 1, _places(scale * found.stderr, 2))
+    return f"{value:{sign},.{places}f} ± {scale * found.stderr:,.{places}f}"
 
 
 def _places(value: float, digits: int) -> int:
@@ -199,10 +201,6 @@ def _is_at_an_end(row: Row) -> bool:
 def _without_error(found: Statistic | None) -> Statistic | None:
     """Of what all seeds agree on but for a page or two."""
     return None if found is None else dataclasses.replace(found, stderr=None)
-
-
-def _label(row: Row) -> str:
-    return row.method
 
 
 def _rate(rate: float | None) -> str:
