@@ -9,7 +9,7 @@ JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-all test-gpu check demo demo-short qlora qlora-short scaling benchmark benchmark-miub clean
+.PHONY: help install test test-all test-gpu check demo demo-short qlora qlora-short scaling ablation ablation-short ablation-smoke benchmark benchmark-miub clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,6 +55,22 @@ qlora-short: $(STAMP) ## the same, a few steps, for a CPU
 scaling: $(STAMP) ## MIUB against rank, model size and complexity of the data
 	$(BIN)/python examples/miub_scaling.py
 
+# What docs/ablations.md shows: hours on two cores. The cache keeps what is pretrained.
+ABLATE := OMP_WAIT_POLICY=PASSIVE $(BIN)/scalora ablate --jobs $(JOBS)
+EMBEDDED := domain-shift,sentiment,arithmetic,regression
+COMPARED := lora,full-adapted,scalora
+
+ablation: $(STAMP) ## methods side by side on every embedded task, in full
+	$(ABLATE) --task $(EMBEDDED) --methods $(COMPARED) --seeds 3 --search-seeds 1
+
+ablation-short: $(STAMP) ## the same in a quarter of an hour
+	$(ABLATE) --task $(EMBEDDED) --methods $(COMPARED) --seeds 1 --short \
+		--output ablation-short
+
+ablation-smoke: $(STAMP) ## that it runs
+	$(ABLATE) --task domain-shift,sentiment,regression --methods $(COMPARED) --smoke \
+		--output ablation-smoke
+
 benchmark: $(STAMP) ## step time and memory against the inner optimizer alone
 	$(BIN)/python -m scalora.benchmark
 
@@ -62,5 +78,5 @@ benchmark-miub: $(STAMP) ## MIUB's estimators on known answers, and the monitor'
 	$(BIN)/python -m miub.benchmark
 
 clean: ## remove .venv, caches, builds and what the demo wrote
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output qlora-output ablation
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output qlora-output ablation ablation-short ablation-smoke
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
