@@ -37,7 +37,7 @@ class RebasingOptions:
     when_full: str = "compress"
     carry_tolerance: float = 1e-4
     calibration: int | str = "auto"
-    lifetime: int = 300
+    lifetime: int = 200
 
     def __post_init__(self) -> None:
         if isinstance(self.interval, bool) or not isinstance(self.interval, int):
