@@ -241,7 +241,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--learning-rate", type=float, default=1e-3, help="default: %(default)s")
     add("--rank", type=positive, default=8, help="r of LoRA (default: %(default)s)")
     add("--interval", type=positive, default=1, help="re-base every that many steps (%(default)s)")
-    add("--rule", default="auto", help="rule of the scaling (default: %(default)s)")
+    add("--rule", default="exact", help="rule of scalora.ScaLoRA (default: %(default)s)")
     add("--seed", type=int, default=0, help="default: %(default)s")
     args = parser.parse_args(argv)
     args.model = args.model or installed_model()

@@ -46,6 +46,11 @@ class StepCalibration:
         """What steps are scaled by, (); ``None`` before the first."""
         return self._factor
 
+    @property
+    def peak(self) -> float:
+        """The highest learning rate so far."""
+        return self._peak
+
     def kept_tensors(self) -> list[Tensor]:
         """What is kept between steps."""
         kept = (self._factor, self._mean, self._mean_square, self._last)

@@ -16,6 +16,7 @@ from scalora.moments import moments_of
 from scalora.options import RebasingOptions
 from scalora.peft_layers import LoRAPair
 from scalora.rebasing import Rebaser
+from scalora.renewal import LATEST
 from scalora.report import RebasingReport, rebasing_report
 from scalora.resuming import check_adapter, check_base, check_same_kind
 from scalora.selection import places_of_layers
@@ -101,6 +102,7 @@ class ScaLoRA(torch.optim.Optimizer):
     options: RebasingOptions
     rebase_count: int
     _steps: int
+    _asked: int
     _skipped: Tensor | None
     _expected_base: dict[str, int] | None
     _expected_adapter: dict[str, int] | None
@@ -124,6 +126,7 @@ class ScaLoRA(torch.optim.Optimizer):
         when_full: str = "compress",
         carry_tolerance: float = RebasingOptions.carry_tolerance,
         calibration: int | str = "auto",
+        lifetime: int = RebasingOptions.lifetime,
     ) -> None:
         options = RebasingOptions(
             interval=interval,
@@ -138,6 +141,7 @@ class ScaLoRA(torch.optim.Optimizer):
             when_full=when_full,
             carry_tolerance=carry_tolerance,
             calibration=calibration,
+            lifetime=lifetime,
         )
         if isinstance(optimizer, ScaLoRA):
             raise TypeError("optimizer is a ScaLoRA already; pass the optimizer it wraps.")
@@ -165,6 +169,7 @@ class ScaLoRA(torch.optim.Optimizer):
                 "options": options,
                 "rebase_count": 0,
                 "_steps": 0,
+                "_asked": 0,
                 "_skipped": None,
                 "_expected_base": None,
                 "_expected_adapter": None,
@@ -250,7 +255,9 @@ class ScaLoRA(torch.optim.Optimizer):
             return loss
         factors = self._factors_to_calibrate()
         self._calibration.observe(factors, self._learning_rate())
-        if self._rebaser.pairs and (self._steps + 1) % self.options.interval == 0:
+        due = bool(self._rebaser.pairs) and (self._steps + 1) % self.options.interval == 0
+        renews = self.options.resolved_rule == "renew"
+        if due and not renews:
             if self.rebase_count == 0:
                 peft_layers.warn_when_saved_alone(self.model)
             # Counted first: a step that is tried again after a failure draws other noise.
@@ -259,6 +266,8 @@ class ScaLoRA(torch.optim.Optimizer):
         self._steps += 1
         with self._calibration.scaled(factors):
             self._step_inner(overflow)
+        if due and renews:
+            self._renew()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -292,7 +301,7 @@ class ScaLoRA(torch.optim.Optimizer):
         if own is not None:
             self.check_rebasing_state(own)
         self.inner.load_state_dict({k: v for k, v in state_dict.items() if k != "scalora"})
-        self._steps = self.rebase_count = 0
+        self._steps = self._asked = self.rebase_count = 0
         self._rebaser.forget()
         self._load_calibration(None)
         if own is not None:
@@ -304,6 +313,7 @@ class ScaLoRA(torch.optim.Optimizer):
         return {
             **self._kind_of_run(),
             "steps": self._steps,
+            "asked": self._asked,
             "rebase_count": self.rebase_count,
             "base": peft_layers.base_checksums([p for p in pairs if p.was_rebased]),
             "adapter": peft_layers.adapter_checksums([p for p in pairs if p.carry is not None]),
@@ -320,6 +330,7 @@ class ScaLoRA(torch.optim.Optimizer):
         """
         self.check_rebasing_state(own)
         self._steps, self.rebase_count = own["steps"], own["rebase_count"]
+        self._asked = own["asked"]
         self._expected_base = own["base"] or None
         self._expected_adapter = own["adapter"] or None
         self._rebaser.remember(own["layers"], rebased=own["base"])
@@ -343,11 +354,23 @@ class ScaLoRA(torch.optim.Optimizer):
         return {
             "version": STATE_VERSION,
             "rule": self.options.rule,
+            "lifetime": self.options.lifetime,
             "rounding": self.options.rounding,
             "seed": self.options.seed,
             "ranks": {pair.name: pair.rank for pair in self._rebaser.pairs},
             "places": self._rebaser.places,
         }
+
+    def _renew(self) -> None:
+        """After a step: let the columns whose time is over begin anew, if they can still learn."""
+        before, self._asked = self._asked, self._steps
+        rate = self._learning_rate()
+        if rate is not None and rate < LATEST * self._calibration.peak:
+            return
+        if self._rebaser.renew(self.inner, before, self._steps, self.rebase_count + 1):
+            if self.rebase_count == 0:
+                peft_layers.warn_when_saved_alone(self.model)
+            self.rebase_count += 1
 
     def _factors_to_calibrate(self) -> list[Tensor]:
         """All layers' factors, whose steps share one factor."""

@@ -8,14 +8,10 @@ from dataclasses import dataclass
 from scalora.fold import ROUNDINGS
 from scalora.scaling import DEFAULT_BOUND
 
-RULES = ("auto", "paper", "exact", "direction", "scalar", "none")
+RULES = ("auto", "renew", "paper", "exact", "direction", "scalar", "none")
 ACCUMULATORS = ("auto", "dense", "carry")
 WHEN_FULL = ("compress", "hold", "fold")
-_HOLD_SIZE = ("direction", "none")
-
-# While lora_B grows out of zero, plain LoRA's own step becomes longer than its first ones, which
-# the calibration sees and then holds (docs/measurements.md, the default rule).
-_AUTO_FIRST_STEP_LENGTH = 2.0
+_WITHOUT_LIPSCHITZ = ("auto", "renew", "direction", "none")
 
 _AUTO_CALIBRATION = 100
 
@@ -41,6 +37,7 @@ class RebasingOptions:
     when_full: str = "compress"
     carry_tolerance: float = 1e-4
     calibration: int | str = "auto"
+    lifetime: int = 200
 
     def __post_init__(self) -> None:
         if isinstance(self.interval, bool) or not isinstance(self.interval, int):
@@ -60,6 +57,10 @@ class RebasingOptions:
         self._check_lipschitz()
         self._check_carry()
         self._check_calibration()
+        if isinstance(self.lifetime, bool) or not isinstance(self.lifetime, int):
+            raise TypeError(f"lifetime={self.lifetime!r} must be a number of steps.")
+        if self.lifetime < 1:
+            raise ValueError(f"lifetime={self.lifetime} must be 1 step or more.")
 
     def _check_carry(self) -> None:
         rank = self.carry_rank
@@ -82,7 +83,7 @@ class RebasingOptions:
     def _check_lipschitz(self) -> None:
         if self.lipschitz is None:
             return
-        if self.rule in _HOLD_SIZE:
+        if self.rule in _WITHOUT_LIPSCHITZ:
             raise ValueError(
                 f"rule={self.rule!r} takes no lipschitz; leave it out, or use rule='exact'."
             )
@@ -94,11 +95,6 @@ class RebasingOptions:
             raise ValueError(f"lipschitz={self.lipschitz!r} must be 'auto' or a positive number.")
 
     @property
-    def first_step_length(self) -> float:
-        """Length of a layer's first re-based step in units of plain LoRA's."""
-        return _AUTO_FIRST_STEP_LENGTH if self.rule == "auto" else 1.0
-
-    @property
     def calibration_steps(self) -> int:
         """For how many steps the length of a step is calibrated; 0: never."""
         if self.calibration == "auto":
@@ -108,4 +104,4 @@ class RebasingOptions:
     @property
     def resolved_rule(self) -> str:
         """The rule behind ``"auto"``."""
-        return "exact" if self.rule == "auto" else self.rule
+        return "renew" if self.rule == "auto" else self.rule

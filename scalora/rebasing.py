@@ -16,6 +16,7 @@ from scalora.accumulators import (
     increment,
 )
 from scalora.carry import Carry
+from scalora.fold import noise_seed
 from scalora.inner_states import moved_states, stacked_states
 from scalora.layer_batches import (
     LayerBatch,
@@ -28,6 +29,7 @@ from scalora.layer_batches import (
 from scalora.moments import Moments, transfer
 from scalora.options import RebasingOptions
 from scalora.peft_layers import LoRAPair
+from scalora.renewal import due_columns, renewed
 from scalora.scaling import rules
 from scalora.scaling.quadratic import QuadraticModel, quadratic_model
 
@@ -147,6 +149,32 @@ class Rebaser:
                 self.memory[pair.name].product = product
             self._last.append(([pair.name for pair in batch.pairs], alpha, beta))
 
+    @torch.no_grad()
+    def renew(self, optimizer: torch.optim.Optimizer, before: int, now: int, count: int) -> bool:
+        """Freeze the columns whose time is over, and begin new ones; whether there were any.
+
+        Args:
+            optimizer: the inner optimizer, which has just stepped.
+            before: the number of steps done when this was called last.
+            now: the number of steps done.
+            count: as for `rebase`.
+        """
+        due = {
+            rank: due_columns(rank, self.options.lifetime, before, now)
+            for rank in {pair.rank for pair in self.pairs}
+        }
+        pairs = [p for p in self.pairs if due[p.rank] and self._accumulator(p).takes(p)]
+        batches = batches_with_gradients(pairs, optimizer, self._key) if pairs else []
+        for batch in batches:
+            accumulator = self._accumulator(batch.pairs[0])
+            accumulator.make_room(batch.pairs, count)
+            indices = [self.memory[pair.name].index for pair in batch.pairs]
+            seeds = [noise_seed(self.options.seed, count, index, 1) for index in indices]
+            columns = due[batch.pairs[0].rank]
+            left, right, writes = renewed(batch, optimizer, self.moments, columns, seeds)
+            accumulator.commit(batch.pairs, left, right, writes, count)
+        return bool(batches)
+
     def _accumulator(self, pair: LoRAPair) -> Accumulator:
         return self._accumulators[self.places[pair.name]]
 
@@ -231,8 +259,7 @@ class Rebaser:
         step, step_degree = model, 1
         if self.moments.direction is not None:
             step, step_degree = self._step_model(batch, optimizer), self.moments.direction_degree
-        length = self.options.first_step_length
-        now = rules.matching_lipschitz(x, plain, 1, step, step_degree, length)
+        now = rules.matching_lipschitz(x, plain, 1, step, step_degree)
         return torch.where(held.isnan(), now, held)
 
     def _apply(

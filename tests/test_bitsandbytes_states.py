@@ -356,7 +356,7 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 def wrapped(name: str, model: nn.Module, **options: Any) -> scalora.ScaLoRA:
-    return scalora.ScaLoRA(create(name, trainable(model)), model, **options)
+    return scalora.ScaLoRA(create(name, trainable(model)), model, **{"rule": "exact", **options})
 
 
 def backward(model: nn.Module, seed: int) -> Tensor:

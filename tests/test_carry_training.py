@@ -30,7 +30,7 @@ def perceptron(dtype: torch.dtype = torch.float64, **config: Any) -> Any:
 
 def optimizer_of(model: Any, lr: float = 1e-2, **options: Any) -> scalora.ScaLoRA:
     inner = torch.optim.AdamW(models.trainable(model), lr=lr)
-    return scalora.ScaLoRA(inner, model, **{"accumulator": "carry", **options})
+    return scalora.ScaLoRA(inner, model, **{"rule": "exact", "accumulator": "carry", **options})
 
 
 INPUTS = models.vectors(64, 24).double()
@@ -78,7 +78,9 @@ def test_carry_and_dense_give_the_same_losses_over_300_steps() -> None:
         )
         # At three times this rate training is chaotic: a base that differs by a unit in the last
         # place ends as far from itself as carry does from dense.
-        optimizer = scalora.create_scalora_optimizer(model, torch.optim.AdamW, lr=1e-3, **options)
+        optimizer = scalora.create_scalora_optimizer(
+            model, torch.optim.AdamW, lr=1e-3, rule="exact", **options
+        )
         found = []
         for ids in text:
             optimizer.zero_grad()
@@ -144,7 +146,9 @@ def test_re_basing_into_a_carry_does_not_change_the_function(
 def test_tied_weights_are_re_based_beside_each_other_and_stay_tied() -> None:
     base = models.gpt2().double()
     model = models.with_lora(base, target_modules=["wte", "lm_head", "c_attn"], fan_in_fan_out=True)
-    optimizer = scalora.ScaLoRA(torch.optim.SGD(models.trainable(model), lr=0.3), model)
+    optimizer = scalora.ScaLoRA(
+        torch.optim.SGD(models.trainable(model), lr=0.3), model, rule="exact"
+    )
     tied = optimizer.report()
     assert {row.layer: row.accumulator for row in tied} == {
         "transformer.wte": "carry",

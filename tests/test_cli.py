@@ -196,7 +196,7 @@ class Runs:
             model,
             arguments,
             train_dataset=Classified() if kind.classes else Sequences(),
-            callbacks=[scalora.ScaLoRACallback(**dict(kind.options))],
+            callbacks=[scalora.ScaLoRACallback(rule="exact", **dict(kind.options))],
             processing_class=tokenizer(),
         )
         trainer.train()
@@ -278,7 +278,7 @@ def test_folder_of_save_pretrained_and_save_training_state_is_a_checkpoint(
 ) -> None:
     model = LlamaForCausalLM.from_pretrained(runs["dense"].base)
     model = get_peft_model(model, LoraConfig(r=2, target_modules=["v_proj"], task_type="CAUSAL_LM"))
-    optimizer = scalora.create_scalora_optimizer(model, torch.optim.AdamW, lr=1e-2)
+    optimizer = scalora.create_scalora_optimizer(model, torch.optim.AdamW, lr=1e-2, rule="exact")
     models.train(model, optimizer, models.token_ids(4, 9), steps=4)
     model.save_pretrained(tmp_path / "checkpoint")
     scalora.save_training_state(optimizer, tmp_path / "checkpoint")

@@ -27,7 +27,7 @@ def replica(rank: int, folder: str, dtype: torch.dtype, accumulator: str) -> Non
     model = get_peft_model(base, LoraConfig(r=3, target_modules=["0", "2"]))
     parallel = nn.parallel.DistributedDataParallel(model)
     optimizer = scalora.create_scalora_optimizer(
-        parallel, torch.optim.AdamW, lr=1e-2, accumulator=accumulator
+        parallel, torch.optim.AdamW, lr=1e-2, rule="exact", accumulator=accumulator
     )
     generator = torch.Generator().manual_seed(rank)
     for _ in range(20):

@@ -43,7 +43,7 @@ def set_gradients(model: nn.Module, seed: int) -> None:
 
 def optimizer_for(model: nn.Module, **options) -> scalora.ScaLoRA:
     inner = torch.optim.AdamW(trainable(model), lr=1e-3, fused=options.pop("fused", None))
-    return scalora.ScaLoRA(inner, model, **options)
+    return scalora.ScaLoRA(inner, model, **{"rule": "exact", **options})
 
 
 @pytest.mark.parametrize("rule", ["exact", "paper", "scalar", "direction"])

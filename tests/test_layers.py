@@ -117,7 +117,9 @@ CASES = {
 
 
 def _wrapped(model: nn.Module, *, lr: float = 1e-2, **options: Any) -> scalora.ScaLoRA:
-    return scalora.ScaLoRA(torch.optim.AdamW(models.trainable(model), lr=lr), model, **options)
+    return scalora.ScaLoRA(
+        torch.optim.AdamW(models.trainable(model), lr=lr), model, **{"rule": "exact", **options}
+    )
 
 
 def _rebase_alone(optimizer: scalora.ScaLoRA) -> None:
@@ -211,7 +213,7 @@ def test_loraplus_learning_rates_enter_the_optimum(name: str) -> None:
         models.train(model, inner, inputs, steps=4)
         inner.zero_grad()
         models.loss(model, inputs).backward()
-        optimizer = scalora.ScaLoRA(inner, model, lipschitz=2.0)
+        optimizer = scalora.ScaLoRA(inner, model, rule="exact", lipschitz=2.0)
         groups = {id(p): g["lr"] for g in inner.param_groups for p in g["params"]}
         for layer in case.layers:
             lora = models.layer(model, layer)
@@ -288,7 +290,7 @@ def test_modules_to_save_are_stepped_as_the_inner_optimizer_would_alone() -> Non
         torch.manual_seed(0)
         model, inputs = case.model(torch.float64), case.batch()
         inner = torch.optim.AdamW(models.trainable(model), lr=1e-2)
-        optimizer = scalora.ScaLoRA(inner, model) if wrap else inner
+        optimizer = scalora.ScaLoRA(inner, model, rule="exact") if wrap else inner
         head = model.get_base_model().classifier
         start = head.modules_to_save["default"].weight.detach().clone()
         original = head.original_module.weight.detach().clone()
@@ -366,7 +368,7 @@ def test_half_precision_base_takes_the_change_to_a_unit_in_the_last_place(
     inputs = case.batch(dtype)
     # SGD: AdamW's eps vanishes in float16.
     inner = torch.optim.SGD(models.trainable(model), lr=0.1)
-    optimizer = scalora.ScaLoRA(inner, model, rounding=rounding)
+    optimizer = scalora.ScaLoRA(inner, model, rule="exact", rounding=rounding)
     models.train(model, optimizer, inputs, steps=4)
     optimizer.zero_grad()
     models.loss(model, inputs).backward()
@@ -448,7 +450,7 @@ def test_broken_factor_does_not_reach_the_base(broken: str, dtype: torch.dtype) 
         case.base().to(dtype), autocast_adapter_dtype=False, target_modules=list(case.layers)
     )
     inner = torch.optim.SGD(models.trainable(model), lr=0.1)
-    optimizer = scalora.ScaLoRA(inner, model)
+    optimizer = scalora.ScaLoRA(inner, model, rule="exact")
     models.train(model, optimizer, case.batch(dtype), steps=4)
     lora = models.layer(model, "first")
     with torch.no_grad():
@@ -529,7 +531,7 @@ def test_what_cannot_be_rebased_trains_on_as_plain_lora_under_one_warning(
     inner = torch.optim.SGD(models.trainable(model), lr=0.3)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        optimizer = scalora.ScaLoRA(inner, model, accumulator="dense")
+        optimizer = scalora.ScaLoRA(inner, model, rule="exact", accumulator="dense")
     messages = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
     assert len(messages) == 1, messages
     assert f"{left} (" in messages[0] and reason in messages[0]
@@ -561,7 +563,7 @@ def test_layer_whose_parameters_another_optimizer_has_stays_plain_lora() -> None
     inner = torch.optim.AdamW(models.factor_parameters(second), lr=1e-2)
     other = torch.optim.AdamW(models.factor_parameters(first), lr=1e-2)
     with pytest.warns(UserWarning, match=r"1 LoRA layers.*first \(.*not in the optimizer"):
-        optimizer = scalora.ScaLoRA(inner, model)
+        optimizer = scalora.ScaLoRA(inner, model, rule="exact")
     base = first.get_base_layer().weight.clone()
     for _ in range(4):
         model.zero_grad()

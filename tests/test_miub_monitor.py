@@ -422,7 +422,7 @@ def rebased_model():
     base = Perceptron()
     start = copy.deepcopy(base)
     model = with_lora(base, target_modules=["first", "second"])
-    optimizer = scalora.ScaLoRA(torch.optim.AdamW(trainable(model), lr=1e-2), model)
+    optimizer = scalora.ScaLoRA(torch.optim.AdamW(trainable(model), lr=1e-2), model, rule="exact")
     train(model, optimizer, vectors(64, 12), 20)
     return model, start
 
@@ -450,7 +450,7 @@ def test_a_reference_tells_the_paths_of_a_rebased_convolution_apart(stride):
     base = Convolutions(nn.Conv2d(3, 6, 3, padding=1, stride=stride))
     start = copy.deepcopy(base)
     model = with_lora(base, target_modules=["convolution"])
-    optimizer = scalora.ScaLoRA(torch.optim.AdamW(trainable(model), lr=1e-2), model)
+    optimizer = scalora.ScaLoRA(torch.optim.AdamW(trainable(model), lr=1e-2), model, rule="exact")
     x = vectors(4, 3, 6, 6)
     train(model, optimizer, x, 10)
     kept, keep = collector()

@@ -317,7 +317,7 @@ def test_a_rebasing_carries_states_and_gradients_into_the_new_coordinates(
 ) -> None:
     model = _lora_model(torch.float64)
     inner = _create(case, _adapter(model), lr=0.0, maximize=maximize)
-    wrapped = scalora.ScaLoRA(inner, model)
+    wrapped = scalora.ScaLoRA(inner, model, rule="exact")
     names = {id(p): name for name, p in model.named_parameters()}
     histories: list[list[Tensor]] = [[] for _ in _adapter(model)]
     for seed in range(4):
@@ -356,7 +356,7 @@ def test_a_rebasing_carries_states_and_gradients_into_the_new_coordinates(
 def test_rebasing_while_training_does_not_change_the_function(case: OptimizerCase) -> None:
     model = _lora_model(torch.float32)
     inner = case.cls(_adapter(model), lr=1e-3, **case.options)
-    wrapped = scalora.ScaLoRA(inner, model, interval=1)
+    wrapped = scalora.ScaLoRA(inner, model, rule="exact", interval=1)
     x = torch.randn(16, N)
     for seed in range(5):
         wrapped.zero_grad()

@@ -107,7 +107,7 @@ def fine_tuned(
     model.train()
     before = backend.stored(model)
     optimizer = scalora.create_scalora_optimizer(
-        model, torch.optim.AdamW, lr=1e-2, carry_rank=carry_rank
+        model, torch.optim.AdamW, lr=1e-2, rule="exact", carry_rank=carry_rank
     )
     models.train(model, optimizer, models.token_ids(6, 9), steps=STEPS)
     return Tuned(model, optimizer, before)
@@ -231,7 +231,9 @@ def test_peft_layers_whose_library_is_not_here_are_rebased(kind: Any, tmp_path: 
 
     rebased, inputs = model(), models.vectors(16, 12)
     codes = {name: tensor.clone() for name, tensor in rebased.named_buffers()}
-    optimizer = scalora.ScaLoRA(torch.optim.AdamW(models.trainable(rebased), lr=1e-2), rebased)
+    optimizer = scalora.ScaLoRA(
+        torch.optim.AdamW(models.trainable(rebased), lr=1e-2), rebased, rule="exact"
+    )
     models.train(rebased, optimizer, inputs, steps=STEPS)
     assert [row.accumulator for row in optimizer.report()] == ["carry", "carry"]
     assert all(row.columns > 0 for row in optimizer.report())
@@ -247,7 +249,7 @@ def test_peft_layers_whose_library_is_not_here_are_rebased(kind: Any, tmp_path: 
             pair.effective_weight()
     scalora.save_training_state(optimizer, tmp_path)
     twin = model()
-    again = scalora.ScaLoRA(torch.optim.AdamW(models.trainable(twin), lr=1e-2), twin)
+    again = scalora.ScaLoRA(torch.optim.AdamW(models.trainable(twin), lr=1e-2), twin, rule="exact")
     twin.load_state_dict(rebased.state_dict())
     scalora.load_training_state(again, tmp_path)
     torch.testing.assert_close(

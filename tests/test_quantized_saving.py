@@ -107,7 +107,7 @@ def fine_tuned(base: Path, case: str) -> Tuned:
             task_type="CAUSAL_LM",
         ),
     )
-    optimizer = scalora.create_scalora_optimizer(model, torch.optim.AdamW, lr=1e-2)
+    optimizer = scalora.create_scalora_optimizer(model, torch.optim.AdamW, lr=1e-2, rule="exact")
     model.train()
     models.train(model, optimizer, models.token_ids(6, 9), steps=STEPS)
     return Tuned(model, optimizer, base, before)
@@ -320,7 +320,7 @@ def test_dense_layer_beside_quantized_ones_is_saved_once(
 ) -> None:
     lora = LoraConfig(r=R, target_modules=["q_proj", "lm_head"], **config)
     model = get_peft_model(pretrained(base, "NF4"), lora)
-    optimizer = scalora.create_scalora_optimizer(model, torch.optim.AdamW, lr=3e-3)
+    optimizer = scalora.create_scalora_optimizer(model, torch.optim.AdamW, lr=3e-3, rule="exact")
     places = {row.layer: row.accumulator for row in optimizer.report()}
     assert places["lm_head"] == "dense" and set(places.values()) == {"dense", "carry"}
     model.train()

@@ -83,7 +83,7 @@ def train(model: Any, optimizer: scalora.ScaLoRA, batches: list[Tensor]) -> list
 
 
 def scalora_of(model: Any, cls: Any = torch.optim.AdamW, **options: Any) -> scalora.ScaLoRA:
-    return scalora.create_scalora_optimizer(model, cls, **{"lr": 3e-3, **options})
+    return scalora.create_scalora_optimizer(model, cls, **{"lr": 3e-3, "rule": "exact", **options})
 
 
 def pairs(model: Any) -> list[LoRAPair]:
@@ -181,7 +181,7 @@ def test_trainer_resumes_on_a_quantized_base_to_the_same_weights(
             use_cpu=True,
             disable_tqdm=True,
         )
-        callback = scalora.ScaLoRACallback(carry_rank=16)
+        callback = scalora.ScaLoRACallback(rule="exact", carry_rank=16)
         Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train(
             resume_from_checkpoint=resume
         )
@@ -212,7 +212,7 @@ def test_trainer_that_resumes_without_the_carrys_file_is_refused(
     )
 
     def trainer() -> Trainer:
-        callbacks = [scalora.ScaLoRACallback()]
+        callbacks = [scalora.ScaLoRACallback(rule="exact")]
         return Trainer(quantized(folder, "nf4"), arguments, train_dataset=data, callbacks=callbacks)
 
     trainer().train()

@@ -38,7 +38,7 @@ class Case:
         start = copy.deepcopy(base)
         model = models.with_lora(base, **{**self.config, **changes})
         inner = torch.optim.AdamW(models.trainable(model), lr=1e-2)
-        optimizer = scalora.ScaLoRA(inner, model)
+        optimizer = scalora.ScaLoRA(inner, model, rule="exact")
         inputs = self.inputs()
         models.train(model, optimizer, inputs, steps=6)
         return FineTuned(model, optimizer, start, inputs)
@@ -537,7 +537,7 @@ def test_save_pretrained_warns_from_the_first_fold_on(tmp_path: Path) -> None:
     case = _perceptron()
     model = models.with_lora(case.base(), **case.config)
     inner = torch.optim.AdamW(models.trainable(model), lr=1e-2)
-    optimizer = scalora.ScaLoRA(inner, model, interval=3)
+    optimizer = scalora.ScaLoRA(inner, model, rule="exact", interval=3)
     models.train(model, optimizer, case.inputs(), steps=2)
     assert _warnings_of_saving(model, tmp_path / "before") == []
     models.train(model, optimizer, case.inputs(), steps=1)
@@ -567,7 +567,7 @@ def test_copy_of_a_rebased_model_answers_for_itself(how: str, tmp_path: Path) ->
         scalora.save_adapter(twin, tmp_path / "adapter")
     models.train(
         twin,
-        scalora.create_scalora_optimizer(twin, torch.optim.AdamW, lr=1e-2),
+        scalora.create_scalora_optimizer(twin, torch.optim.AdamW, lr=1e-2, rule="exact"),
         tuned.inputs,
         steps=2,
     )

@@ -130,7 +130,7 @@ def test_an_increment_is_what_the_base_weight_took_in():
     model = get_peft_model(
         nn.Sequential(nn.Linear(24, 16)), LoraConfig(r=4, lora_alpha=8, target_modules=["0"])
     )
-    optimizer = scalora.create_scalora_optimizer(model, torch.optim.AdamW, lr=1e-2)
+    optimizer = scalora.create_scalora_optimizer(model, torch.optim.AdamW, lr=1e-2, rule="exact")
     [pair] = optimizer.rebased_pairs
     x, y = torch.randn(64, 24), torch.randn(64, 16)
     sizes = []

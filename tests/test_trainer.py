@@ -62,7 +62,7 @@ def make_trainer(folder, *, model=None, callback=None, optimizers=(None, None), 
         args,
         train_dataset=Examples(),
         eval_dataset=Examples(16),
-        callbacks=[callback if callback is not None else scalora.ScaLoRACallback()],
+        callbacks=[callback if callback is not None else scalora.ScaLoRACallback(rule="exact")],
         optimizers=optimizers,
     )
 
@@ -81,7 +81,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:save_pretrained writes the adapt
 
 
 def test_callback_rebases_under_the_optimizer_that_the_trainer_made(tmp_path):
-    callback = scalora.ScaLoRACallback(interval=2)
+    callback = scalora.ScaLoRACallback(rule="exact", interval=2)
     trainer = make_trainer(tmp_path, callback=callback)
     before = base_weights(trainer.model)
     trainer.train()
@@ -96,7 +96,7 @@ def test_callback_gives_the_same_losses_as_the_optimizer_passed_in(tmp_path):
     by_callback.train()
     model = make_model()
     optimizer = scalora.create_scalora_optimizer(
-        model, torch.optim.AdamW, lr=1e-2, weight_decay=0, fused=True
+        model, torch.optim.AdamW, lr=1e-2, weight_decay=0, fused=True, rule="exact"
     )
     passed = make_trainer(tmp_path / "passed", model=model, optimizers=(optimizer, None))
     passed.train()
@@ -109,7 +109,9 @@ def test_resumed_run_continues_to_the_same_numbers(tmp_path, passed_in):
         model = make_model()
         optimizer = None
         if passed_in:
-            optimizer = scalora.create_scalora_optimizer(model, torch.optim.AdamW, lr=1e-2)
+            optimizer = scalora.create_scalora_optimizer(
+                model, torch.optim.AdamW, lr=1e-2, rule="exact"
+            )
         return make_trainer(tmp_path, model=model, optimizers=(optimizer, None))
 
     whole = trainer()
@@ -132,7 +134,7 @@ def test_checkpoint_in_another_folder_is_found_when_named(tmp_path):
     with pytest.raises(ValueError, match="resume_from"):
         lost.train(resume_from_checkpoint=str(moved))
     found = make_trainer(
-        tmp_path / "third", callback=scalora.ScaLoRACallback(resume_from=str(moved))
+        tmp_path / "third", callback=scalora.ScaLoRACallback(rule="exact", resume_from=str(moved))
     )
     found.train(resume_from_checkpoint=str(moved))
     assert losses(found)[8:] == losses(whole)[8:]
@@ -148,7 +150,9 @@ def test_checkpoint_without_the_base_weights_is_refused(tmp_path):
 def test_optimizer_passed_in_without_the_callback_refuses_to_resume_on_the_wrong_base(tmp_path):
     def trainer_without_callback():
         model = make_model()
-        optimizer = scalora.create_scalora_optimizer(model, torch.optim.AdamW, lr=1e-2)
+        optimizer = scalora.create_scalora_optimizer(
+            model, torch.optim.AdamW, lr=1e-2, rule="exact"
+        )
         trainer = make_trainer(tmp_path, model=model, optimizers=(optimizer, None))
         trainer.remove_callback(scalora.ScaLoRACallback)
         return trainer
@@ -183,7 +187,7 @@ def test_plain_checkpoint_can_be_continued_with_scalora(tmp_path):
     plain = make_trainer(tmp_path)
     plain.remove_callback(scalora.ScaLoRACallback)
     plain.train()
-    callback = scalora.ScaLoRACallback()
+    callback = scalora.ScaLoRACallback(rule="exact")
     continued = make_trainer(tmp_path, callback=callback)
     continued.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     assert callback.optimizer is not None
@@ -215,7 +219,7 @@ def test_only_what_the_callback_does_not_complete_is_warned_of(tmp_path):
 def test_best_model_from_before_the_first_rebasing_has_its_base_again(tmp_path):
     trainer = make_trainer(
         tmp_path,
-        callback=scalora.ScaLoRACallback(interval=6),
+        callback=scalora.ScaLoRACallback(rule="exact", interval=6),
         eval_strategy="steps",
         eval_steps=4,
         load_best_model_at_end=True,

@@ -52,7 +52,7 @@ class Run:
 
     def optimizer_of(self, model: Any) -> scalora.ScaLoRA:
         inner = self.optimizer(models.trainable(model), lr=1e-2)
-        return scalora.ScaLoRA(inner, model, **dict(self.options))
+        return scalora.ScaLoRA(inner, model, **{"rule": "exact", **dict(self.options)})
 
     def losses(
         self, model: Any, optimizer: scalora.ScaLoRA, first: int = 0, last: int = STEPS

@@ -48,7 +48,7 @@ def _measure(dtype: torch.dtype, rounding: str, device: torch.device) -> list[st
         nn.Sequential(layer.to(dtype)), LoraConfig(r=_RANK, lora_alpha=_RANK, target_modules=["0"])
     ).to(device)
     inner = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    optimizer = scalora.ScaLoRA(inner, model, rounding=rounding)
+    optimizer = scalora.ScaLoRA(inner, model, rule="exact", rounding=rounding)
     [pair] = lora_pairs(model, "default")
     target = torch.randn(_SIZE, _SIZE, device=device) * 0.02
     start = pair.base_weight.double()

@@ -73,7 +73,8 @@ def record(interval: int, count: int, device: torch.device) -> dict[str, Increme
         ),
     ).to(device)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = scalora.ScaLoRA(torch.optim.AdamW(trained, lr=_RATE), model, interval=interval)
+    inner = torch.optim.AdamW(trained, lr=_RATE)
+    optimizer = scalora.ScaLoRA(inner, model, rule="exact", interval=interval)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
     by_name = {pair.name: pair for pair in optimizer.rebased_pairs}
     pairs = {name: by_name[name] for name in _LAYERS}

@@ -22,8 +22,8 @@ _RATES = (3e-3, 1e-2)
 _CASES: list[tuple[str, dict[str, Any]]] = [
     ("plain LoRA", {"rule": "none"}),
     ("auto", {}),
-    ("auto, interval=10", {"interval": 10}),
     ("exact", {"rule": "exact"}),
+    ("exact, interval=10", {"rule": "exact", "interval": 10}),
     ("direction", {"rule": "direction"}),
 ]
 

@@ -113,7 +113,7 @@ def _table(contestants: list[_Contestant], device: torch.device) -> str:
 
 
 def _scalora(**options: object) -> Callable[[torch.optim.Optimizer, nn.Module], scalora.ScaLoRA]:
-    return lambda inner, model: scalora.ScaLoRA(inner, model, **options)  # type: ignore[arg-type]
+    return lambda inner, model: scalora.ScaLoRA(inner, model, **{"rule": "exact", **options})  # type: ignore[arg-type]
 
 
 def _alone(inner: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:

@@ -66,9 +66,8 @@ def matching_lipschitz(
     degree: int,
     step: QuadraticModel,
     step_degree: int,
-    length: float = 1.0,
 ) -> Tensor:
-    """The L at which ``x / L`` makes the coming step ``length`` times plain LoRA's: (...,).
+    """The L at which ``x / L`` makes the coming step as long as plain LoRA's: (...,).
 
     A rule whose directions have ``degree`` d scales by ``f = (x / (L lr))^(1/(1+d))``.  The inner
     optimizer, whose own directions ``step`` and ``step_degree`` describe, then moves the weight by
@@ -81,14 +80,13 @@ def matching_lipschitz(
         degree: of the directions that the rule assumes.
         step: the quadratic model of the inner optimizer's directions.
         step_degree: of those.
-        length: of the step, in units of plain LoRA's.
 
     Returns:
         NaN where there is nothing to match yet.
     """
     factors = (x / plain).pow(1 / (1 + degree))
     ratio = step.step_size(plain * factors.pow(1 + step_degree)) / step.step_size(plain)
-    constant = (ratio / length).pow((1 + degree) / (1 + step_degree))
+    constant = ratio.pow((1 + degree) / (1 + step_degree))
     usable = live(step) & torch.isfinite(constant) & (constant > 0)
     return torch.where(usable, constant, torch.nan)
 

@@ -1,0 +1,117 @@
+"""Renewal: a column that has learned for long is frozen, and a new one takes its place.
+
+Column j of the factors is frozen as it is, ``s P_j Q_j^T``, and begins anew as LoRA begins: ``P_j``
+zero and ``Q_j`` random, as long as it was.  The model's function does not change.  One column of a
+layer at a time, so the others go on learning (SwitchLoRA, arXiv 2406.06564, exchanges vectors
+likewise; ReLoRA, arXiv 2307.05695, all columns at once).  Momenta of the column are forgotten: they
+point where the old one was going.  Second moments stay: a new column of the old one's length has
+gradients of about that size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from scalora.inner_states import moved_states
+from scalora.layer_batches import LayerBatch, Write, gradients, stack, widened
+from scalora.moments import Moments, transfer
+
+_P_RANK_AXIS, _Q_RANK_AXIS = 2, 1  # of a stack (layers, *parameter shape)
+
+LATEST = 0.3
+"""Share of the highest learning rate below which no column is renewed: it could learn no more."""
+
+
+def due_columns(rank: int, lifetime: int, before: int, now: int) -> list[int]:
+    """The columns of a layer to renew after step ``now``, where it was asked after ``before``.
+
+    Column j is due ``j lifetime / rank`` steps after the first lifetime is over, and one lifetime
+    after that again, so that the renewals of a layer are spread evenly.
+
+    Args:
+        rank: of the layer.
+        lifetime: steps of a column.
+        before, now: numbers of steps done, 0 <= before <= now.
+    """
+
+    def ended(steps: int) -> int:
+        return max(0, (steps - lifetime) * rank // lifetime + 1)
+
+    first, last = ended(before), ended(now)
+    return sorted({index % rank for index in range(max(first, last - rank), last)})
+
+
+def renewed(
+    batch: LayerBatch,
+    optimizer: torch.optim.Optimizer,
+    moments: Moments,
+    columns: Sequence[int],
+    seeds: Sequence[int],
+) -> tuple[Tensor, Tensor, list[Write]]:
+    """What is frozen, and everything that changes, with new columns in a batch of layers.
+
+    Args:
+        batch: the layers.
+        optimizer: the inner optimizer, whose momenta of these columns are forgotten.
+        moments: the entry of its class.
+        columns: which.
+        seeds: one a layer, of the new columns' directions.
+
+    Returns:
+        ``left`` (layers, m, k) and ``right`` (layers, n, k) with ``s left right^T`` frozen, and the
+        writes of factors, gradients and momenta.
+    """
+    P, Q = stack(batch.P), stack(batch.Q)
+    kept = [0.0 if j in columns else 1.0 for j in range(P.shape[2])]
+    keep = torch.tensor(kept).to(P.device).expand(P.shape[0], -1)
+    left = widened(P[:, :, columns]).flatten(2)
+    right = widened(Q[:, columns]).flatten(2).mT
+    P_new, Q_new = P.clone(), Q.clone()
+    P_new[:, :, columns] = 0
+    Q_new[:, columns] = _random_columns(Q[:, columns], seeds)
+    writes: list[Write] = [(batch.P, P, P_new), (batch.Q, Q, Q_new)]
+    for parameters, axis in ((batch.P, _P_RANK_AXIS), (batch.Q, _Q_RANK_AXIS)):
+        grads = gradients(parameters)
+        stacked = stack(grads)
+        writes.append((grads, stacked, transfer(stacked, keep, 1, axis)))
+        momenta = _momenta(optimizer, moments, parameters)
+        writes += moved_states(optimizer, momenta, parameters, keep, axis)
+    # A layer that has gone astray keeps it to itself: its base stays clean.
+    finite = (left.sum((1, 2)) + right.sum((1, 2))).isfinite()[:, None, None]
+    left, right = torch.where(finite, left, 0), torch.where(finite, right, 0)
+    return left, right, [(targets, old, new.to(old.dtype)) for targets, old, new in writes]
+
+
+def _random_columns(old: Tensor, seeds: Sequence[int]) -> Tensor:
+    """Directions drawn evenly, each as long as the old column: (layers, k, n, ...)."""
+    drawn = [
+        torch.randn(old.shape[1:], generator=_generator(seed, old.device), device=old.device)
+        for seed in seeds
+    ]
+    new = torch.stack(drawn).flatten(2)
+    lengths = widened(old).flatten(2).norm(dim=-1, keepdim=True)
+    return (new / new.norm(dim=-1, keepdim=True) * lengths).view_as(old).to(old.dtype)
+
+
+def _generator(seed: int, device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
+
+
+def _momenta(
+    optimizer: torch.optim.Optimizer, moments: Moments, parameters: Sequence[nn.Parameter]
+) -> Moments:
+    """The table's entry, with degree 1 for what points somewhere and 0 for what stays as it is."""
+    state = optimizer.state.get(parameters[0], {})
+
+    def points(name: str, degree: int) -> bool:
+        # A momentum of steps that were divided by a root of a second moment has degree 0.
+        value = state.get(name)
+        whole = isinstance(value, Tensor) and value.shape == parameters[0].shape
+        return degree == 1 or (degree == 0 and whole)
+
+    degrees = {name: int(points(name, degree)) for name, degree in moments.degrees.items()}
+    return dataclasses.replace(moments, degrees=degrees)
