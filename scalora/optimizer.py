@@ -302,8 +302,8 @@ class ScaLoRA(torch.optim.Optimizer):
         begins anew.
 
         Raises:
-            ValueError: another version, rule, lifetime, calibration, rounding, seed, accumulator, set
-                of layers or rank; nothing is loaded then.
+            ValueError: another version, rule, lifetime, calibration, rounding, seed,
+                accumulator, set of layers or rank; nothing is loaded then.
         """
         own = state_dict.get("scalora")
         if own is not None:
@@ -333,8 +333,8 @@ class ScaLoRA(torch.optim.Optimizer):
         """Take up what `rebasing_state` returned.
 
         Raises:
-            ValueError: another version, rule, lifetime, calibration, rounding, seed, accumulator, set
-                of layers or rank; nothing is loaded then.
+            ValueError: another version, rule, lifetime, calibration, rounding, seed,
+                accumulator, set of layers or rank; nothing is loaded then.
         """
         self.check_rebasing_state(own)
         self._steps, self.rebase_count = own["steps"], own["rebase_count"]
