@@ -31,11 +31,12 @@ class ScaLoRA(torch.optim.Optimizer):
     begins anew (`scalora.renewal`), and the first steps find how long a step should be
     (`scalora.calibration`).  With one of the rules of scaling, before a step, the columns of both
     factors of every LoRA layer are rescaled by the amounts that bring the coming step closest to
-    the full fine-tuning step.  The difference is folded into the
-    frozen base weight, or kept beside it where that is quantized, so the model's function does not
-    change, and the gradients and the optimizer's moments are carried into the new coordinates
-    exactly.  The frozen increments add up to a rank far above the adapter's (ScaLoRA,
-    arXiv 2510.23818; docs/mathematics.md).
+    the full fine-tuning step, and the gradients and the optimizer's moments are carried into the
+    new coordinates exactly.
+
+    Whatever is frozen is folded into the base weight, or kept beside it where that is quantized, so
+    the model's function does not change.  The frozen increments add up to a rank far above the
+    adapter's (ScaLoRA, arXiv 2510.23818; docs/mathematics.md).
 
     One line of a training script changes::
 
