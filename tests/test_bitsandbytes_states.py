@@ -41,8 +41,8 @@ REFUSED = {
     *("AdEMAMix32bit", "PagedAdEMAMix32bit"),
 }
 RATES = {
-    **{"Adam": 2e-2, "AdamW": 2e-2, "AdEMAMix": 1e-2, "Lion": 1e-2},
-    **{"SGD": 3.0, "RMSprop": 5e-3, "Adagrad": 5e-2},
+    **{"Adam": 4e-2, "AdamW": 4e-2, "AdEMAMix": 2e-2, "Lion": 2e-2},
+    **{"SGD": 6.0, "RMSprop": 1e-2, "Adagrad": 1e-1},
 }
 
 P_AXIS, Q_AXIS = 2, 1  # of stacks (layers, m, r) and (layers, r, n)
