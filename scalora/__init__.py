@@ -1,7 +1,8 @@
 """ScaLoRA: fine-tuning with LoRA whose updates are not confined to the adapter's rank."""
 
+from scalora.factory import create_scalora_optimizer
 from scalora.moments import register_moments
-from scalora.optimizer import ScaLoRA, create_scalora_optimizer
+from scalora.optimizer import ScaLoRA
 from scalora.saving import save_adapter, save_merged
 from scalora.scaling import optimal_scaling
 from scalora.spectrum import delta_spectrum, effective_rank

@@ -116,7 +116,7 @@ def moved_tensors(
     factor: Tensor,
     axis: int,
 ) -> list[Write]:
-    """(targets, old, new) of every tensor that changes in a re-basing.
+    """(targets, old, new) of every tensor that is not of degree 0.
 
     Args:
         moments: the optimizer's.
@@ -127,9 +127,9 @@ def moved_tensors(
     """
     moved: list[Write] = []
     for name, held in moments.holds.items():
-        if name not in states[0]:
-            continue
         degree, rank_axis = moments.degrees[held[0]], axis + (len(held) > 1)
+        if name not in states[0] or degree == 0:
+            continue
         targets, old = _tensors(states, name), _stacked(states, name, device)
         if old.dtype != torch.uint8:
             moved.append((targets, old, transfer(old, factor, degree, rank_axis)))

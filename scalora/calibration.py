@@ -66,16 +66,14 @@ class StepCalibration:
         """
         if learning_rate is not None and learning_rate > self._peak:
             self._peak, self._left = learning_rate, self.steps
-        if self._left == 0:
-            self._last = None
-            return
-        self._left -= 1
-        if self._last is None or self._factor is None:
+        # A step that is tried again after a failure is not observed twice.
+        last, self._last = self._last, None
+        if self._left == 0 or last is None or self._factor is None:
             return
         gradient = _flat([_gradient(p) for p in parameters], self._factor.device)
-        if gradient.shape != self._last.shape:  # a layer was frozen, or has come back
+        if gradient.shape != last.shape:  # the layers are others now
             return
-        cosine = torch.dot(gradient, self._last) / (gradient.norm() * self._last.norm())
+        cosine = torch.dot(gradient, last) / (gradient.norm() * last.norm())
         known = cosine.isfinite()
         cosine = torch.where(known, cosine, 0.0)
         assert self._mean is not None and self._mean_square is not None
@@ -108,6 +106,7 @@ class StepCalibration:
             self._factor = self._factor.to(device)
             step = before - _flat(parameters, device)
             _put(before - self._factor * step, parameters)
+            self._left = max(0, self._left - 1)
             self._last = step if self._left else None
 
     def state(self) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class LayerBatch:
     @property
     def learning_rates(self) -> tuple[float | Tensor, float | Tensor]:
         """Of P and of Q."""
-        return _rate(self.group_P["lr"]), _rate(self.group_Q["lr"])
+        return host_rate(self.group_P["lr"]), host_rate(self.group_Q["lr"])
 
 
 def batches_with_gradients(
@@ -111,11 +111,11 @@ def _is_host_scalar(value: Tensor) -> bool:
     return value.ndim == 0 and value.device.type == "cpu"
 
 
-def _rate(lr: float | Tensor) -> float | Tensor:
+def host_rate(lr: float | Tensor) -> float | Tensor:
     """A learning rate; one kept in a host tensor can be read without waiting."""
     return float(lr) if isinstance(lr, Tensor) and lr.device.type == "cpu" else lr
 
 
 def _is_zero(lr: float | Tensor) -> bool:
-    rate = _rate(lr)
+    rate = host_rate(lr)
     return not isinstance(rate, Tensor) and rate == 0

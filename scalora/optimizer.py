@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from scalora import peft_layers
 from scalora.calibration import StepCalibration
+from scalora.layer_batches import host_rate
 from scalora.moments import moments_of
 from scalora.options import RebasingOptions
 from scalora.peft_layers import LoRAPair
@@ -27,12 +27,16 @@ STATE_VERSION = 3
 class ScaLoRA(torch.optim.Optimizer):
     """Steps an optimizer over LoRA parameters and re-bases the LoRA layers while it trains.
 
-    Before a step, the columns of both factors of every LoRA layer are rescaled by the amounts that
-    bring the coming step closest to the full fine-tuning step; the difference is folded into the
-    frozen base weight, or kept beside it where that is quantized, so the model's function does not
-    change, and the gradients and the optimizer's moments are carried into the new coordinates
-    exactly.  The frozen increments add up to a rank far above the adapter's (ScaLoRA,
-    arXiv 2510.23818; docs/mathematics.md).
+    By default one column of a layer at a time is frozen, once it has learned for a while, and
+    begins anew (`scalora.renewal`), and the first steps find how long a step should be
+    (`scalora.calibration`).  With one of the rules of scaling, before a step, the columns of both
+    factors of every LoRA layer are rescaled by the amounts that bring the coming step closest to
+    the full fine-tuning step, and the gradients and the optimizer's moments are carried into the
+    new coordinates exactly.
+
+    Whatever is frozen is folded into the base weight, or kept beside it where that is quantized, so
+    the model's function does not change.  The frozen increments add up to a rank far above the
+    adapter's (ScaLoRA, arXiv 2510.23818; docs/mathematics.md).
 
     One line of a training script changes::
 
@@ -55,11 +59,13 @@ class ScaLoRA(torch.optim.Optimizer):
             `scalora.register_moments`.
         model: the PEFT model (or a module around it).
         interval: re-base every that many steps (the paper's ScaLoRA-I); 1 is every step.
-        rule: ``"exact"``: the theorem's objective, solved for its non-negative optimum;
+        rule: ``"renew"``: after a step, freeze the column whose lifetime is over; ``"auto"``: that,
+            with a calibrated length of the step.  Or by scaling all columns, before a step:
+            ``"exact"``: the theorem's objective, solved for its non-negative optimum;
             ``"paper"``: the theorem as published, ``H^-1 lambda`` where that is non-negative and
             two scalars elsewhere; ``"scalar"``: always two scalars; ``"direction"``: the inner
             optimizer's own direction in place of the gradient; ``"none"``: never re-base (plain
-            LoRA); ``"auto"``: at present ``"exact"``, with a first step twice as long.
+            LoRA).
         lipschitz: for ``"paper"``, ``"exact"`` and ``"scalar"``: the smoothness constant L of the
             theorem, or ``"auto"`` (the default): L times the learning rate is calibrated at a
             layer's first re-basing, so that the inner optimizer's coming step is predicted to be as
@@ -90,6 +96,9 @@ class ScaLoRA(torch.optim.Optimizer):
             for less, decides whether all layers' steps grow or shrink.  The factor is then held, so
             a schedule keeps its meaning and what was typed in as learning rate nearly loses its
             own.  0: never.  ``"auto"``: 100 with ``rule="auto"``, else 0.
+        lifetime: for ``"renew"`` and ``"auto"``: for how many steps a column learns before it is
+            frozen; the columns of a layer take turns.  None is frozen while the learning rate is
+            below three tenths of its highest: a new one could learn no more.
 
     Raises:
         TypeError: an optimizer whose state is not known, or an argument of the wrong type.
@@ -234,10 +243,10 @@ class ScaLoRA(torch.optim.Optimizer):
         return [*self._rebaser.kept_tensors(), *self._calibration.kept_tensors()]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Re-base if it is time to, then step the inner optimizer.
+        """Step the inner optimizer, and re-base if it is time to.
 
         Args:
-            closure: re-evaluates the model and returns the loss; called once, before re-basing.
+            closure: re-evaluates the model and returns the loss; called once, before all else.
         """
         loss = None
         if closure is not None:
@@ -294,8 +303,8 @@ class ScaLoRA(torch.optim.Optimizer):
         begins anew.
 
         Raises:
-            ValueError: another version, rule, rounding, seed, accumulator, set of layers or rank;
-                nothing is loaded then.
+            ValueError: another version, rule, lifetime, calibration, rounding, seed,
+                accumulator, set of layers or rank; nothing is loaded then.
         """
         own = state_dict.get("scalora")
         if own is not None:
@@ -318,15 +327,15 @@ class ScaLoRA(torch.optim.Optimizer):
             "base": peft_layers.base_checksums([p for p in pairs if p.was_rebased]),
             "adapter": peft_layers.adapter_checksums([p for p in pairs if p.carry is not None]),
             "layers": self._rebaser.layer_states(),
-            "calibration": self._calibration.state(),
+            "step_length": self._calibration.state(),
         }
 
     def load_rebasing_state(self, own: dict[str, Any]) -> None:
         """Take up what `rebasing_state` returned.
 
         Raises:
-            ValueError: another version, rule, rounding, seed, accumulator, set of layers or rank;
-                nothing is loaded then.
+            ValueError: another version, rule, lifetime, calibration, rounding, seed,
+                accumulator, set of layers or rank; nothing is loaded then.
         """
         self.check_rebasing_state(own)
         self._steps, self.rebase_count = own["steps"], own["rebase_count"]
@@ -334,7 +343,7 @@ class ScaLoRA(torch.optim.Optimizer):
         self._expected_base = own["base"] or None
         self._expected_adapter = own["adapter"] or None
         self._rebaser.remember(own["layers"], rebased=own["base"])
-        self._load_calibration(own["calibration"])
+        self._load_calibration(own["step_length"])
         if self.rebase_count:
             peft_layers.warn_when_saved_alone(self.model)
 
@@ -355,6 +364,7 @@ class ScaLoRA(torch.optim.Optimizer):
             "version": STATE_VERSION,
             "rule": self.options.rule,
             "lifetime": self.options.lifetime,
+            "calibration": self.options.calibration_steps,
             "rounding": self.options.rounding,
             "seed": self.options.seed,
             "ranks": {pair.name: pair.rank for pair in self._rebaser.pairs},
@@ -379,9 +389,10 @@ class ScaLoRA(torch.optim.Optimizer):
         return [p for pair in self._rebaser.pairs for p in (pair.P_parameter, pair.Q_parameter)]
 
     def _learning_rate(self) -> float | None:
-        """The highest of all groups; None where one is a tensor, which may be on a device."""
-        rates = [group["lr"] for group in self.param_groups]
-        return None if any(torch.is_tensor(rate) for rate in rates) else max(rates)
+        """The highest of all groups; None where one is on a device."""
+        rates = [host_rate(group["lr"]) for group in self.param_groups]
+        known = [rate for rate in rates if not isinstance(rate, Tensor)]
+        return max(known) if len(known) == len(rates) else None
 
     def _load_calibration(self, state: dict[str, Any] | None) -> None:
         pairs = self._rebaser.pairs
@@ -438,34 +449,3 @@ class ScaLoRA(torch.optim.Optimizer):
     def _count_skipped(self, overflow: Tensor) -> None:
         one = overflow.to(torch.int64)
         self._skipped = one if self._skipped is None else self._skipped + one
-
-
-def create_scalora_optimizer(
-    model: nn.Module,
-    optimizer_cls: type[torch.optim.Optimizer],
-    *,
-    lr: float,
-    **kwargs: Any,
-) -> ScaLoRA:
-    """Create a `ScaLoRA` over the trainable parameters of ``model``, in PEFT's spelling.
-
-    The counterpart of ``peft.optimizers.create_loraplus_optimizer``.  To combine the two, wrap what
-    that function returns: ``ScaLoRA(create_loraplus_optimizer(...), model)``.
-
-    Args:
-        model: the PEFT model.
-        optimizer_cls: the inner optimizer's class, for example ``torch.optim.AdamW``.
-        lr: learning rate; what is right for plain LoRA is right here.
-        kwargs: ScaLoRA's options (``interval``, ``rule``, ...) are its own, all others are passed
-            to ``optimizer_cls``.
-
-    Raises:
-        TypeError, ValueError: as `ScaLoRA` does.
-    """
-    if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, torch.optim.Optimizer)):
-        raise TypeError(f"optimizer_cls={optimizer_cls!r} is not a torch.optim.Optimizer class.")
-    names = {option.name for option in dataclasses.fields(RebasingOptions)}
-    options = {name: kwargs.pop(name) for name in names & kwargs.keys()}
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    inner_cls: Any = optimizer_cls
-    return ScaLoRA(inner_cls(trainable, lr=lr, **kwargs), model, **options)

@@ -14,6 +14,7 @@ from scalora.accumulators import (
     DenseAccumulator,
     LayerMemory,
     increment,
+    increment_columns,
 )
 from scalora.carry import Carry
 from scalora.fold import noise_seed
@@ -137,13 +138,14 @@ class Rebaser:
             optimizer: the inner optimizer; its state and the gradients change coordinates.
             count: how many re-basings came before, part of the rounding noise's seed.
         """
-        pairs = [pair for pair in self.pairs if self._accumulator(pair).takes(pair)]
+        pairs = [p for p in self.pairs if self._accumulator(p).takes(p, increment_columns(p))]
         batches = batches_with_gradients(pairs, optimizer, self._key)
         models = [self._model(batch, optimizer) for batch in batches]
         self._last = []
         for batch, model, x in zip(batches, models, self._solve(models), strict=True):
             alpha, beta, products = self._scaling(batch, optimizer, model, x)
-            self._accumulator(batch.pairs[0]).make_room(batch.pairs, count)
+            columns = increment_columns(batch.pairs[0])
+            self._accumulator(batch.pairs[0]).make_room(batch.pairs, columns, count)
             alpha, beta = self._apply(batch, optimizer, alpha, beta, count)
             for pair, product in zip(batch.pairs, products, strict=True):
                 self.memory[pair.name].product = product
@@ -163,14 +165,15 @@ class Rebaser:
             rank: due_columns(rank, self.options.lifetime, before, now)
             for rank in {pair.rank for pair in self.pairs}
         }
-        pairs = [p for p in self.pairs if due[p.rank] and self._accumulator(p).takes(p)]
+        pairs = [
+            p for p in self.pairs if due[p.rank] and self._accumulator(p).takes(p, len(due[p.rank]))
+        ]
         batches = batches_with_gradients(pairs, optimizer, self._key) if pairs else []
         for batch in batches:
-            accumulator = self._accumulator(batch.pairs[0])
-            accumulator.make_room(batch.pairs, count)
+            accumulator, columns = self._accumulator(batch.pairs[0]), due[batch.pairs[0].rank]
+            accumulator.make_room(batch.pairs, len(columns), count)
             indices = [self.memory[pair.name].index for pair in batch.pairs]
             seeds = [noise_seed(self.options.seed, count, index, 1) for index in indices]
-            columns = due[batch.pairs[0].rank]
             left, right, writes = renewed(batch, optimizer, self.moments, columns, seeds)
             accumulator.commit(batch.pairs, left, right, writes, count)
         return bool(batches)

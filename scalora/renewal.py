@@ -66,13 +66,16 @@ def renewed(
         writes of factors, gradients and momenta.
     """
     P, Q = stack(batch.P), stack(batch.Q)
-    kept = [0.0 if j in columns else 1.0 for j in range(P.shape[2])]
-    keep = torch.tensor(kept).to(P.device).expand(P.shape[0], -1)
-    left = widened(P[:, :, columns]).flatten(2)
-    right = widened(Q[:, columns]).flatten(2).mT
+    # Column by column: an index that is a list would have to be copied to the device.
+    old = torch.stack([Q[:, j] for j in columns], 1)
+    left = widened(torch.stack([P[:, :, j] for j in columns], 2)).flatten(2)
+    right = widened(old).flatten(2).mT
+    keep = torch.ones(P.shape[0], P.shape[2], device=P.device)
     P_new, Q_new = P.clone(), Q.clone()
-    P_new[:, :, columns] = 0
-    Q_new[:, columns] = _random_columns(Q[:, columns], seeds)
+    for j, new in zip(columns, _random_columns(old, seeds).unbind(1), strict=True):
+        keep[:, j] = 0
+        P_new[:, :, j] = 0
+        Q_new[:, j] = new
     writes: list[Write] = [(batch.P, P, P_new), (batch.Q, Q, Q_new)]
     for parameters, axis in ((batch.P, _P_RANK_AXIS), (batch.Q, _Q_RANK_AXIS)):
         grads = gradients(parameters)
@@ -108,6 +111,8 @@ def _momenta(
     state = optimizer.state.get(parameters[0], {})
 
     def points(name: str, degree: int) -> bool:
+        if name in moments.norms:
+            return False
         # A momentum of steps that were divided by a root of a second moment has degree 0.
         value = state.get(name)
         whole = isinstance(value, Tensor) and value.shape == parameters[0].shape

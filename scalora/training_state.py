@@ -35,10 +35,10 @@ def save_training_state(optimizer: ScaLoRA, folder: str | PathLike[str]) -> Path
     for name, memory in state.pop("layers").items():
         memory |= {f"carry.{key}": value for key, value in (memory.pop("carry") or {}).items()}
         tensors |= {f"{key}:{name}": value for key, value in memory.items() if value is not None}
-    calibration = state["calibration"]
-    found = {key: value for key, value in calibration.items() if isinstance(value, Tensor)}
-    tensors |= {f"calibration:{key}": value for key, value in found.items()}
-    state["calibration"] = {key: None if key in found else calibration[key] for key in calibration}
+    length = state["step_length"]
+    found = {key: value for key, value in length.items() if isinstance(value, Tensor)}
+    tensors |= {f"step_length:{key}": value for key, value in found.items()}
+    state["step_length"] = {key: None if key in found else length[key] for key in length}
     pairs = optimizer.rebased_pairs
     folded = _folded(state["places"], pairs)
     tensors |= {f"base:{pair.name}": pair.base_weight for pair in folded}
@@ -69,7 +69,7 @@ def load_training_state(optimizer: ScaLoRA, folder: str | PathLike[str]) -> None
     state = {
         **file.values,
         "layers": {pair.name: file.memory(pair.name) for pair in pairs},
-        "calibration": file.calibration(),
+        "step_length": file.step_length(),
     }
     optimizer.check_rebasing_state(state)
     file.check(pairs)

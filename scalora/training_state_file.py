@@ -17,7 +17,10 @@ from scalora.files import read_tensors
 from scalora.peft_layers import LoRAPair
 
 STATE_FILE = "scalora.safetensors"
-_KEYS = ("version", "steps", "rebase_count", "places", "base", "adapter", "tensors", "calibration")
+_KEYS = (
+    *("version", "steps", "asked", "rebase_count", "places", "base", "adapter", "tensors"),
+    "step_length",
+)
 _CARRY = ("up", "down", "cut", "capacity")
 
 
@@ -28,7 +31,8 @@ class TrainingStateFile:
     Attributes:
         path: of the file.
         tensors: ``base:``, ``carry.up:``, ``carry.down:``, ``carry.cut:``, ``product:`` or
-            ``residual:`` and the layer's name -> the tensor, on the CPU.
+            ``residual:`` and the layer's name, or ``step_length:`` and a name -> the tensor, on the
+            CPU.
         values: what `scalora.ScaLoRA.rebasing_state` gave besides, and the checksums.
     """
 
@@ -77,10 +81,10 @@ class TrainingStateFile:
             "carry": self.carry(layer),
         }
 
-    def calibration(self) -> dict[str, Any]:
+    def step_length(self) -> dict[str, Any]:
         """What the calibration of the step remembers."""
-        values = self.values["calibration"]
-        return {key: self.tensors.get(f"calibration:{key}", values[key]) for key in values}
+        values = self.values["step_length"]
+        return {key: self.tensors.get(f"step_length:{key}", values[key]) for key in values}
 
     def check(self, pairs: Sequence[LoRAPair]) -> None:
         """Raise a ValueError if the file is damaged or was not saved with these layers' adapter.

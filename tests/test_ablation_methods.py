@@ -180,7 +180,9 @@ def test_a_method_is_named_by_its_spec() -> None:
     assert method_of("lora:rslora=TRUE:r=08").name == "lora:r=8:rslora=true"
     assert method_of("scalora:interval=1").name == "scalora"
     assert method_of("scalora:lipschitz=2:rule=paper").name == "scalora:rule=paper:lipschitz=2.0"
-    assert method_of("scalora:lipschitz=auto").name == "scalora:lipschitz=auto"
+    assert method_of("scalora:rule=exact:lipschitz=auto").name == (
+        "scalora:rule=exact:lipschitz=auto"
+    )
     assert method_of("full").rate < method_of("lora").rate
     for suite in SUITES.values():
         assert len(set(suite)) == len(suite)

@@ -53,6 +53,14 @@ def effective(model: Any) -> dict[str, Tensor]:
     return {pair.name: pair.effective_weight() for pair in pairs(model)}
 
 
+def test_dora_embedding_stays_plain_lora() -> None:
+    # PEFT computes it from the factors alone: a carry would be left out of its norm.
+    model = models.with_lora(models.Embedder(), target_modules=["tokens", "head"], use_dora=True)
+    with pytest.warns(UserWarning, match=r"tokens \(DoraEmbeddingVariant is more than"):
+        optimizer = optimizer_of(model)
+    assert [pair.name for pair in optimizer.rebased_pairs] == ["head"]
+
+
 # The same as dense
 
 

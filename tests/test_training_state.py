@@ -303,6 +303,8 @@ DAMAGES = {
     "no record of the adapter": _without("adapter"),
     "no record of the base": _without("base"),
     "no step count": _without("steps"),
+    "no time of the newest renewal": _without("asked"),
+    "no length of the step": _without("step_length"),
     "another version": _of_another_version,
     "missing": lambda folder: (folder / FILE).unlink(),
     "a folder": lambda folder: ((folder / FILE).unlink(), (folder / FILE).mkdir()),

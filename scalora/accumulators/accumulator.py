@@ -17,14 +17,15 @@ class Accumulator(Protocol):
     def key(self, pair: LoRAPair) -> Hashable:
         """What must agree, beyond the factors, for layers to be served in one call."""
 
-    def takes(self, pair: LoRAPair) -> bool:
-        """Whether the layer is still re-based."""
+    def takes(self, pair: LoRAPair, columns: int) -> bool:
+        """Whether the layer is still re-based, by an increment of so many columns."""
 
-    def make_room(self, pairs: Sequence[LoRAPair], count: int) -> None:
+    def make_room(self, pairs: Sequence[LoRAPair], columns: int, count: int) -> None:
         """Let every layer have room for one more increment; its function does not change.
 
         Args:
             pairs: the layers.
+            columns: of the increment.
             count: the number of this re-basing, part of the rounding noise's seed.
         """
 

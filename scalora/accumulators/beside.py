@@ -39,12 +39,12 @@ class CarryAccumulator:
         """Nothing but the factors must agree."""
         return "carry"
 
-    def takes(self, pair: LoRAPair) -> bool:
+    def takes(self, pair: LoRAPair, columns: int) -> bool:
         """With ``when_full="hold"``: until its carry is full."""
         carry = pair.carry
         if self.options.when_full != "hold" or carry is None:
             return True
-        return carry.columns + increment_columns(pair) <= carry.capacity
+        return carry.columns + columns <= carry.capacity
 
     def carry_of(self, pair: LoRAPair) -> Carry:
         """The layer's, with as much room as was asked for."""
@@ -53,13 +53,13 @@ class CarryAccumulator:
         return pair.ensure_carry(min(max(columns, 2 * increment_columns(pair)), _most(pair)))
 
     @torch.no_grad()
-    def make_room(self, pairs: Sequence[LoRAPair], count: int) -> None:
+    def make_room(self, pairs: Sequence[LoRAPair], columns: int, count: int) -> None:
         """Recompress the carries that are full, let them grow, or fold them."""
         full: dict[Hashable, list[LoRAPair]] = {}
         for pair in pairs:
             carry = self.carry_of(pair)
-            if carry.columns + increment_columns(pair) > carry.capacity:
-                shape = carry.up.shape, carry.down.shape, carry.columns, increment_columns(pair)
+            if carry.columns + columns > carry.capacity:
+                shape = carry.up.shape, carry.down.shape, carry.columns
                 key = (*shape, carry.up.device, self.dense.key(pair) if self._folds else None)
                 full.setdefault(key, []).append(pair)
         for alike in full.values():
@@ -70,7 +70,7 @@ class CarryAccumulator:
                 if self._folds:
                     self._fold(part, count)
                 else:
-                    self._compress(part)
+                    self._compress(part, columns)
 
     def commit(
         self,
@@ -94,10 +94,10 @@ class CarryAccumulator:
     def _folds(self) -> bool:
         return self.options.when_full == "fold"
 
-    def _compress(self, pairs: Sequence[LoRAPair]) -> None:
+    def _compress(self, pairs: Sequence[LoRAPair], columns: int) -> None:
         """Recompress the carries, or let them grow where ``"auto"`` would cut too much."""
         carries = [_carry(pair) for pair in pairs]
-        keep = _kept_columns(pairs[0], carries[0])
+        keep = _kept_columns(pairs[0], carries[0], columns)
         up = torch.stack([carry.used_up for carry in carries])
         down = torch.stack([carry.used_down for carry in carries])
         new = compress(up, down, keep)
@@ -110,7 +110,7 @@ class CarryAccumulator:
         for i, (pair, carry) in enumerate(zip(pairs, carries, strict=True)):
             too_much = shares[i] > self.options.carry_tolerance
             larger = min(2 * carry.capacity, self._most_columns(pair))
-            if too_much and larger >= carry.columns + increment_columns(pair):
+            if too_much and larger >= carry.columns + columns:
                 carry.grow(larger)
                 continue
             chosen.append(i)
@@ -190,9 +190,8 @@ def _full_rank(pair: LoRAPair) -> int:
     return min(pair.P_parameter.shape[0], pair.Q_parameter[0].numel())
 
 
-def _kept_columns(pair: LoRAPair, carry: Carry) -> int:
+def _kept_columns(pair: LoRAPair, carry: Carry, k: int) -> int:
     """What a compression keeps: a quarter is left free, so that not every re-basing compresses."""
-    k = increment_columns(pair)
     if carry.capacity - k >= _full_rank(pair):
         return _full_rank(pair)
     return carry.capacity - max(k, carry.capacity // 4 // k * k)

@@ -32,11 +32,11 @@ class DenseAccumulator:
         base = pair.base_weight
         return base.shape, base.dtype, pair.base_is_transposed
 
-    def takes(self, pair: LoRAPair) -> bool:
+    def takes(self, pair: LoRAPair, columns: int) -> bool:
         """Always."""
         return True
 
-    def make_room(self, pairs: Sequence[LoRAPair], count: int) -> None:
+    def make_room(self, pairs: Sequence[LoRAPair], columns: int, count: int) -> None:
         """Nothing to do."""
 
     def commit(

@@ -24,12 +24,14 @@ class Moments:
         direction: computes the coming step's direction, for ``rule="direction"``; None if unknown.
         direction_degree: 0 if the step does not grow with the gradient (Adam), 1 if it does (SGD).
         partners: pairs of states that factor one second moment (Adafactor).
+        norms: states that say how large gradients are and not where they point, though of degree 1.
     """
 
     degrees: Mapping[str, int]
     direction: Direction | None = None
     direction_degree: int = 0
     partners: Mapping[str, str] | None = None
+    norms: frozenset[str] = frozenset()
 
     @property
     def tensor_names(self) -> set[str]:
@@ -45,7 +47,9 @@ _TABLE: dict[type[torch.optim.Optimizer], Moments] = {
     torch.optim.AdamW: Moments(_ADAM, directions.adam),
     torch.optim.NAdam: Moments({**_ADAM, "mu_product": 0}, directions.nadam),
     torch.optim.RAdam: Moments(_ADAM, directions.radam),
-    torch.optim.Adamax: Moments({**_STEP, "exp_avg": 1, "exp_inf": 1}, directions.adamax),
+    torch.optim.Adamax: Moments(
+        {**_STEP, "exp_avg": 1, "exp_inf": 1}, directions.adamax, norms=frozenset({"exp_inf"})
+    ),
     torch.optim.SGD: Moments({"momentum_buffer": 1}, directions.sgd, direction_degree=1),
     torch.optim.RMSprop: Moments(
         {**_STEP, "square_avg": 2, "grad_avg": 1, "momentum_buffer": 0}, directions.rmsprop

@@ -66,7 +66,8 @@ def _why_not_rebased(pair: LoRAPair, variants: tuple[type, ...]) -> str | None:
     """Why re-basing this layer would not preserve its function, or None if it would."""
     module = pair.module
     variant = module.lora_variant.get(pair.adapter)
-    if variant is not None and not isinstance(variant, variants):
+    # Exactly these: PEFT's variant of an embedding is a subclass of that of a linear layer.
+    if variant is not None and type(variant) not in variants:
         return f"{type(variant).__name__} is more than a weight plus a low-rank product"
     for factor in (pair.P_parameter, pair.Q_parameter):
         if type(factor) is not nn.Parameter or factor.numel() == 0:

@@ -1,0 +1,406 @@
+"""Calibration: what is typed in as learning rate loses its meaning, a schedule keeps its own."""
+
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+from typing import Any
+
+import models
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+import scalora
+from scalora.calibration import StepCalibration
+from scalora.peft_layers import lora_pairs
+
+WINDOW = 10
+
+
+def make_model(dtype: torch.dtype = torch.float32) -> Any:
+    """Two LoRA layers and a head that is trained in full."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 12), nn.Linear(12, 6))
+    config = LoraConfig(r=3, target_modules=["0", "2"], modules_to_save=["3"])
+    return get_peft_model(base.to(dtype), config, autocast_adapter_dtype=False).to(dtype)
+
+
+def calibrated(model: Any, lr: float | Tensor = 1e-3, **options: Any) -> scalora.ScaLoRA:
+    inner = torch.optim.AdamW(models.trainable(model), lr=lr)
+    options = {"rule": "renew", "calibration": WINDOW, **options}
+    return scalora.ScaLoRA(inner, model, **options)
+
+
+def backward(model: nn.Module, seed: int, scale: float = 1.0) -> float:
+    dtype = next(model.parameters()).dtype
+    x = torch.randn(32, 12, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    loss = (model(x) - x[:, :6] @ torch.eye(6).to(dtype)).square().mean()
+    (scale * loss).backward()
+    return loss.item()
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
+    losses = []
+    for seed in steps:
+        optimizer.zero_grad()
+        losses.append(backward(model, seed))
+        optimizer.step()
+    return losses
+
+
+def factor_of(optimizer: scalora.ScaLoRA) -> float:
+    assert optimizer.step_factor is not None
+    return optimizer.step_factor.item()
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+# The length that is found
+
+
+class Regression:
+    """A linear layer is to become another one, on noisy batches: final error and factor."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(3)
+        U, V = torch.randn(16, 4, generator=generator), torch.randn(24, 4, generator=generator)
+        self.change = U @ V.T / 8
+
+    def trained(self, lr: float, calibration: int, steps: int = 130) -> tuple[float, float]:
+        torch.manual_seed(0)
+        model = get_peft_model(
+            nn.Sequential(nn.Linear(24, 16, bias=False)), LoraConfig(r=4, target_modules=["0"])
+        )
+        optimizer = calibrated(model, lr, calibration=calibration)
+        [pair] = lora_pairs(model, "default")
+        target = pair.base_weight.detach() + self.change
+        generator = torch.Generator().manual_seed(4)
+        for step in range(steps):
+            x = torch.randn(32, 24, generator=generator)
+            y = x @ target.T + 0.1 * torch.randn(32, 16, generator=generator)
+            optimizer.zero_grad()
+            (model(x) - y).square().mean().backward()
+            optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+            optimizer.step()
+        error = (pair.effective_weight() - target).square().mean().item()
+        factor = factor_of(optimizer) if calibration else 1.0
+        return error, factor
+
+
+def test_a_small_learning_rate_grows_a_large_one_shrinks_and_both_end_alike() -> None:
+    task = Regression()
+    rates = (3e-3, 1e-2, 3e-2, 9e-2)
+    plain = [task.trained(lr, 0)[0] for lr in rates]
+    found = [task.trained(lr, 100) for lr in rates]
+    errors, factors = [error for error, _ in found], [factor for _, factor in found]
+    assert factors[0] > 3 and factors[-1] < 1
+    assert factors == sorted(factors, reverse=True)
+    lengths = [lr * factor for lr, factor in zip(rates, factors, strict=True)]
+    assert max(lengths) / min(lengths) < 0.5 * rates[-1] / rates[0]
+    assert max(errors) < 0.2 * max(plain)
+    assert max(errors) / min(errors) < 0.2 * max(plain) / min(plain)
+
+
+@pytest.mark.parametrize(("sign", "grows"), [(1, True), (-1, False)])
+def test_the_factor_follows_whether_the_next_gradient_asks_for_more(sign: int, grows: bool) -> None:
+    p = nn.Parameter(torch.ones(4))
+    calibration = StepCalibration(steps=20)
+    for _ in range(20):
+        p.grad = torch.ones(4)  # the loss falls against it
+        calibration.observe([p], 1.0)
+        with calibration.scaled([p]), torch.no_grad():
+            p -= sign * 0.01 * p.grad
+    assert calibration.factor is not None
+    # Averages that begin at zero make the first observations count less.
+    growth = 0.05 * sum((1 - 0.9**count) ** 0.5 for count in range(1, 20))
+    expected = torch.tensor(growth if grows else -growth).exp()
+    torch.testing.assert_close(calibration.factor, expected, rtol=1e-4, atol=0)
+
+
+def test_the_factor_stays_within_its_bounds() -> None:
+    p = nn.Parameter(torch.zeros(4))
+    calibration = StepCalibration(steps=1000)
+    for _ in range(200):
+        p.grad = torch.ones(4)
+        calibration.observe([p], 1.0)
+        with calibration.scaled([p]), torch.no_grad():
+            p -= p.grad
+    torch.testing.assert_close(calibration.factor, torch.tensor(1e3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_step_is_scaled_by_the_factor_in_the_parameters_own_dtype(dtype: torch.dtype) -> None:
+    model = make_model(dtype)
+    optimizer = calibrated(model, 1e-2)
+    train(model, optimizer, range(5))
+    optimizer.zero_grad()
+    backward(model, 5)
+    twin, plain = copy.deepcopy((model, optimizer))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        q.grad = None if p.grad is None else p.grad.clone()
+    before = snapshot(model)
+    optimizer.step()
+    plain.inner.step()
+    assert factor_of(optimizer) != 1
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            assert p.dtype == dtype
+            step = dict(twin.named_parameters())[name] - before[name]
+            expected = before[name].double() + factor_of(optimizer) * step.double()
+            eps = torch.finfo(dtype).eps if dtype != torch.float64 else 1e-7  # the factor's
+            torch.testing.assert_close(p.double(), expected, rtol=2 * eps, atol=eps * 1e-1)
+
+
+def test_only_the_lora_factors_are_scaled_and_not_the_head() -> None:
+    model, other = make_model(), make_model()
+    optimizer, plain = calibrated(model), torch.optim.AdamW(models.trainable(other), lr=1e-3)
+    for seed in range(WINDOW):
+        optimizer.zero_grad()
+        backward(model, seed)
+        for p, q in zip(models.trainable(model), models.trainable(other), strict=True):
+            q.grad = p.grad.clone()
+        optimizer.step()
+        plain.step()
+    assert factor_of(optimizer) != 1
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        if "modules_to_save" in name:
+            assert torch.equal(p, q)
+        elif "lora_" in name:
+            assert not torch.equal(p, q)
+
+
+@pytest.mark.parametrize("scale", [2.0**16, 2.0**-16])
+def test_a_constant_on_the_loss_does_not_matter(scale: float) -> None:
+    def factor(scale: float) -> float:
+        model = make_model(torch.float64)
+        inner = torch.optim.AdamW(models.trainable(model), lr=1e-3, eps=1e-30)
+        optimizer = scalora.ScaLoRA(inner, model, calibration=WINDOW)
+        for seed in range(WINDOW):
+            optimizer.zero_grad()
+            backward(model, seed, scale)
+            optimizer.step()
+        return factor_of(optimizer)
+
+    assert factor(scale) == pytest.approx(factor(1.0), rel=1e-9)
+
+
+# The window
+
+
+def test_after_the_window_the_factor_is_held_and_a_schedule_keeps_its_shape() -> None:
+    model = make_model()
+    optimizer = calibrated(model)
+    train(model, optimizer, range(WINDOW))
+    held = factor_of(optimizer)
+    assert held != 1
+    for share in (1.0, 0.5, 0.01):
+        optimizer.param_groups[0]["lr"] = 1e-3 * share
+        train(model, optimizer, range(3))
+        assert factor_of(optimizer) == held
+    # Nothing but the numbers is kept: no copy of the newest step.
+    assert sum(t.numel() for t in optimizer._calibration.kept_tensors()) == 3
+
+
+def test_the_window_begins_anew_while_the_learning_rate_rises() -> None:
+    model = make_model()
+    optimizer = calibrated(model)
+    factors = []
+    for step in range(3 * WINDOW):
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1, (step + 1) / WINDOW)
+        train(model, optimizer, range(step, step + 1))
+        factors.append(factor_of(optimizer))
+    last = WINDOW - 1 + WINDOW  # the peak is at the WINDOW-th step
+    assert all(a != b for a, b in pairwise(factors[:last]))
+    assert set(factors[last - 1 :]) == {factors[last - 1]}
+
+
+def test_zero_learning_rate_at_the_first_step_is_no_part_of_the_window() -> None:
+    def factors(warm_up: bool) -> list[float]:
+        model = make_model(torch.float64)
+        inner = torch.optim.SGD(models.trainable(model), lr=0.0 if warm_up else 0.1)
+        optimizer = scalora.ScaLoRA(inner, model, calibration=WINDOW)
+        if warm_up:
+            train(model, optimizer, range(1))
+            assert factor_of(optimizer) == 1
+            inner.param_groups[0]["lr"] = 0.1
+        found = []
+        for seed in range(2 * WINDOW):
+            train(model, optimizer, range(seed, seed + 1))
+            found.append(factor_of(optimizer))
+        return found
+
+    assert factors(warm_up=True) == factors(warm_up=False)
+
+
+def test_a_learning_rate_in_a_host_tensor_is_read() -> None:
+    def found(lr: Any) -> float:
+        model = make_model()
+        optimizer = calibrated(model, lr)
+        for step in range(2 * WINDOW):
+            optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / WINDOW)
+            train(model, optimizer, range(step, step + 1))
+        return factor_of(optimizer)
+
+    assert found(torch.tensor(1e-3)) == pytest.approx(found(1e-3), rel=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["auto", "renew", "exact"])
+def test_calibration_0_is_no_calibration_to_the_bit(rule: str) -> None:
+    model, other = make_model(), make_model()
+    optimizer = calibrated(model, rule=rule, calibration=0, lifetime=1000)
+    plain = scalora.ScaLoRA(
+        torch.optim.AdamW(models.trainable(other), lr=1e-3),
+        other,
+        rule="exact" if rule == "exact" else "none",
+    )
+    train(model, optimizer, range(12))
+    train(other, plain, range(12))
+    assert_same(snapshot(model), snapshot(other))
+    assert optimizer.step_factor is None
+
+
+def test_auto_alone_calibrates_unless_asked_for() -> None:
+    def steps(**options: Any) -> int:
+        model = make_model()
+        inner = torch.optim.AdamW(models.trainable(model), lr=1e-3)
+        return scalora.ScaLoRA(inner, model, **options).options.calibration_steps
+
+    assert steps() == 100
+    assert steps(rule="auto", calibration=7) == 7
+    assert {steps(rule=rule) for rule in ("renew", "exact", "paper", "direction", "none")} == {0}
+    assert steps(rule="exact", calibration=7) == 7
+
+
+@pytest.mark.parametrize("rule", ["exact", "direction"])
+def test_it_goes_together_with_the_rules_of_scaling(rule: str) -> None:
+    model = make_model()
+    optimizer = calibrated(model, 1e-2, rule=rule)
+    losses = train(model, optimizer, range(25))
+    assert losses[-1] < losses[0]
+    assert factor_of(optimizer) != 1
+    assert optimizer.rebase_count == 25
+
+
+# What teaches nothing
+
+
+def test_a_gradient_that_is_not_finite_teaches_nothing() -> None:
+    model = make_model()
+    optimizer = calibrated(model)
+    train(model, optimizer, range(4))
+    before, state = factor_of(optimizer), snapshot(model)
+    optimizer.zero_grad()
+    backward(model, 4)
+    optimizer.rebased_pairs[0].P_parameter.grad[0, 0] = torch.nan
+    with pytest.warns(UserWarning, match="not finite"):
+        optimizer.step()
+    assert factor_of(optimizer) == before
+    assert_same(state, snapshot(model))
+    assert all(loss == loss for loss in train(model, optimizer, range(5, 9)))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.0])
+def test_where_the_device_is_not_waited_for_such_a_gradient_changes_no_factor(value: float) -> None:
+    p = nn.Parameter(torch.ones(4))
+    calibration = StepCalibration(steps=20)
+    factors = []
+    for step in range(6):
+        p.grad = torch.full((4,), value if step == 3 else 1.0)
+        calibration.observe([p], 1.0)
+        with calibration.scaled([p]), torch.no_grad():
+            if step != 3:  # a fused optimizer leaves it out
+                p -= 0.01 * p.grad
+        factors.append(calibration.factor.item())
+    assert factors[0] < factors[1] < factors[2] == factors[3]
+    assert factors[4] == factors[3]  # the step that was left out
+    assert factors[5] > factors[4]
+    assert p.isfinite().all()
+
+
+def test_missing_and_frozen_factors_are_left_alone() -> None:
+    model = make_model()
+    optimizer = calibrated(model, 1e-2)
+    train(model, optimizer, range(3))
+    first, second = optimizer.rebased_pairs
+    for parameter in (first.P_parameter, first.Q_parameter):
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    before = first.P_parameter.clone(), factor_of(optimizer), second.P_parameter.clone()
+    train(model, optimizer, range(3, 6))
+    assert torch.equal(first.P_parameter, before[0])
+    assert factor_of(optimizer) != before[1]
+    assert not torch.equal(second.P_parameter, before[2])
+
+
+def test_a_step_without_any_gradient_changes_nothing() -> None:
+    model = make_model()
+    optimizer = calibrated(model)
+    train(model, optimizer, range(4))
+    before, state = factor_of(optimizer), snapshot(model)
+    optimizer.zero_grad()
+    optimizer.step()
+    assert factor_of(optimizer) == before
+    assert_same(state, snapshot(model))
+    train(model, optimizer, range(4, 8))
+    assert factor_of(optimizer) != before
+
+
+def test_a_step_that_raises_leaves_the_parameters_and_can_be_taken_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stepped(fails: int) -> tuple[dict[str, Tensor], float]:
+        model = make_model()
+        optimizer = calibrated(model)
+        train(model, optimizer, range(4))
+        optimizer.zero_grad()
+        backward(model, 4)
+        before = snapshot(model)
+        for _ in range(fails):
+            with monkeypatch.context() as patch:
+                patch.setattr(optimizer.inner, "step", _fail)
+                with pytest.raises(RuntimeError, match="injected"):
+                    optimizer.step()
+            assert_same(before, snapshot(model))
+        optimizer.step()
+        train(model, optimizer, range(5, 3 * WINDOW))
+        return snapshot(model), factor_of(optimizer)
+
+    (once, factor), (again, same) = stepped(0), stepped(2)
+    assert factor == same
+    assert_same(once, again)
+
+
+def _fail() -> None:
+    raise RuntimeError("injected")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gpu_calibration_and_renewal_never_wait_for_the_device(
+    dtype: torch.dtype, fused: bool
+) -> None:
+    torch.manual_seed(0)
+    model = make_model(dtype).to("cuda")
+    inner = torch.optim.AdamW(models.trainable(model), lr=1e-3, fused=fused)
+    optimizer = scalora.ScaLoRA(inner, model, lifetime=3)
+    for step in range(9):
+        for p in models.trainable(model):
+            p.grad = torch.randn_like(p)
+        torch.cuda.synchronize()
+        if step > 2:  # the first allocate
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert optimizer.rebase_count >= 6
