@@ -12,9 +12,10 @@ from torch import Tensor
 
 _NAMES = ("Ann", "Bob", "Cid", "Dan", "Eve", "Fay")
 _THINGS = ("pens", "cups", "hats", "keys")
+_VERBS = {"+": ("found", "won"), "-": ("lost", "sold")}
 _OTHER_NAMES = ("Ian", "Joy", "Kim", "Leo", "Mia", "Ned")
 _OTHER_THINGS = ("eggs", "bags", "toys", "jars")
-_VERBS = {"+": ("found", "won"), "-": ("lost", "sold")}
+_OTHER_VERBS = {"+": ("found", "made", "got", "drew"), "-": ("sold", "gave", "ate", "broke")}
 
 
 class Problem(NamedTuple):
@@ -24,49 +25,49 @@ class Problem(NamedTuple):
     answer: str
 
 
-def digits(number: int) -> str:
-    """A result as it is written: two digits, the least significant one first, as carries go."""
-    return f"{number:02d}"[::-1]
-
-
 def one_step_problems(seed: int) -> Iterator[Problem]:
-    """Sums and differences without end: four of five bare (``70+5=21``), the others in words."""
+    """Sums and differences without end: three of four bare (``16-4=12``), the others in words.
+
+    ``Ann had 9 pens, found 7: `` is answered with ``9+7=16``.
+    """
     draw = random.Random(seed)
     while True:
         # Small numbers come more often: from copying over counting, adding is learned in minutes.
         sign, b = draw.choice("+-"), draw.randint(0, draw.randint(0, 9))
-        bare = draw.random() < 0.8
+        bare = draw.random() < 0.75
         a = draw.randint(0, 18 if bare else 9)
         result = _result(a, sign, b)
         if result < 0:
             continue
-        verb = "gets" if sign == "+" else "gives"
-        name, thing = draw.choice(_NAMES), draw.choice(_THINGS)
-        words = f"{name} has {a} {thing} and {verb} {b}: "
-        yield Problem(f"{digits(a)}{sign}{b}=" if bare else words, f"{digits(result)}\n")
+        if bare:
+            yield Problem(f"{a}{sign}{b}=", f"{result}\n")
+            continue
+        name, thing, verb = map(draw.choice, (_NAMES, _THINGS, _VERBS[sign]))
+        yield Problem(f"{name} had {a} {thing}, {verb} {b}: ", f"{a}{sign}{b}={result}\n")
 
 
-def two_step_problems(seed: int, split: str) -> Iterator[Problem]:
-    """Problems of two steps without end, those of "train", "validation" or "test".
+def chain_problems(seed: int, split: str) -> Iterator[Problem]:
+    """Problems of two or three steps without end, those of "train", "validation" or "test".
 
-    Numbers and operations decide the split, so that no answer that is asked for at a test was
-    trained on under another name.
+    Half of them tell of another thing as well, at any place: ``Ian had 9 eggs, found 7, lost 5
+    toys, sold 4: `` is answered with ``9+7=16-4=12``. The answer decides the split, so that none
+    that is asked for at a test was trained on in other words.
     """
     draw = random.Random(seed)
+    sides = {0: "test", 1: "validation"}
     while True:
-        numbers = [draw.randint(0, 9) for _ in range(3)]
-        signs = draw.choices("+-", k=2)
-        first = _result(numbers[0], signs[0], numbers[1])
-        second = _result(first, signs[1], numbers[2])
-        sides = {0: "test", 1: "validation"}
-        side = zlib.crc32(f"{numbers} {signs}".encode()) % 10
-        if min(first, second) < 0 or sides.get(side, "train") != split:
+        first, *numbers = (draw.randint(0, 9) for _ in range(draw.choice((3, 4))))
+        steps = [(draw.choice("+-"), number) for number in numbers]
+        answer = _chain(first, steps)
+        if answer is None or sides.get(zlib.crc32(answer.encode()) % 10, "train") != split:
             continue
-        verbs = [draw.choice(_VERBS[sign]) for sign in signs]
-        name, thing = draw.choice(_OTHER_NAMES), draw.choice(_OTHER_THINGS)
-        a, b, c = numbers
-        question = f"{name} had {a} {thing}, {verbs[0]} {b}, {verbs[1]} {c}: "
-        yield Problem(question, f"{digits(first)} {digits(second)}\n")
+        thing, other = draw.sample(_OTHER_THINGS, k=2)
+        told = [f"{draw.choice(_OTHER_VERBS[sign])} {number}" for sign, number in steps]
+        if draw.random() < 0.5:
+            verb = draw.choice(_OTHER_VERBS[draw.choice("+-")])
+            told.insert(draw.randint(0, len(told)), f"{verb} {draw.randint(0, 9)} {other}")
+        name = draw.choice(_OTHER_NAMES)
+        yield Problem(f"{name} had {first} {thing}, {', '.join(told)}: ", answer)
 
 
 def tokens_of(problems: list[Problem]) -> tuple[Tensor, Tensor]:
@@ -94,6 +95,17 @@ def _row(problem: Problem) -> tuple[Tensor, Tensor]:
     labels = tokens.clone()
     labels[: len(problem.question)] = -100
     return tokens, labels
+
+
+def _chain(first: int, steps: list[tuple[str, int]]) -> str | None:
+    """The steps with what there is after each; None if that is ever beyond 0 to 18."""
+    text, there = str(first), first
+    for sign, number in steps:
+        there = _result(there, sign, number)
+        if not 0 <= there <= 18:
+            return None
+        text += f"{sign}{number}={there}"
+    return text + "\n"
 
 
 def _result(a: int, sign: str, b: int) -> int:
