@@ -49,12 +49,23 @@ def problems(split, count, seed=0):
     return list(islice(two_step_problems(seed, split), count))
 
 
+SIGNS = {
+    **dict.fromkeys(("found", "made", "got", "drew"), "+"),
+    **dict.fromkeys(("sold", "gave", "ate", "broke"), "-"),
+}
+
+
 def core(problem):
-    """The numbers and operations of a question, without its words."""
-    added = {"found": "+", "made": "+", "sold": "-", "gave": "-"}
-    numbers = [int(number) for number in re.findall(r"\d+", problem.question)]
-    signs = [added[verb] for verb in re.findall("|".join(added), problem.question)]
-    return (*numbers, *signs)
+    """The numbers and operations of a question, without its words and other things."""
+    first, thing, told = re.fullmatch(
+        r"[A-Z][a-z]+ had (\d) (\w+), (.*): ", problem.question
+    ).groups()
+    steps = [clause.split() for clause in told.split(", ")]
+    others = [clause for clause in steps if clause[2:]]
+    assert len(steps) - len(others) == 2
+    assert [thing] not in [clause[2:] for clause in others]
+    (one, b), (two, c) = (clause for clause in steps if not clause[2:])
+    return int(first), SIGNS[one], int(b), SIGNS[two], int(c)
 
 
 def step(a, sign, b):
@@ -63,11 +74,19 @@ def step(a, sign, b):
 
 def test_answers_are_chains_of_both_steps():
     for problem in problems("train", 300):
-        a, b, c, one, two = core(problem)
+        a, one, b, two, c = core(problem)
         first = step(a, one, b)
         second = step(first, two, c)
         assert problem.answer == f"{a}{one}{b}={first}{two}{c}={second}\n"
         assert min(first, second) >= 0
+
+
+def test_half_of_the_problems_tell_of_another_thing_anywhere():
+    told = [problem.question.split(", ")[1:] for problem in problems("train", 600)]
+    more = [clauses for clauses in told if len(clauses) == 3]
+    assert 0.4 < len(more) / len(told) < 0.6
+    assert {len(clauses) for clauses in told} == {2, 3}
+    assert {[len(clause.split()) for clause in clauses].index(3) for clauses in more} == {0, 1, 2}
 
 
 def test_problems_of_pretraining_are_right():
@@ -89,7 +108,7 @@ def test_pretraining_has_every_step_that_a_chain_can_have():
     bare = {problem.question for problem in islice(one_step_problems(seed=0), 60_000)}
     for split in ("train", "validation", "test"):
         for problem in problems(split, 1000):
-            a, b, c, one, two = core(problem)
+            a, one, b, two, c = core(problem)
             assert {f"{a}{one}{b}=", f"{step(a, one, b)}{two}{c}="} <= bare
 
 

@@ -24,12 +24,12 @@ from scalora.ablation.tasks.word_problems import (
     one_step_problems,
     stream_of,
     tokens_of,
-    chain_problems,
+    two_step_problems,
 )
 
 _SHAPE = ByteLlama(width=96, intermediate=256, layers=3, spread=0.08)
 _BATCH, _BYTES = 16, 64
-_ANSWER = 18
+_ANSWER = 12
 """Bytes after which a model that has not ended its answer is stopped."""
 
 
@@ -37,11 +37,12 @@ class Arithmetic(Task):
     """A 3-layer Llama of width 96 over bytes, from problems of one step to problems of two.
 
     It is pretrained on sums and differences, bare (``16-4=`` and then ``12``) and in words (``Ann
-    had 9 pens, found 7: `` and then ``9+7=16``): every step that a chain of two can have. It
-    learns to answer ``Ian had 9 eggs, found 7, sold 4: `` with the chain ``9+7=16-4=12``. Loss is
-    on the bytes of the answer alone. Names and things are other ones than in pretraining, as is
-    one of the two words for each operation, and a problem of the validation or test split has
-    numbers and operations that no training problem has.
+    had 9 pens, found 7: `` and then ``9+7=16``): every step that a chain of two can have, and it
+    knows them all. It learns to answer ``Ian had 9 eggs, found 7, broke 5 toys, sold 4: `` with
+    the chain ``9+7=16-4=12``, half of the time with no word of another thing. Loss is on the bytes
+    of the answer alone. Names and things are other ones than in pretraining, as are six of the
+    eight words for operations, and no problem of the validation or test split has the numbers
+    and operations of a training problem.
 
     Scores: ``accuracy``, the share of 400 problems where the answer that the model writes itself,
     greedily, ends on the right number; and ``loss``, nats a byte of the answers (``quick``: the
@@ -72,7 +73,7 @@ class Arithmetic(Task):
 
     def batches(self, seed: int, steps: int) -> Iterator[Pair]:
         """Yield bytes and labels of 16 problems, (16, longest) each."""
-        problems = chain_problems(1000 + seed, "train")
+        problems = two_step_problems(1000 + seed, "train")
         for _ in range(steps):
             yield tokens_of(list(islice(problems, _BATCH)))
 
@@ -107,7 +108,7 @@ class Arithmetic(Task):
     @cached_property
     def _problems(self) -> dict[str, list[Problem]]:
         return {
-            split: list(islice(chain_problems(0, split), 400))
+            split: list(islice(two_step_problems(0, split), 400))
             for split in ("validation", "test")
         }
 

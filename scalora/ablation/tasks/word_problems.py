@@ -46,28 +46,31 @@ def one_step_problems(seed: int) -> Iterator[Problem]:
         yield Problem(f"{name} had {a} {thing}, {verb} {b}: ", f"{a}{sign}{b}={result}\n")
 
 
-def chain_problems(seed: int, split: str) -> Iterator[Problem]:
-    """Problems of two or three steps without end, those of "train", "validation" or "test".
+def two_step_problems(seed: int, split: str) -> Iterator[Problem]:
+    """Problems of two steps without end, those of "train", "validation" or "test".
 
-    Half of them tell of another thing as well, at any place: ``Ian had 9 eggs, found 7, lost 5
+    Half of them tell of another thing as well, at any place: ``Ian had 9 eggs, found 7, broke 5
     toys, sold 4: `` is answered with ``9+7=16-4=12``. The answer decides the split, so that none
     that is asked for at a test was trained on in other words.
     """
     draw = random.Random(seed)
     sides = {0: "test", 1: "validation"}
     while True:
-        first, *numbers = (draw.randint(0, 9) for _ in range(draw.choice((3, 4))))
-        steps = [(draw.choice("+-"), number) for number in numbers]
-        answer = _chain(first, steps)
-        if answer is None or sides.get(zlib.crc32(answer.encode()) % 10, "train") != split:
+        a, b, c = (draw.randint(0, 9) for _ in range(3))
+        one, two = draw.choices("+-", k=2)
+        there = _result(a, one, b)
+        left = _result(there, two, c)
+        answer = f"{a}{one}{b}={there}{two}{c}={left}\n"
+        side = sides.get(zlib.crc32(answer.encode()) % 10, "train")
+        if min(there, left) < 0 or side != split:
             continue
         thing, other = draw.sample(_OTHER_THINGS, k=2)
-        told = [f"{draw.choice(_OTHER_VERBS[sign])} {number}" for sign, number in steps]
+        told = [f"{draw.choice(_OTHER_VERBS[one])} {b}", f"{draw.choice(_OTHER_VERBS[two])} {c}"]
         if draw.random() < 0.5:
             verb = draw.choice(_OTHER_VERBS[draw.choice("+-")])
-            told.insert(draw.randint(0, len(told)), f"{verb} {draw.randint(0, 9)} {other}")
+            told.insert(draw.randint(0, 2), f"{verb} {draw.randint(0, 9)} {other}")
         name = draw.choice(_OTHER_NAMES)
-        yield Problem(f"{name} had {first} {thing}, {', '.join(told)}: ", answer)
+        yield Problem(f"{name} had {a} {thing}, {', '.join(told)}: ", answer)
 
 
 def tokens_of(problems: list[Problem]) -> tuple[Tensor, Tensor]:
@@ -95,17 +98,6 @@ def _row(problem: Problem) -> tuple[Tensor, Tensor]:
     labels = tokens.clone()
     labels[: len(problem.question)] = -100
     return tokens, labels
-
-
-def _chain(first: int, steps: list[tuple[str, int]]) -> str | None:
-    """The steps with what there is after each; None if that is ever beyond 0 to 18."""
-    text, there = str(first), first
-    for sign, number in steps:
-        there = _result(there, sign, number)
-        if not 0 <= there <= 18:
-            return None
-        text += f"{sign}{number}={there}"
-    return text + "\n"
 
 
 def _result(a: int, sign: str, b: int) -> int:
