@@ -29,18 +29,20 @@ from scalora.ablation.tasks.word_problems import (
 
 _SHAPE = ByteLlama(width=96, intermediate=256, layers=3, spread=0.08)
 _BATCH, _BYTES = 16, 64
-_ANSWER = 8
+_ANSWER = 12
 """Bytes after which a model that has not ended its answer is stopped."""
 
 
 class Arithmetic(Task):
     """A 3-layer Llama of width 96 over bytes, from problems of one step to problems of two.
 
-    It is pretrained on sums and differences, bare and in words. It learns to answer ``Ian had 9
-    eggs, found 7, sold 4: `` with ``61 21``: what there is after each step, the least significant
-    digit first. Loss is on the bytes of the answer alone. Names, things and words are other ones
-    than in pretraining, and a problem of the validation or test split has numbers and operations
-    that no training problem has.
+    It is pretrained on sums and differences, bare (``16-4=`` and then ``12``) and in words (``Ann
+    had 9 pens, found 7: `` and then ``9+7=16``): every step that a chain of two can have, and it
+    knows them all. It learns to answer ``Ian had 9 eggs, found 7, broke 5 toys, sold 4: `` with
+    the chain ``9+7=16-4=12``, half of the time with no word of another thing. Loss is on the bytes
+    of the answer alone. Names and things are other ones than in pretraining, as are six of the
+    eight words for operations, and no problem of the validation or test split has the numbers
+    and operations of a training problem.
 
     Scores: ``accuracy``, the share of 400 problems where the answer that the model writes itself,
     greedily, ends on the right number; and ``loss``, nats a byte of the answers (``quick``: the
@@ -55,7 +57,7 @@ class Arithmetic(Task):
     learning_rates = (2e-3, 5e-3, 1e-2, 2e-2, 6e-2)
     rank = 4
 
-    pretraining_steps: ClassVar[int] = 700
+    pretraining_steps: ClassVar[int] = 1500
     """Batches of 16 x 64 bytes of problems of one step, at a learning rate of 3e-3."""
 
     def prepare(self, cache: Path) -> None:
@@ -112,19 +114,23 @@ class Arithmetic(Task):
 
 
 def _one_step_batches(seed: int, problems: int) -> Iterator[Pair]:
-    """Bytes and labels, (16, 64) each, of pieces of a text of that many problems, without end."""
+    """Bytes and labels, (16, 64) each, of pieces of a text of that many problems, without end.
+
+    Every piece begins with a problem, as what is asked later does.
+    """
     tokens, labels = stream_of(list(islice(one_step_problems(seed), problems)))
+    begins = (tokens[:-_BYTES] == ord("\n")).nonzero() + 1
     generator = torch.Generator().manual_seed(seed)
     while True:
-        starts = torch.randint(0, len(tokens) - _BYTES + 1, (_BATCH, 1), generator=generator)
+        starts = begins[torch.randint(0, len(begins), (_BATCH,), generator=generator)]
         piece = starts + torch.arange(_BYTES)
         yield tokens[piece], labels[piece]
 
 
 def is_right(problem: Problem, written: str) -> bool:
-    """Whether an answer ends, and its last number is the one asked for."""
+    """Whether an answer ends, and the number after its last ``=`` is the one asked for."""
     ended = written.endswith("\n")
-    return ended and written.split()[-1:] == problem.answer.split()[-1:]
+    return ended and written.rpartition("=")[2] == problem.answer.rpartition("=")[2]
 
 
 def answers(model: nn.Module, questions: list[str]) -> list[str]:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 _NAMES = ("Ann", "Bob", "Cid", "Dan", "Eve", "Fay")
 _THINGS = ("pens", "cups", "hats", "keys")
+_VERBS = {"+": ("found", "won"), "-": ("lost", "sold")}
 _OTHER_NAMES = ("Ian", "Joy", "Kim", "Leo", "Mia", "Ned")
 _OTHER_THINGS = ("eggs", "bags", "toys", "jars")
-_VERBS = {"+": ("found", "won"), "-": ("lost", "sold")}
+_OTHER_VERBS = {"+": ("found", "made", "got", "drew"), "-": ("sold", "gave", "ate", "broke")}
 
 
 class Problem(NamedTuple):
@@ -24,49 +25,52 @@ class Problem(NamedTuple):
     answer: str
 
 
-def digits(number: int) -> str:
-    """A result as it is written: two digits, the least significant one first, as carries go."""
-    return f"{number:02d}"[::-1]
-
-
 def one_step_problems(seed: int) -> Iterator[Problem]:
-    """Sums and differences without end: four of five bare (``70+5=21``), the others in words."""
+    """Sums and differences without end: three of four bare (``16-4=12``), the others in words.
+
+    ``Ann had 9 pens, found 7: `` is answered with ``9+7=16``.
+    """
     draw = random.Random(seed)
     while True:
         # Small numbers come more often: from copying over counting, adding is learned in minutes.
         sign, b = draw.choice("+-"), draw.randint(0, draw.randint(0, 9))
-        bare = draw.random() < 0.8
+        bare = draw.random() < 0.75
         a = draw.randint(0, 18 if bare else 9)
         result = _result(a, sign, b)
         if result < 0:
             continue
-        verb = "gets" if sign == "+" else "gives"
-        name, thing = draw.choice(_NAMES), draw.choice(_THINGS)
-        words = f"{name} has {a} {thing} and {verb} {b}: "
-        yield Problem(f"{digits(a)}{sign}{b}=" if bare else words, f"{digits(result)}\n")
+        if bare:
+            yield Problem(f"{a}{sign}{b}=", f"{result}\n")
+            continue
+        name, thing, verb = map(draw.choice, (_NAMES, _THINGS, _VERBS[sign]))
+        yield Problem(f"{name} had {a} {thing}, {verb} {b}: ", f"{a}{sign}{b}={result}\n")
 
 
 def two_step_problems(seed: int, split: str) -> Iterator[Problem]:
     """Problems of two steps without end, those of "train", "validation" or "test".
 
-    Numbers and operations decide the split, so that no answer that is asked for at a test was
-    trained on under another name.
+    Half of them tell of another thing as well, at any place: ``Ian had 9 eggs, found 7, broke 5
+    toys, sold 4: `` is answered with ``9+7=16-4=12``. The answer decides the split, so that none
+    that is asked for at a test was trained on in other words.
     """
     draw = random.Random(seed)
+    sides = {0: "test", 1: "validation"}
     while True:
-        numbers = [draw.randint(0, 9) for _ in range(3)]
-        signs = draw.choices("+-", k=2)
-        first = _result(numbers[0], signs[0], numbers[1])
-        second = _result(first, signs[1], numbers[2])
-        sides = {0: "test", 1: "validation"}
-        side = zlib.crc32(f"{numbers} {signs}".encode()) % 10
-        if min(first, second) < 0 or sides.get(side, "train") != split:
+        a, b, c = (draw.randint(0, 9) for _ in range(3))
+        one, two = draw.choices("+-", k=2)
+        there = _result(a, one, b)
+        left = _result(there, two, c)
+        answer = f"{a}{one}{b}={there}{two}{c}={left}\n"
+        side = sides.get(zlib.crc32(answer.encode()) % 10, "train")
+        if min(there, left) < 0 or side != split:
             continue
-        verbs = [draw.choice(_VERBS[sign]) for sign in signs]
-        name, thing = draw.choice(_OTHER_NAMES), draw.choice(_OTHER_THINGS)
-        a, b, c = numbers
-        question = f"{name} had {a} {thing}, {verbs[0]} {b}, {verbs[1]} {c}: "
-        yield Problem(question, f"{digits(first)} {digits(second)}\n")
+        thing, other = draw.sample(_OTHER_THINGS, k=2)
+        told = [f"{draw.choice(_OTHER_VERBS[one])} {b}", f"{draw.choice(_OTHER_VERBS[two])} {c}"]
+        if draw.random() < 0.5:
+            verb = draw.choice(_OTHER_VERBS[draw.choice("+-")])
+            told.insert(draw.randint(0, 2), f"{verb} {draw.randint(0, 9)} {other}")
+        name = draw.choice(_OTHER_NAMES)
+        yield Problem(f"{name} had {a} {thing}, {', '.join(told)}: ", answer)
 
 
 def tokens_of(problems: list[Problem]) -> tuple[Tensor, Tensor]:
