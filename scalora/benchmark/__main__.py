@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from scalora.benchmark import drift, fold, language, step, survival
+from scalora.benchmark import drift, fold, step, survival
 from scalora.benchmark.machine import machine
 
 BENCHMARKS: dict[str, Callable[[torch.device], str]] = {
@@ -18,7 +18,6 @@ BENCHMARKS: dict[str, Callable[[torch.device], str]] = {
     "survival": survival.run,
     "fold": fold.run,
     "drift": drift.run,
-    "language": language.run,
 }
 
 

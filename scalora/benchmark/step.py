@@ -40,18 +40,19 @@ def run(device: torch.device) -> str:
         [
             _contestant("AdamW alone", demo_model(device), _alone),
             _contestant("rule='none'", demo_model(device), _scalora(rule="none")),
-            _contestant("interval=1", demo_model(device), _scalora(interval=1)),
-            _contestant("interval=10", demo_model(device), _scalora(interval=10)),
+            _contestant("the default", demo_model(device), _scalora(rule="auto")),
+            _contestant("exact", demo_model(device), _scalora()),
+            _contestant("exact, interval=10", demo_model(device), _scalora(interval=10)),
             _contestant(
-                "interval=1, direction",
+                "direction",
                 demo_model(device),
-                _scalora(interval=1, rule="direction"),
+                _scalora(rule="direction"),
             ),
+            _contestant("exact, carry", demo_model(device), _scalora(**_IN_A_CARRY)),
             _contestant(
-                "interval=1, carry", demo_model(device), _scalora(interval=1, **_IN_A_CARRY)
-            ),
-            _contestant(
-                "interval=10, carry", demo_model(device), _scalora(interval=10, **_IN_A_CARRY)
+                "exact, interval=10, carry",
+                demo_model(device),
+                _scalora(interval=10, **_IN_A_CARRY),
             ),
         ],
         device,
