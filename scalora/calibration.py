@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 _RATE = 0.05  # the factor changes by a twentieth a step at most: tenfold in 46 steps
-_SURE = 0.5  # mean over root mean square: closer to zero than this, a step is as long as it should be
+_SURE = (
+    0.5  # mean over root mean square: closer to zero than this, a step is as long as it should be
+)
 _DECAY = 0.9  # of the averages of the cosine and of its square
 _BOUND = 1e3  # the factor stays within [1 / bound, bound]
 _KEPT = ("factor", "mean", "mean_square", "last")

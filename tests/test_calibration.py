@@ -120,10 +120,22 @@ def test_the_factor_follows_whether_the_next_gradient_asks_for_more(sign: int, g
         with calibration.scaled([p]), torch.no_grad():
             p -= sign * 0.01 * p.grad
     assert calibration.factor is not None
-    # Averages that begin at zero make the first observations count less.
-    growth = 0.05 * sum((1 - 0.9**count) ** 0.5 for count in range(1, 20))
+    # Averages that begin at zero make the first observations count less; two are not enough.
+    signs = [(1 - 0.9**count) ** 0.5 for count in range(1, 20)]
+    growth = 0.05 * sum(sign for sign in signs if sign > 0.5)
     expected = torch.tensor(growth if grows else -growth).exp()
     torch.testing.assert_close(calibration.factor, expected, rtol=1e-4, atol=0)
+
+
+def test_a_step_that_is_neither_surely_too_short_nor_too_long_is_left_as_it_is() -> None:
+    p = nn.Parameter(torch.ones(4))
+    calibration = StepCalibration(steps=40)
+    for step in range(40):
+        p.grad = torch.ones(4) * (-1) ** (step // 2)  # asks for more as often as for less
+        calibration.observe([p], 1.0)
+        with calibration.scaled([p]), torch.no_grad():
+            p -= 0.01 * p.grad
+    assert calibration.factor == 1
 
 
 def test_the_factor_stays_within_its_bounds() -> None:
@@ -211,15 +223,17 @@ def test_after_the_window_the_factor_is_held_and_a_schedule_keeps_its_shape() ->
 
 
 def test_the_window_begins_anew_while_the_learning_rate_rises() -> None:
-    model = make_model()
-    optimizer = calibrated(model)
+    p = nn.Parameter(torch.ones(4))
+    calibration = StepCalibration(WINDOW)
     factors = []
     for step in range(3 * WINDOW):
-        optimizer.param_groups[0]["lr"] = 1e-3 * min(1, (step + 1) / WINDOW)
-        train(model, optimizer, range(step, step + 1))
-        factors.append(factor_of(optimizer))
-    last = WINDOW - 1 + WINDOW  # the peak is at the WINDOW-th step
-    assert all(a != b for a, b in pairwise(factors[:last]))
+        p.grad = torch.ones(4)
+        calibration.observe([p], 1e-3 * min(1, (step + 1) / WINDOW))
+        with calibration.scaled([p]), torch.no_grad():
+            p -= 0.01 * p.grad
+        factors.append(calibration.factor.item())
+    first, last = 3, WINDOW - 1 + WINDOW  # when it is sure; the peak is at the WINDOW-th step
+    assert all(a < b for a, b in pairwise(factors[first:last]))
     assert set(factors[last - 1 :]) == {factors[last - 1]}
 
 
@@ -313,16 +327,16 @@ def test_where_the_device_is_not_waited_for_such_a_gradient_changes_no_factor(va
     p = nn.Parameter(torch.ones(4))
     calibration = StepCalibration(steps=20)
     factors = []
-    for step in range(6):
-        p.grad = torch.full((4,), value if step == 3 else 1.0)
+    for step in range(9):
+        p.grad = torch.full((4,), value if step == 6 else 1.0)
         calibration.observe([p], 1.0)
         with calibration.scaled([p]), torch.no_grad():
-            if step != 3:  # a fused optimizer leaves it out
+            if step != 6:  # a fused optimizer leaves it out
                 p -= 0.01 * p.grad
         factors.append(calibration.factor.item())
-    assert factors[0] < factors[1] < factors[2] == factors[3]
-    assert factors[4] == factors[3]  # the step that was left out
-    assert factors[5] > factors[4]
+    assert factors[3] < factors[4] < factors[5] == factors[6]
+    assert factors[7] == factors[6]  # the step that was left out
+    assert factors[8] > factors[7]
     assert p.isfinite().all()
 
 

@@ -87,7 +87,7 @@ def test_carry_and_dense_give_the_same_losses_over_300_steps() -> None:
         # At three times this rate training is chaotic: a base that differs by a unit in the last
         # place ends as far from itself as carry does from dense.
         optimizer = scalora.create_scalora_optimizer(
-            model, torch.optim.AdamW, lr=1e-3, rule="exact", **options
+            model, torch.optim.AdamW, lr=1e-3, **{"rule": "exact", **options}
         )
         found = []
         for ids in text:

@@ -196,7 +196,7 @@ class Runs:
             model,
             arguments,
             train_dataset=Classified() if kind.classes else Sequences(),
-            callbacks=[scalora.ScaLoRACallback(rule="exact", **dict(kind.options))],
+            callbacks=[scalora.ScaLoRACallback(**{"rule": "exact", **dict(kind.options)})],
             processing_class=tokenizer(),
         )
         trainer.train()
