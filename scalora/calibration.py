@@ -4,9 +4,10 @@ Let ``u`` be the step just taken and ``g`` the gradient of the next batch, which
 ``u``.  Then ``-<g, u>`` is an unbiased estimate of how the loss at the new point changes when that
 step is made longer.  Positive ``<g, u>``: the step was too short; negative: too long; zero: neither
 longer nor shorter would have been better.  While calibrating, the factor on every step follows that
-sign (hypergradient descent, Baydin et al., arXiv 1703.04782, with the cosine in place of the
-product, so that neither the scale of the loss nor that of the parameters matters); from then on it
-is held, and the user's schedule has its meaning back (docs/mathematics.md, the learning rate).
+sign where it is clear; a step of about the right length is left alone.  That is hypergradient
+descent (Baydin et al., arXiv 1703.04782) with the cosine in place of the product, so that neither
+the scale of the loss nor that of the parameters matters.  From then on the factor is held, and the
+user's schedule has its meaning back (docs/mathematics.md, the length of a step).
 """
 
 from __future__ import annotations
