@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 _RATE = 0.05  # the factor changes by a twentieth a step at most: tenfold in 46 steps
-_SURE = (
-    0.5  # mean over root mean square: closer to zero than this, a step is as long as it should be
-)
+# Mean over root mean square of the cosine, beyond which a step is surely too short or too long.
+# Noise makes long steps look bad at once, and a schedule averages it out later: hence the second.
+_TOO_SHORT, _TOO_LONG = 0.5, -0.75
 _DECAY = 0.9  # of the averages of the cosine and of its square
 _BOUND = 1e3  # the factor stays within [1 / bound, bound]
 _KEPT = ("factor", "mean", "mean_square", "last")
@@ -86,7 +86,7 @@ class StepCalibration:
             known, _DECAY * self._mean_square + (1 - _DECAY) * cosine.square(), self._mean_square
         )
         sign = self._mean / self._mean_square.sqrt().clamp_min(1e-30)  # within [-1, 1]
-        sure = known & (sign.abs() > _SURE)
+        sure = known & ((sign > _TOO_SHORT) | (sign < _TOO_LONG))
         grown = self._factor * torch.exp(_RATE * torch.where(sure, sign, 0.0))
         self._factor = grown.clamp(1 / _BOUND, _BOUND)
 
