@@ -14,6 +14,7 @@ from scalora.calibration import StepCalibration
 from scalora.layer_batches import host_rate
 from scalora.moments import moments_of
 from scalora.options import RebasingOptions
+from scalora.overflow import can_skip, not_finite, step_unless
 from scalora.peft_layers import LoRAPair
 from scalora.rebasing import Rebaser
 from scalora.renewal import LATEST
@@ -253,7 +254,7 @@ class ScaLoRA(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_weights()
-        overflow = self._overflow()
+        overflow = not_finite(self.param_groups)
         if overflow is not None and overflow.device.type == "cpu" and bool(overflow):
             self._count_skipped(overflow)
             warnings.warn(
@@ -410,41 +411,13 @@ class ScaLoRA(torch.optim.Optimizer):
             check_base(self._expected_base, peft_layers.base_checksums(moved))
             self._expected_base = None
 
-    @torch.no_grad()
-    def _overflow(self) -> Tensor | None:
-        """Whether any gradient is not finite: a 0-d bool tensor on one of the devices."""
-        grads: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None and not p.grad.is_sparse:
-                    grads.setdefault((p.grad.device, p.grad.dtype), []).append(p.grad)
-        flags = [
-            torch.stack(torch._foreach_norm(same, torch.inf)).isfinite().logical_not().any()
-            for same in grads.values()
-        ]
-        if not flags:
-            return None
-        # On an accelerator if there is one: a copy from there to the host would have to be waited
-        # for.
-        device = next((f.device for f in flags if f.device.type != "cpu"), flags[0].device)
-        return torch.stack([flag.to(device, non_blocking=True) for flag in flags]).any()
-
     def _step_inner(self, overflow: Tensor | None) -> None:
         """Step the inner optimizer; a fused one leaves the step out by itself on overflow."""
-        if (
-            overflow is None
-            or overflow.device.type == "cpu"
-            or not getattr(self.inner, "_step_supports_amp_scaling", False)
-        ):
+        if overflow is None or overflow.device.type == "cpu" or not can_skip(self.inner):
             self.inner.step()
             return
         self._count_skipped(overflow)
-        inner: Any = self.inner
-        inner.grad_scale, inner.found_inf = None, overflow.to(torch.float32)
-        try:
-            inner.step()
-        finally:
-            del inner.grad_scale, inner.found_inf
+        step_unless(overflow, self.inner)
 
     def _count_skipped(self, overflow: Tensor) -> None:
         one = overflow.to(torch.int64)

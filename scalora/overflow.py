@@ -1,0 +1,47 @@
+"""Gradients that are not finite: the step is left out whole, without waiting for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def not_finite(param_groups: Iterable[dict[str, Any]]) -> Tensor | None:
+    """Whether any gradient is not finite.
+
+    Returns:
+        () bool, on an accelerator if any gradient is on one; None without gradients.
+    """
+    grads: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for group in param_groups:
+        for p in group["params"]:
+            if p.grad is not None and not p.grad.is_sparse:
+                grads.setdefault((p.grad.device, p.grad.dtype), []).append(p.grad)
+    flags = [
+        torch.stack(torch._foreach_norm(same, torch.inf)).isfinite().logical_not().any()
+        for same in grads.values()
+    ]
+    if not flags:
+        return None
+    # On an accelerator if there is one: a copy from there to the host would have to be waited for.
+    device = next((f.device for f in flags if f.device.type != "cpu"), flags[0].device)
+    return torch.stack([flag.to(device, non_blocking=True) for flag in flags]).any()
+
+
+def can_skip(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer leaves a step out by itself if a tensor on its device says so."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def step_unless(overflow: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Step an optimizer that `can_skip`, unless ``overflow``, () bool, is true on its device."""
+    fused: Any = optimizer
+    fused.grad_scale, fused.found_inf = None, overflow.to(torch.float32)
+    try:
+        fused.step()
+    finally:
+        del fused.grad_scale, fused.found_inf
