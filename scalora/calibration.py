@@ -1,13 +1,19 @@
-"""The length of a step, found in the first steps: where the next gradient no longer asks for more.
+"""The length of a step, found in the first steps: grown towards the distance, shrunk by the sign.
 
 Let ``u`` be the step just taken and ``g`` the gradient of the next batch, which had no part in
-``u``.  Then ``-<g, u>`` is an unbiased estimate of how the loss at the new point changes when that
-step is made longer.  Positive ``<g, u>``: the step was too short; negative: too long; zero: neither
-longer nor shorter would have been better.  While calibrating, the factor on every step follows that
-sign where it is clear; a step of about the right length is left alone.  That is hypergradient
-descent (Baydin et al., arXiv 1703.04782) with the cosine in place of the product, so that neither
-the scale of the loss nor that of the parameters matters.  From then on the factor is held, and the
-user's schedule has its meaning back (docs/mathematics.md, the length of a step).
+``u``.
+
+*Too short.*  For a convex loss, ``sum <g, path> / |sum g|_1`` is a lower bound on how far an
+element has to go, where ``path`` is the sum of all steps so far and both sums have the same
+weights.  Steps whose elements move by less than a share of it grow.  The bound is that of
+D-adaptation (Defazio and Mishchenko, arXiv 2301.07733) and Prodigy (arXiv 2306.06101).
+
+*Too long.*  ``-<g, u>`` is an unbiased estimate of how the loss at the new point changes when the
+last step is made longer.  Where ``<g, u>`` is surely negative, steps shrink.  That is hypergradient
+descent (Baydin et al., arXiv 1703.04782) with the cosine in place of the product.
+
+Neither depends on the scale of the loss, nor on that of the parameters.  From then on the factor is
+held, and the user's schedule has its meaning back (docs/mathematics.md, the length of a step).
 """
 
 from __future__ import annotations
@@ -19,13 +25,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_RATE = 0.05  # the factor changes by a twentieth a step at most: tenfold in 46 steps
-# Mean over root mean square of the cosine, beyond which a step is surely too short or too long.
-# Noise makes long steps look bad at once, and a schedule averages it out later: hence the second.
-_TOO_SHORT, _TOO_LONG = 0.5, -0.75
+_OF_DISTANCE = 0.3  # elements that move by less than that share of the distance move too little
+_GROWTH = 1.25  # the factor grows by a quarter a step at most: tenfold in 11 steps
+_SHRINKAGE = 0.05  # and shrinks by a twentieth: to a tenth in 46
+# Mean over root mean square of the cosine, below which a step is surely too long.  Noise makes long
+# steps look bad at once, and a schedule averages it out later.
+_TOO_LONG = -0.75
 _DECAY = 0.9  # of the averages of the cosine and of its square
 _BOUND = 1e3  # the factor stays within [1 / bound, bound]
-_KEPT = ("factor", "mean", "mean_square", "last")
+_NUMBERS = ("factor", "mean", "mean_square", "longest", "moved")  # (), on the parameters' device
+_VECTORS = ("last", "path", "total")  # (number of parameters,), while the window lasts
 
 
 class StepCalibration:
@@ -40,15 +49,15 @@ class StepCalibration:
         self.steps = steps
         self._left = steps
         self._peak = 0.0
-        self._factor: Tensor | None = None  # (), like the averages: on the parameters' device
-        self._mean: Tensor | None = None
-        self._mean_square: Tensor | None = None
+        self._numbers: dict[str, Tensor] | None = None
         self._last: Tensor | None = None  # (number of parameters,) the newest step, unscaled
+        self._path: Tensor | None = None  # likewise, all steps so far, as they were taken
+        self._total: Tensor | None = None  # likewise, the weighted sum of gradients
 
     @property
     def factor(self) -> Tensor | None:
         """What steps are scaled by, (); ``None`` before the first."""
-        return self._factor
+        return None if self._numbers is None else self._numbers["factor"]
 
     @property
     def peak(self) -> float:
@@ -57,8 +66,8 @@ class StepCalibration:
 
     def kept_tensors(self) -> list[Tensor]:
         """What is kept between steps."""
-        kept = (self._factor, self._mean, self._mean_square, self._last)
-        return [tensor for tensor in kept if tensor is not None]
+        vectors = (self._last, self._path, self._total)
+        return [*(self._numbers or {}).values(), *(v for v in vectors if v is not None)]
 
     @torch.no_grad()
     def observe(self, parameters: Sequence[Tensor], learning_rate: float | None) -> None:
@@ -72,23 +81,35 @@ class StepCalibration:
             self._peak, self._left = learning_rate, self.steps
         # A step that is tried again after a failure is not observed twice.
         last, self._last = self._last, None
-        if self._left == 0 or last is None or self._factor is None:
+        if last is None or self._path is None or self._total is None:
             return
-        gradient = _flat([_gradient(p) for p in parameters], self._factor.device)
+        assert self._numbers is not None
+        gradient = _flat([_gradient(p) for p in parameters], last.device)
         if gradient.shape != last.shape:  # the layers are others now
             return
+        n = self._numbers
         cosine = torch.dot(gradient, last) / (gradient.norm() * last.norm())
-        known = cosine.isfinite()
-        cosine = torch.where(known, cosine, 0.0)
-        assert self._mean is not None and self._mean_square is not None
-        self._mean = torch.where(known, _DECAY * self._mean + (1 - _DECAY) * cosine, self._mean)
-        self._mean_square = torch.where(
-            known, _DECAY * self._mean_square + (1 - _DECAY) * cosine.square(), self._mean_square
-        )
-        sign = self._mean / self._mean_square.sqrt().clamp_min(1e-30)  # within [-1, 1]
-        sure = known & ((sign > _TOO_SHORT) | (sign < _TOO_LONG))
-        grown = self._factor * torch.exp(_RATE * torch.where(sure, sign, 0.0))
-        self._factor = grown.clamp(1 / _BOUND, _BOUND)
+        mean = _DECAY * n["mean"] + (1 - _DECAY) * cosine
+        mean_square = _DECAY * n["mean_square"] + (1 - _DECAY) * cosine.square()
+        sign = mean / mean_square.sqrt().clamp_min(1e-30)  # within [-1, 1]
+        # Of the elements that moved at all, weighted by how far: an Adam's learning rate.
+        length = last.square().sum() / last.abs().sum().clamp_min(1e-30)
+        longest = torch.maximum(n["longest"], length)
+        weight = (n["factor"] * length).square()
+        total = self._total + weight * gradient
+        moved = n["moved"] + weight * torch.dot(gradient, self._path)
+        distance = moved / total.abs().sum().clamp_min(1e-30)
+        wanted = torch.minimum(_OF_DISTANCE * distance / longest, _GROWTH * n["factor"])
+        shrunk = n["factor"] * torch.exp(_SHRINKAGE * torch.where(sign < _TOO_LONG, sign, 0.0))
+        factor = torch.maximum(shrunk, wanted).clamp(1 / _BOUND, _BOUND)
+        # A gradient of zeros, or one that is not finite, teaches nothing.
+        known = (cosine + distance).isfinite()
+        new = (factor, mean, mean_square, longest, moved)
+        self._numbers = {
+            name: torch.where(known, value, n[name])
+            for name, value in zip(_NUMBERS, new, strict=True)
+        }
+        self._total = torch.where(known, total, self._total)
 
     @contextmanager
     def scaled(self, parameters: Sequence[Tensor]) -> Iterator[None]:
@@ -102,31 +123,49 @@ class StepCalibration:
         with torch.no_grad():
             device = parameters[0].device
             before = _flat(parameters, device)
-            if self._factor is None:
-                self._factor = torch.ones((), device=device)
-                self._mean = torch.zeros((), device=device)
-                self._mean_square = torch.zeros((), device=device)
+            if self._numbers is None:
+                self._numbers = {name: torch.zeros((), device=device) for name in _NUMBERS}
+                self._numbers["factor"].fill_(1.0)
         yield
         with torch.no_grad():
-            self._factor = self._factor.to(device)
+            self._numbers = {name: value.to(device) for name, value in self._numbers.items()}
             step = before - _flat(parameters, device)
-            _put(before - self._factor * step, parameters)
+            taken = self._numbers["factor"] * step
+            _put(before - taken, parameters)
             self._left = max(0, self._left - 1)
-            self._last = step if self._left else None
+            self._remember(step, taken)
+
+    def _remember(self, step: Tensor, taken: Tensor) -> None:
+        if self._left == 0:
+            self._last = self._path = self._total = None
+            return
+        self._last = step
+        if self._path is None or self._path.shape != step.shape:
+            self._path, self._total = taken, torch.zeros_like(step)
+        else:
+            self._path = self._path + taken
 
     def state(self) -> dict[str, Any]:
         """What `load` needs to go on."""
-        tensors = {name: getattr(self, f"_{name}") for name in _KEPT}
-        return {"left": self._left, "peak": self._peak, **tensors}
+        numbers = self._numbers or dict.fromkeys(_NUMBERS)
+        vectors = {name: getattr(self, f"_{name}") for name in _VECTORS}
+        return {"left": self._left, "peak": self._peak, **numbers, **vectors}
 
     def load(self, state: dict[str, Any] | None, device: torch.device) -> None:
         """Take up what `state` returned; ``None``: begin anew."""
         if state is None:
             state = StepCalibration(self.steps).state()
         self._left, self._peak = state["left"], state["peak"]
-        for name in _KEPT:
-            value = state[name]
-            setattr(self, f"_{name}", None if value is None else value.detach().clone().to(device))
+        saved = {name: state[name] for name in _NUMBERS if state[name] is not None}
+        self._numbers = {name: _copy(value, device) for name, value in saved.items()} or None
+        vectors = (state[name] for name in _VECTORS)
+        self._last, self._path, self._total = (
+            None if value is None else _copy(value, device) for value in vectors
+        )
+
+
+def _copy(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.detach().clone().to(device)
 
 
 def _gradient(parameter: Tensor) -> Tensor:
