@@ -91,13 +91,14 @@ class _Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Of the base weights that are here; None if there are none."""
-        return next((weight.dtype for weight in self.state.folded.values()), None)
+        """Of the base weights in training; None if they are not known."""
+        return self.state.base_dtype
 
     @property
     def needs_base(self) -> bool:
-        """Whether part of what was learned is in the base weights."""
-        return bool(self.state.folded) or peft_layers.config_moves_base(self.adapter)
+        """Whether part of what was learned is, or could be, in the base weights."""
+        moving = self.state.base_dtype is not None
+        return moving or peft_layers.config_moves_base(self.adapter)
 
     def source(self, base: str | None) -> str:
         """Where the pretrained model comes from."""

@@ -19,11 +19,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(contiguous, temporary, metadata=dict(metadata))
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        _force_to_disk(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    _force_to_disk(path.parent)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -53,6 +53,23 @@ def folder_written_whole(folder: Path) -> Iterator[Path]:
         staged = Path(beside) / folder.name
         staged.mkdir()
         yield staged
+        for path in (*staged.rglob("*"), staged):
+            _force_to_disk(path)
         if folder.exists():
             folder.rmdir()
         os.replace(staged, folder)
+    _force_to_disk(folder.parent)
+
+
+def _force_to_disk(path: Path) -> None:
+    """A file's content, or a folder's entries: a rename may survive a power cut that they do not.
+
+    Where folders cannot be opened (Windows), nothing is done for them.
+    """
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

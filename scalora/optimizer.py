@@ -19,10 +19,8 @@ from scalora.peft_layers import LoRAPair
 from scalora.rebasing import Rebaser
 from scalora.renewal import LATEST
 from scalora.report import RebasingReport, rebasing_report
-from scalora.resuming import check_adapter, check_base, check_same_kind
+from scalora.resuming import STATE_VERSION, check_adapter, check_base, check_same_kind
 from scalora.selection import places_of_layers
-
-STATE_VERSION = 3
 
 
 class ScaLoRA(torch.optim.Optimizer):
@@ -369,6 +367,7 @@ class ScaLoRA(torch.optim.Optimizer):
             "rounding": self.options.rounding,
             "seed": self.options.seed,
             "ranks": {pair.name: pair.rank for pair in self._rebaser.pairs},
+            "shapes": {pair.name: list(pair.shape) for pair in self._rebaser.pairs},
             "places": self._rebaser.places,
         }
 

@@ -5,21 +5,37 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+STATE_VERSION = 4
+"""Of what is saved, in ``optimizer.state_dict()["scalora"]`` and in ``scalora.safetensors``."""
+
+
+def check_version(found: Any) -> None:
+    """Raise a ValueError if a state is in another version's format."""
+    if found != STATE_VERSION:
+        raise ValueError(
+            f"the checkpoint was written by another version of scalora (its format is {found!r}, "
+            f"this one's {STATE_VERSION}): resume or export it with the version that wrote it. "
+            "Nothing was loaded."
+        )
+
 
 def check_same_kind(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
     """Raise a ValueError, which says what differs, if a state is of another kind of run.
 
     Args:
         saved: the state; it may hold more.
-        present: what must agree, of this run: ``ranks`` and ``places`` map layers, the rest are
-            single values.
+        present: what must agree, of this run: ``ranks``, ``shapes`` and ``places`` map layers, the
+            rest are single values.
     """
+    check_version(saved.get("version"))
     for name, value in present.items():
         found = saved.get(name)
         if found == value:
             continue
         if name == "ranks":
             raise ValueError(_other_layers(found or {}, value))
+        if name == "shapes":
+            raise ValueError(_other_shapes(found or {}, value))
         if name == "places":
             raise ValueError(_other_place(found or {}, value))
         raise ValueError(
@@ -57,6 +73,14 @@ def _other_layers(saved: Mapping[str, int], ranks: Mapping[str, int]) -> str:
         f"the checkpoint's LoRA layers are not this model's: {len(differing)} differ in presence "
         f"or rank, for example {differing[0]!r} (checkpoint: rank {saved.get(differing[0])}, "
         f"model: rank {ranks.get(differing[0])}). Nothing was loaded."
+    )
+
+
+def _other_shapes(saved: Mapping[str, Any], shapes: Mapping[str, Any]) -> str:
+    layer = next(name for name, shape in shapes.items() if saved.get(name) != shape)
+    return (
+        f"the checkpoint belongs to another model: the weight of {layer!r} is "
+        f"{tuple(saved.get(layer, ()))} there and {tuple(shapes[layer])} here. Nothing was loaded."
     )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -11,21 +9,25 @@ from typing import Any
 from torch import Tensor, nn
 
 from scalora import peft_layers, transformers_models
-from scalora.files import write_tensors
-from scalora.optimizer import STATE_VERSION, ScaLoRA
+from scalora.optimizer import ScaLoRA
 from scalora.peft_layers import LoRAPair
-from scalora.training_state_file import STATE_FILE, TrainingStateFile
+from scalora.training_state_file import TrainingStateFile, pretrained_weights
 
 
-def save_training_state(optimizer: ScaLoRA, folder: str | PathLike[str]) -> Path:
+def save_training_state(
+    optimizer: ScaLoRA, folder: str | PathLike[str], *, all_base_weights: bool = False
+) -> Path:
     """Write the folded base weights or the carries, and the state of re-basing.
 
     Together with the adapter (``PeftModel.save_pretrained``) and ``optimizer.state_dict()`` that is
-    a complete checkpoint.  The file is written whole or not at all.
+    a complete checkpoint.  The file is written whole or not at all.  Base weights that nothing has
+    been folded into yet are the pretrained ones: they are left out, and recognised when loading.
 
     Args:
         optimizer: the optimizer in training.
         folder: an existing folder; the file in it is named ``scalora.safetensors``.
+        all_base_weights: write those too, so that the very model that is in training can be taken
+            back to this state later, without loading the pretrained one anew.
 
     Returns:
         The file's path.
@@ -40,17 +42,17 @@ def save_training_state(optimizer: ScaLoRA, folder: str | PathLike[str]) -> Path
     tensors |= {f"step_length:{key}": value for key, value in found.items()}
     state["step_length"] = {key: None if key in found else length[key] for key in length}
     pairs = optimizer.rebased_pairs
-    folded = _folded(state["places"], pairs)
-    tensors |= {f"base:{pair.name}": pair.base_weight for pair in folded}
+    # All but those with a carry that is kept.
+    folded = [p for p in pairs if state["places"][p.name] == "dense" or p.was_rebased]
+    left_out = [p for p in folded if not (p.was_rebased or all_base_weights)]
+    tensors |= {f"base:{pair.name}": pair.base_weight for pair in folded if pair not in left_out}
+    state["pretrained"] = pretrained_weights(left_out)
     state["adapter"] = peft_layers.adapter_checksums(pairs)
-    state["tensors"] = peft_layers.checksums(tensors)
     # So that `scalora export` can make the model anew.
     state["adapter_name"] = optimizer.options.adapter_name
     state["config"] = transformers_models.recorded_config(peft_layers.base_model(optimizer.model))
     state["quantized"] = any(map(peft_layers.is_quantized, pairs))
-    path = Path(folder) / STATE_FILE
-    write_tensors(path, tensors, {"scalora": json.dumps(state)})
-    return path
+    return TrainingStateFile.write(folder, tensors, state)
 
 
 def load_training_state(optimizer: ScaLoRA, folder: str | PathLike[str]) -> None:
@@ -114,19 +116,9 @@ def load_rebased_weights(
         peft_layers.warn_when_saved_alone(model)
 
 
-def _folded(places: Mapping[str, str], pairs: Sequence[LoRAPair]) -> list[LoRAPair]:
-    """The layers whose base weights take in increments: all but those with a carry that is kept."""
-    return [pair for pair in pairs if places[pair.name] == "dense" or pair.was_rebased]
-
-
 def _pairs_of(file: TrainingStateFile, model: nn.Module, adapter: str) -> list[LoRAPair]:
     """The model's layers that the file speaks of."""
-    version, ranks = file.values["version"], file.values.get("ranks", {})
-    if version != STATE_VERSION:
-        raise ValueError(
-            f"{file.path} was written with version={version!r} of its format, this is "
-            f"{STATE_VERSION}. Nothing was loaded."
-        )
+    ranks = file.values["ranks"]
     pairs = {pair.name: pair for pair in peft_layers.lora_pairs(model, adapter)}
     for name, rank in ranks.items():
         if name not in pairs or pairs[name].rank != rank:
@@ -134,5 +126,11 @@ def _pairs_of(file: TrainingStateFile, model: nn.Module, adapter: str) -> list[L
             raise ValueError(
                 f"{file.path} belongs to another model: the layer {name!r} has rank {rank} there "
                 f"and {found} in this model's adapter {adapter!r}. Nothing was loaded."
+            )
+        if list(pairs[name].shape) != file.values["shapes"][name]:
+            raise ValueError(
+                f"{file.path} belongs to another model: the weight of {name!r} is "
+                f"{tuple(file.values['shapes'][name])} there and {pairs[name].shape} here. "
+                "Nothing was loaded."
             )
     return [pairs[name] for name in ranks]

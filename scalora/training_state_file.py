@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -13,13 +14,14 @@ import torch
 from torch import Tensor
 
 from scalora import peft_layers
-from scalora.files import read_tensors
+from scalora.files import read_tensors, write_tensors
 from scalora.peft_layers import LoRAPair
+from scalora.resuming import check_version
 
 STATE_FILE = "scalora.safetensors"
 _KEYS = (
-    *("version", "steps", "asked", "rebase_count", "places", "base", "adapter", "tensors"),
-    "step_length",
+    *("version", "steps", "asked", "rebase_count", "ranks", "shapes", "places", "base"),
+    *("pretrained", "adapter", "step_length"),
 )
 _CARRY = ("up", "down", "cut", "capacity")
 
@@ -28,31 +30,56 @@ _CARRY = ("up", "down", "cut", "capacity")
 class TrainingStateFile:
     """One that was read.
 
+    Its checksum is of everything in it, so what is not as it was written is not read.  It keeps
+    accidents out, not an attacker, who can compute it anew.
+
     Attributes:
         path: of the file.
         tensors: ``base:``, ``carry.up:``, ``carry.down:``, ``carry.cut:``, ``product:`` or
             ``residual:`` and the layer's name, or ``step_length:`` and a name -> the tensor, on the
             CPU.
-        values: what `scalora.ScaLoRA.rebasing_state` gave besides, and the checksums.
+        values: what `scalora.ScaLoRA.rebasing_state` gave besides; ``adapter``, the checksums of
+            the factors; and ``pretrained``, of the base weights that are not here because nothing
+            has been folded into them: layer name -> dtype and checksum.
     """
 
     path: Path
     tensors: dict[str, Tensor]
     values: dict[str, Any]
 
+    @staticmethod
+    def write(
+        folder: str | PathLike[str], tensors: Mapping[str, Tensor], values: Mapping[str, Any]
+    ) -> Path:
+        """Write one, whole or not at all, and return its path; the arguments are the attributes."""
+        path = Path(folder) / STATE_FILE
+        text = json.dumps(values)
+        here = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        write_tensors(path, here, {"scalora": text, "sha256": _sha256(here, text)})
+        return path
+
     @classmethod
     def read(cls, folder: str | PathLike[str]) -> TrainingStateFile:
         """The one in a checkpoint's folder.
 
         Raises:
-            ValueError: it is missing or cut short, or was not written by this package.
+            ValueError: it is missing, cut short or changed, or was not written by this version of
+                this package.
         """
         path = Path(folder) / STATE_FILE
         tensors, metadata = read_tensors(path)
         try:
-            values = json.loads(metadata["scalora"])
-        except (KeyError, json.JSONDecodeError) as error:
+            text = metadata["scalora"]
+            values = json.loads(text)
+            version = values["version"]
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} was not written by scalora.save_training_state.") from error
+        check_version(version)
+        if metadata.get("sha256") != _sha256(tensors, text):
+            raise ValueError(
+                f"{path} is damaged: it is not what was written. Nothing was loaded; take an "
+                "earlier checkpoint."
+            )
         missing = [key for key in _KEYS if key not in values]
         if missing:
             raise ValueError(f"{path} is damaged: its entry {missing[0]!r} is missing.")
@@ -66,6 +93,13 @@ class TrainingStateFile:
             for name, tensor in self.tensors.items()
             if name.startswith("base:")
         }
+
+    @property
+    def base_dtype(self) -> torch.dtype | None:
+        """Of the base weights that increments go into, here or not; None if there are none."""
+        here = next((weight.dtype for weight in self.folded.values()), None)
+        others = (getattr(torch, dtype) for dtype, _ in self.values["pretrained"].values())
+        return here or next(others, None)
 
     def carry(self, layer: str) -> dict[str, Tensor] | None:
         """A layer's ``up`` (m, c), ``down`` (c, n), ``cut`` and ``capacity``; None without one."""
@@ -87,13 +121,11 @@ class TrainingStateFile:
         return {key: self.tensors.get(f"step_length:{key}", values[key]) for key in values}
 
     def check(self, pairs: Sequence[LoRAPair]) -> None:
-        """Raise a ValueError if the file is damaged or was not saved with these layers' adapter.
+        """Raise a ValueError if the file was not saved with these layers' adapter and base.
 
         Args:
             pairs: all layers of the model that it speaks of.
         """
-        if self.values["tensors"] != peft_layers.checksums(self.tensors):
-            raise ValueError(f"{self.path} is damaged: its tensors are not those written with it.")
         if self.values["adapter"] != peft_layers.adapter_checksums(pairs):
             raise ValueError(
                 f"the model's adapter is not the one {self.path} was saved with: load the adapter "
@@ -101,10 +133,12 @@ class TrainingStateFile:
             )
         for pair in pairs:
             weight, carry = self.folded.get(pair.name), self.carry(pair.name)
-            if weight is not None or self.values["places"][pair.name] == "dense":
+            left_out = pair.name in self.values["pretrained"]
+            if weight is not None or (self.values["places"][pair.name] == "dense" and not left_out):
                 self._check_weight(pair, weight)
             if carry is not None:
                 self._check_carry(pair, carry)
+        self._check_pretrained([pair for pair in pairs if pair.name in self.values["pretrained"]])
 
     @torch.no_grad()
     def put_weights(self, pairs: Sequence[LoRAPair]) -> None:
@@ -120,11 +154,7 @@ class TrainingStateFile:
             raise ValueError(
                 f"{self.path} lacks the base weight of {pair.name!r}. Nothing was loaded."
             )
-        if present.device.type == "meta":
-            raise ValueError(
-                f"{self.path} holds a base weight for {pair.name!r}, whose own has no memory "
-                "(device meta): load the base first. Nothing was loaded."
-            )
+        self._check_memory(pair)
         if saved.shape != present.shape or saved.dtype != present.dtype:
             raise ValueError(
                 f"{self.path} holds a base weight {tuple(saved.shape)} {saved.dtype} for "
@@ -132,12 +162,52 @@ class TrainingStateFile:
                 "loaded."
             )
 
+    def _check_memory(self, pair: LoRAPair) -> None:
+        if pair.base_weight.device.type == "meta":
+            raise ValueError(
+                f"{self.path} needs the base weight of {pair.name!r}, which has no memory (device "
+                "meta): load the base first. Nothing was loaded."
+            )
+
+    def _check_pretrained(self, pairs: Sequence[LoRAPair]) -> None:
+        """The base weights that are not here must be there as they were."""
+        for pair in pairs:
+            self._check_memory(pair)
+        found = pretrained_weights(pairs)
+        for name, expected in found.items():
+            saved = self.values["pretrained"][name]
+            if saved != expected:
+                raise ValueError(
+                    f"{self.path} belongs to another base weight of {name!r} ({saved[0]}; here "
+                    f"{expected[0]}), or that has moved since: nothing had been folded into it yet "
+                    "when the file was written, so it is not in there. Load the pretrained model "
+                    "of that run anew; to go back in one process, save with "
+                    "all_base_weights=True. Nothing was loaded."
+                )
+
     def _check_carry(self, pair: LoRAPair, carry: dict[str, Tensor]) -> None:
         up, down, cut = carry["up"], carry["down"], carry["cut"]
         columns = up.shape[-1] if up.ndim else 0
-        m, n = pair.P_parameter.shape[0], pair.Q_parameter[0].numel()
+        m, n = pair.shape
         if up.shape != (m, columns) or down.shape != (columns, n) or cut.ndim != 0:
             raise ValueError(
                 f"{self.path} holds a carry {tuple(up.shape)}, {tuple(down.shape)} for "
                 f"{pair.name!r}, whose weight is {(m, n)}. Nothing was loaded."
             )
+
+
+def pretrained_weights(pairs: Sequence[LoRAPair]) -> dict[str, list[Any]]:
+    """Layer name -> dtype and checksum of its base weight.  Waits for the device once."""
+    dtypes = {pair.name: str(pair.base_weight.dtype).removeprefix("torch.") for pair in pairs}
+    sums = peft_layers.base_checksums(pairs)
+    return {name: [dtypes[name], sums[name]] for name in dtypes}
+
+
+def _sha256(tensors: Mapping[str, Tensor], text: str) -> str:
+    """Of contiguous tensors on the CPU, with names, dtypes and shapes, and of the text."""
+    found = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()

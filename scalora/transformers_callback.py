@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,11 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from scalora.optimizer import ScaLoRA
 from scalora.options import RebasingOptions
-from scalora.peft_layers import trust_checkpoints
+from scalora.peft_layers import complete_checkpoints
 from scalora.training_state import load_training_state, save_training_state
 from scalora.training_state_file import STATE_FILE
 
@@ -45,6 +48,8 @@ class ScaLoRACallback(TrainerCallback):
         self.resume_from = resume_from
         self.options = options
         self.optimizer: ScaLoRA | None = None
+        self._everything = False
+        self._completed = ""
 
     def on_train_begin(
         self,
@@ -55,7 +60,10 @@ class ScaLoRACallback(TrainerCallback):
     ) -> None:
         """Attach to the Trainer's optimizer, and restore the base weights of a resumed run."""
         self.optimizer = _attach(kwargs["optimizer"], kwargs["model"], self.options)
-        trust_checkpoints(self.optimizer.model)
+        # At the end the model in training goes back to the best, and its base with it.
+        self._everything = args.load_best_model_at_end
+        self._completed = ""
+        complete_checkpoints(self.optimizer.model, self._completing)
         if state.global_step > 0:
             self._resume(self._checkpoint(args, state))
 
@@ -66,9 +74,10 @@ class ScaLoRACallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Complete the checkpoint that the Trainer has just written."""
-        if args.should_save and self.optimizer is not None:
-            save_training_state(self.optimizer, _checkpoint_folder(args, state))
+        """Complete the checkpoint, where the Trainer has saved no PeftModel itself."""
+        folder = _checkpoint_folder(args, state)
+        if args.should_save and self.optimizer is not None and self._completed != folder.name:
+            self._complete(folder)
 
     def on_train_end(
         self,
@@ -81,6 +90,22 @@ class ScaLoRACallback(TrainerCallback):
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best is not None and self.optimizer is not None:
             load_training_state(self.optimizer, best)
+
+    @contextmanager
+    def _completing(self, folder: Path) -> Iterator[None]:
+        """Around the writing of a checkpoint's adapter.
+
+        The Trainer's own state is the last of a checkpoint to be written, and older checkpoints are
+        deleted after it: so it tells that this one is whole.
+        """
+        (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        yield
+        self._complete(folder)
+        self._completed = folder.name
+
+    def _complete(self, folder: Path) -> None:
+        assert self.optimizer is not None
+        save_training_state(self.optimizer, folder, all_base_weights=self._everything)
 
     def _checkpoint(self, args: TrainingArguments, state: TrainerState) -> Path:
         candidates = [
@@ -100,10 +125,10 @@ class ScaLoRACallback(TrainerCallback):
         assert self.optimizer is not None
         if (folder / STATE_FILE).exists():
             load_training_state(self.optimizer, folder)
-        elif _was_rebased(folder / _OPTIMIZER_FILE):
+        elif _is_of_scalora(folder / _OPTIMIZER_FILE):
             raise ValueError(
                 f"{folder} is incomplete: its optimizer state is ScaLoRA's, but {STATE_FILE}, "
-                "which holds the re-based weights, is missing. Resume from an earlier checkpoint."
+                "which completes it, is missing. Resume from an earlier checkpoint."
             )
 
 
@@ -126,8 +151,8 @@ def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
-def _was_rebased(path: Path) -> bool:
+def _is_of_scalora(path: Path) -> bool:
     if not path.exists():
         return False
     saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return bool(saved.get("scalora", {}).get("rebase_count"))
+    return "scalora" in saved

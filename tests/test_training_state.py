@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import scalora
 from scalora import files
+from scalora.training_state_file import TrainingStateFile
 
 pytestmark = pytest.mark.filterwarnings("ignore:save_pretrained writes the adapter alone")
 
@@ -206,13 +207,22 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _rewritten(folder: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], None]) -> None:
-    """Write the checkpoint's file again, whole and readable, but changed."""
+def _rewritten(
+    folder: Path,
+    change: Callable[[dict[str, Tensor], dict[str, Any]], None],
+    *,
+    checksum: bool = False,
+) -> None:
+    """Write the checkpoint's file again, readable but changed, with its old or a right checksum."""
     with safe_open(folder / FILE, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        metadata = json.loads(file.metadata()["scalora"])
-    change(tensors, metadata)
-    save_file(tensors, folder / FILE, metadata={"scalora": json.dumps(metadata)})
+        metadata = file.metadata()
+    values = json.loads(metadata["scalora"])
+    change(tensors, values)
+    if checksum:
+        TrainingStateFile.write(folder, tensors, values)
+    else:
+        save_file(tensors, folder / FILE, metadata={**metadata, "scalora": json.dumps(values)})
 
 
 def _truncate(folder: Path) -> None:
@@ -252,21 +262,21 @@ def _leave_out_a_weight(folder: Path) -> None:
     def change(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         del tensors["base:second"]
 
-    _rewritten(folder, change)
+    _rewritten(folder, change, checksum=True)
 
 
 def _reshape_a_weight(folder: Path) -> None:
     def change(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         tensors["base:second"] = tensors["base:second"].T.contiguous()
 
-    _rewritten(folder, change)
+    _rewritten(folder, change, checksum=True)
 
 
 def _widen_a_weight(folder: Path) -> None:
     def change(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         tensors["base:second"] = tensors["base:second"].double()
 
-    _rewritten(folder, change)
+    _rewritten(folder, change, checksum=True)
 
 
 def _leave_out_the_metadata(folder: Path) -> None:
@@ -281,11 +291,24 @@ def _without(key: str) -> Callable[[Path], None]:
     def change(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         del metadata[key]
 
-    return lambda folder: _rewritten(folder, change)
+    return lambda folder: _rewritten(folder, change, checksum=True)
 
 
-def _of_another_version(folder: Path) -> None:
-    _rewritten(folder, lambda tensors, metadata: metadata.update(version=99))
+def _of_another_version(version: int) -> Callable[[Path], None]:
+    return lambda folder: _rewritten(
+        folder, lambda tensors, metadata: metadata.update(version=version), checksum=True
+    )
+
+
+def _swap_two_weights(folder: Path) -> None:
+    def change(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        tensors["base:first"][0, :2] = tensors["base:first"][0, [1, 0]]
+
+    _rewritten(folder, change)
+
+
+def _count_one_more_step(folder: Path) -> None:
+    _rewritten(folder, lambda tensors, metadata: metadata.update(steps=metadata["steps"] + 1))
 
 
 DAMAGES = {
@@ -295,6 +318,8 @@ DAMAGES = {
     "garbled header": _garble_the_header,
     "one bit flipped": _flip_a_bit_of_a_weight,
     "one bit of a constant flipped": _flip_a_bit_of_a_calibrated_constant,
+    "two weights swapped": _swap_two_weights,
+    "another step count": _count_one_more_step,
     "a weight missing": _leave_out_a_weight,
     "a weight of another shape": _reshape_a_weight,
     "a weight of another dtype": _widen_a_weight,
@@ -305,7 +330,8 @@ DAMAGES = {
     "no step count": _without("steps"),
     "no time of the newest renewal": _without("asked"),
     "no length of the step": _without("step_length"),
-    "another version": _of_another_version,
+    "an older version": _of_another_version(3),
+    "a newer version": _of_another_version(99),
     "missing": lambda folder: (folder / FILE).unlink(),
     "a folder": lambda folder: ((folder / FILE).unlink(), (folder / FILE).mkdir()),
 }
@@ -319,15 +345,15 @@ def test_damaged_file_is_refused_and_nothing_is_changed(
     run.checkpoint(tmp_path)
     damage(tmp_path)
     model, optimizer = run.reloaded(tmp_path)
-    _assert_refused_without_a_trace(model, optimizer, tmp_path, match="scalora|version=99")
+    _assert_refused_without_a_trace(model, optimizer, tmp_path, match="scalora")
 
 
 OTHERS = {
     "rank": (Run(r=2), "rank"),
     "rule": (Run(options=(("rule", "scalar"),)), "rule"),
     "seed": (Run(options=(("seed", 1),)), "seed"),
-    "model": (Run(base=lambda: models.Perceptron(12, 20, 9)), "adapter|base weight"),
-    "hidden size": (Run(base=lambda: models.Perceptron(12, 21, 8)), "adapter|base weight"),
+    "model": (Run(base=lambda: models.Perceptron(12, 20, 9)), "another model.*'second'"),
+    "hidden size": (Run(base=lambda: models.Perceptron(12, 21, 8)), "another model.*'first'"),
     "layers": (Run(targets=("first",)), "second"),
 }
 
@@ -455,7 +481,7 @@ def test_model_alone_takes_nothing_of_a_damaged_file(
     run = RUNS["float32"]
     run.checkpoint(tmp_path)
     damage(tmp_path)
-    _assert_model_refuses(run.reloaded(tmp_path)[0], tmp_path, match="scalora|version=99")
+    _assert_model_refuses(run.reloaded(tmp_path)[0], tmp_path, match="scalora")
 
 
 def _flip_a_bit_of_a_carry(folder: Path) -> None:
@@ -469,7 +495,7 @@ def _turn_a_carry(folder: Path) -> None:
     def change(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         tensors["carry.up:second"] = tensors["carry.up:second"].T.contiguous()
 
-    _rewritten(folder, change)
+    _rewritten(folder, change, checksum=True)
 
 
 def _leave_out_half_a_carry(folder: Path) -> None:
@@ -516,7 +542,7 @@ def test_state_is_not_put_into_a_base_without_memory(tmp_path: Path) -> None:
         scalora.load_rebased_weights(model, tmp_path)
 
 
-@pytest.mark.parametrize("failing", ["save_file", "os.fsync", "os.replace"])
+@pytest.mark.parametrize("failing", ["save_file", "_force_to_disk", "os.replace"])
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_interrupted_write_keeps_the_old_file_and_leaves_no_other(
     failing: str, error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -8,7 +8,7 @@ from peft import PeftModel
 
 from scalora.peft_layers.adapter_files import (
     adapter_with_factors,
-    trust_checkpoints,
+    complete_checkpoints,
     warn_when_saved_alone,
 )
 from scalora.peft_layers.carried import attach_carry
@@ -46,6 +46,7 @@ __all__ = [
     "base_model",
     "base_weight_name",
     "checksums",
+    "complete_checkpoints",
     "config_moves_base",
     "dequantized",
     "is_quantized",
@@ -55,7 +56,6 @@ __all__ = [
     "peft_model",
     "sharing_modules",
     "storage_address",
-    "trust_checkpoints",
     "untie_adapted_weights",
     "warn_when_saved_alone",
     "why_no_carry",

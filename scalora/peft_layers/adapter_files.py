@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -84,27 +85,42 @@ def warn_when_saved_alone(model: nn.Module) -> None:
     wrapped.save_pretrained = _SavePretrained(wrapped)
 
 
-def trust_checkpoints(model: nn.Module) -> None:
-    """Say nothing when a Trainer's checkpoint is written: a callback completes it."""
+def complete_checkpoints(
+    model: nn.Module, completing: Callable[[Path], AbstractContextManager[None]]
+) -> None:
+    """Write what an adapter lacks together with it, where a Trainer writes a checkpoint.
+
+    Args:
+        model: the PEFT model, or a module around it.
+        completing: given a checkpoint's folder; entered before the adapter is written there.
+    """
     warn_when_saved_alone(model)
     wrapped = peft_model(model)
     if wrapped is not None:
-        wrapped.save_pretrained.checkpoints_are_completed = True
+        wrapped.save_pretrained.completing = completing
 
 
 class _SavePretrained:
-    """``PeftModel.save_pretrained`` with a warning.
+    """``PeftModel.save_pretrained`` with a warning, or where checkpoints are completed without one.
 
     An object, not a bound method: pickle would restore that as the method of the class.
     """
 
     def __init__(self, model: PeftModel) -> None:
         self.model = model
-        self.checkpoints_are_completed = False
+        self.completing: Callable[[Path], AbstractContextManager[None]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What completes the checkpoints of a model completes none of its copy's.
+        return {"model": self.model, "completing": None}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         folder = Path(str(args[0] if args else kwargs.get("save_directory", "")))
-        if not (self.checkpoints_are_completed and re.fullmatch(r"checkpoint-\d+", folder.name)):
+        completed: AbstractContextManager[None] = nullcontext()
+        if self.completing is not None and re.fullmatch(r"checkpoint-\d+", folder.name):
+            if kwargs.get("is_main_process", True):
+                completed = self.completing(folder)
+        else:
             # With the folder, or Python would show it once for all that a Trainer saves.
             warnings.warn(
                 f"save_pretrained writes the adapter alone to {str(folder)!r}, but ScaLoRA has put "
@@ -115,4 +131,5 @@ class _SavePretrained:
                 UserWarning,
                 stacklevel=2,
             )
-        return type(self.model).save_pretrained(self.model, *args, **kwargs)
+        with completed:
+            return type(self.model).save_pretrained(self.model, *args, **kwargs)

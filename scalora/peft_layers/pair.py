@@ -100,6 +100,11 @@ class LoRAPair:
         return int(self.module.r[self.adapter])
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n) of the weight, as a matrix."""
+        return self.P_parameter.shape[0], self.Q_parameter[0].numel()
+
+    @property
     def learned_rank(self) -> int:
         """r, and the columns of the carry."""
         carry = self.carry
