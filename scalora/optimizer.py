@@ -19,7 +19,13 @@ from scalora.peft_layers import LoRAPair
 from scalora.rebasing import Rebaser
 from scalora.renewal import LATEST
 from scalora.report import RebasingReport, rebasing_report
-from scalora.resuming import STATE_VERSION, check_adapter, check_base, check_same_kind
+from scalora.resuming import (
+    STATE_IS_IN_FILE,
+    STATE_VERSION,
+    check_adapter,
+    check_base,
+    check_same_kind,
+)
 from scalora.selection import places_of_layers
 
 
@@ -114,6 +120,8 @@ class ScaLoRA(torch.optim.Optimizer):
     _skipped: Tensor | None
     _expected_base: dict[str, int] | None
     _expected_adapter: dict[str, int] | None
+    _awaits_file: bool
+    state_is_in_file: bool
     _rebaser: Rebaser
     _calibration: StepCalibration
 
@@ -181,6 +189,8 @@ class ScaLoRA(torch.optim.Optimizer):
                 "_skipped": None,
                 "_expected_base": None,
                 "_expected_adapter": None,
+                "_awaits_file": False,
+                "state_is_in_file": False,
                 "_rebaser": Rebaser(places, options, moments),
                 "_calibration": StepCalibration(options.calibration_steps),
             }
@@ -291,7 +301,13 @@ class ScaLoRA(torch.optim.Optimizer):
 
         The base weights are the model's: save those with the model's own ``state_dict``, or with
         `scalora.save_training_state`.  Carries are here, and nowhere in the model's.
+
+        Where `scalora.ScaLoRACallback` has just written all that to the file of a Trainer's
+        checkpoint (``state_is_in_file``, until the next step), it is not written twice: only what
+        kind of run it is of.
         """
+        if self.state_is_in_file:
+            return {**self.inner.state_dict(), "scalora": {**self._kind_of_run(), "in_file": True}}
         return {**self.inner.state_dict(), "scalora": self.rebasing_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -312,7 +328,8 @@ class ScaLoRA(torch.optim.Optimizer):
         self._steps = self._asked = self.rebase_count = 0
         self._rebaser.forget()
         self._load_calibration(None)
-        if own is not None:
+        self._awaits_file = own is not None and own.get("in_file", False)
+        if own is not None and not self._awaits_file:
             self.load_rebasing_state(own)
 
     def rebasing_state(self) -> dict[str, Any]:
@@ -339,6 +356,7 @@ class ScaLoRA(torch.optim.Optimizer):
         self.check_rebasing_state(own)
         self._steps, self.rebase_count = own["steps"], own["rebase_count"]
         self._asked = own["asked"]
+        self._awaits_file = False
         self._expected_base = own["base"] or None
         self._expected_adapter = own["adapter"] or None
         self._rebaser.remember(own["layers"], rebased=own["base"])
@@ -401,6 +419,9 @@ class ScaLoRA(torch.optim.Optimizer):
 
     def _check_weights(self) -> None:
         """Once after loading: the weights must be those that the state was saved with."""
+        self.state_is_in_file = False
+        if self._awaits_file:
+            raise ValueError(STATE_IS_IN_FILE)
         pairs = self._rebaser.pairs
         if self._expected_adapter is not None:
             check_adapter(self._expected_adapter, peft_layers.adapter_checksums(pairs))

@@ -8,6 +8,12 @@ from typing import Any
 STATE_VERSION = 4
 """Of what is saved, in ``optimizer.state_dict()["scalora"]`` and in ``scalora.safetensors``."""
 
+STATE_IS_IN_FILE = (
+    "this optimizer state is from a Trainer's checkpoint, which has the rest in "
+    "scalora.safetensors: call scalora.load_training_state(optimizer, folder) after "
+    "load_state_dict and before the first step, or give the Trainer a ScaLoRACallback."
+)
+
 
 def check_version(found: Any) -> None:
     """Raise a ValueError if a state is in another version's format."""

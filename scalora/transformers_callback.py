@@ -76,8 +76,10 @@ class ScaLoRACallback(TrainerCallback):
     ) -> None:
         """Complete the checkpoint, where the Trainer has saved no PeftModel itself."""
         folder = _checkpoint_folder(args, state)
-        if args.should_save and self.optimizer is not None and self._completed != folder.name:
-            self._complete(folder)
+        if args.should_save and self.optimizer is not None:
+            self.optimizer.state_is_in_file = False
+            if self._completed != folder.name:
+                self._complete(folder)
 
     def on_train_end(
         self,
@@ -102,6 +104,8 @@ class ScaLoRACallback(TrainerCallback):
         yield
         self._complete(folder)
         self._completed = folder.name
+        assert self.optimizer is not None
+        self.optimizer.state_is_in_file = True  # the optimizer's own file is still to be written
 
     def _complete(self, folder: Path) -> None:
         assert self.optimizer is not None

@@ -1,4 +1,4 @@
-"""Runs that can be killed and resumed: a bare loop, accelerate and a Trainer, as a user writes them.
+"""Runs that can be killed and resumed: a bare loop, accelerate, a Trainer, as a user writes them.
 
 Each begins where its newest whole checkpoint is, if there is one, and writes down every loss.  They
 run in processes of their own, forked from one that has imported everything.

@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
@@ -147,6 +148,81 @@ def test_checkpoint_without_the_base_weights_is_refused(tmp_path):
         make_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
 
 
+def test_checkpoint_without_the_state_of_calibration_is_refused(tmp_path):
+    # Nothing has been re-based by step 8, but the length of a step has been calibrated.
+    make_trainer(tmp_path, callback=scalora.ScaLoRACallback()).train()
+    (tmp_path / "checkpoint-8" / "scalora.safetensors").unlink()
+    with pytest.raises(ValueError, match="incomplete"):
+        make_trainer(tmp_path, callback=scalora.ScaLoRACallback()).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-8")
+        )
+
+
+def test_older_checkpoint_is_deleted_only_once_the_newer_one_is_whole(tmp_path, monkeypatch):
+    def disk_full(*arguments, **options):
+        raise OSError("disk full")
+
+    trainer = make_trainer(tmp_path, save_total_limit=1)
+    whole = {"adapter_model.safetensors", "optimizer.pt", "scalora.safetensors"}
+    whole |= {"trainer_state.json", "scheduler.pt", "rng_state.pth"}
+    save_file = scalora.files.save_file
+    monkeypatch.setattr(
+        "scalora.files.save_file",
+        lambda *arguments, **options: (
+            disk_full() if trainer.state.global_step == 8 else save_file(*arguments, **options)
+        ),
+    )
+    with pytest.raises(OSError, match="disk full"):
+        trainer.train()
+    assert whole <= {path.name for path in (tmp_path / "checkpoint-4").iterdir()}
+    assert not (tmp_path / "checkpoint-8" / "trainer_state.json").exists()
+
+
+def test_checkpoint_that_is_written_over_is_not_whole_in_between(tmp_path, monkeypatch):
+    make_trainer(tmp_path).train()
+    state = tmp_path / "checkpoint-4" / "trainer_state.json"
+    assert state.exists()
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path, learning_rate=2e-2).train()
+    assert not state.exists()
+
+
+@pytest.mark.parametrize("resumed_by", ["nothing", "the file"])
+def test_what_the_file_holds_is_not_written_twice_and_is_missed(tmp_path, resumed_by):
+    options = {"rule": "exact", "accumulator": "carry"}
+    whole = make_trainer(tmp_path, callback=scalora.ScaLoRACallback(**options))
+    whole.train()
+    folder = tmp_path / "checkpoint-8"
+    state = torch.load(folder / "optimizer.pt", weights_only=True)
+    assert "layers" not in state["scalora"]
+    assert "layers" in whole.optimizer.state_dict()["scalora"]  # only while it was written
+
+    model = make_model()
+    optimizer = scalora.create_scalora_optimizer(model, torch.optim.AdamW, lr=1e-2, **options)
+    adapter = load_file(folder / "adapter_model.safetensors")
+    set_peft_model_state_dict(model, adapter)
+    optimizer.load_state_dict(state)
+    if resumed_by == "the file":
+        scalora.load_training_state(optimizer, folder)
+        optimizer.step()
+        return
+    with pytest.raises(ValueError, match=r"scalora\.safetensors.*load_training_state"):
+        optimizer.step()
+
+
+def test_copied_model_completes_no_checkpoint_of_the_original(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    twin = copy.deepcopy(trainer.model)
+    twin.save_pretrained(tmp_path / "twin" / "checkpoint-1")
+    assert not (tmp_path / "twin" / "checkpoint-1" / "scalora.safetensors").exists()
+
+
 def test_optimizer_passed_in_without_the_callback_refuses_to_resume_on_the_wrong_base(tmp_path):
     def trainer_without_callback():
         model = make_model()
@@ -163,18 +239,24 @@ def test_optimizer_passed_in_without_the_callback_refuses_to_resume_on_the_wrong
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
 
 
-def test_best_model_at_the_end_has_the_base_that_belongs_to_it(tmp_path):
+@pytest.mark.parametrize("accumulator", ["dense", "carry"])
+@pytest.mark.parametrize("options", [{"rule": "exact"}, {"lifetime": 2, "calibration": 5}])
+def test_best_model_at_the_end_has_the_base_that_belongs_to_it(tmp_path, options, accumulator):
     trainer = make_trainer(
         tmp_path,
+        callback=scalora.ScaLoRACallback(**options, accumulator=accumulator),
         eval_strategy="steps",
         eval_steps=4,
         load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=True,  # of a loss: so that the best is not the last
         learning_rate=3e-2,
     )
     trainer.train()
     evaluated = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
-    best = min(evaluated, key=evaluated.get)
+    best = max(evaluated, key=evaluated.get)
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+    assert best < STEPS, "the test needs a best model that is not the last"
     assert trainer.evaluate()["eval_loss"] == pytest.approx(evaluated[best], abs=1e-7)
 
 
@@ -216,10 +298,12 @@ def test_only_what_the_callback_does_not_complete_is_warned_of(tmp_path):
     assert len(alone) == 1 and "final" in alone[0]
 
 
-def test_best_model_from_before_the_first_rebasing_has_its_base_again(tmp_path):
+@pytest.mark.parametrize("options", [{"rule": "exact", "interval": 6}, {"lifetime": 6}])
+def test_best_model_from_before_the_first_rebasing_has_its_base_again(tmp_path, options):
+    callback = scalora.ScaLoRACallback(**options)
     trainer = make_trainer(
         tmp_path,
-        callback=scalora.ScaLoRACallback(rule="exact", interval=6),
+        callback=callback,
         eval_strategy="steps",
         eval_steps=4,
         load_best_model_at_end=True,
@@ -232,6 +316,7 @@ def test_best_model_from_before_the_first_rebasing_has_its_base_again(tmp_path):
     evaluated = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
     best = max(evaluated, key=evaluated.get)
     assert best == 4, "the test needs a best model from before step 6"
+    assert any(pair.was_rebased for pair in callback.optimizer.rebased_pairs)
     for name, weight in base_weights(trainer.model).items():
         assert torch.equal(weight, start[name])
 
