@@ -175,7 +175,8 @@ def test_older_checkpoint_is_deleted_only_once_the_newer_one_is_whole(tmp_path, 
     with pytest.raises(OSError, match="disk full"):
         trainer.train()
     assert whole <= {path.name for path in (tmp_path / "checkpoint-4").iterdir()}
-    assert not (tmp_path / "checkpoint-8" / "trainer_state.json").exists()
+    with pytest.raises(FileNotFoundError, match="checkpoint-8/trainer_state.json"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=True)
 
 
 def test_checkpoint_that_is_written_over_is_not_whole_in_between(tmp_path, monkeypatch):
