@@ -154,10 +154,8 @@ def test_base_in_another_precision_is_refused_and_named(tmp_path: Path) -> None:
     assert_refused_without_a_trace(model, fresh, tmp_path, r"'first' \(float32; here bfloat16\)")
 
 
-def test_only_what_was_folded_takes_room(tmp_path: Path) -> None:
+def test_before_the_first_renewal_only_the_calibration_takes_room(tmp_path: Path) -> None:
     model, optimizer = run()
     models.train(model, optimizer, INPUTS, LIFETIME - 1)
-    early = save(model, optimizer, tmp_path)
-    adapter = sum(p.numel() * p.element_size() for p in models.trainable(model))
-    # The newest step, for the calibration: as large as the adapter.
-    assert sum(t.numel() * t.element_size() for t in early.values()) <= adapter + 16
+    tensors = save(model, optimizer, tmp_path)
+    assert tensors and all(name.startswith("step_length:") for name in tensors)
