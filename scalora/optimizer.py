@@ -251,6 +251,8 @@ class ScaLoRA(torch.optim.Optimizer):
         """Tensors that re-basing keeps between steps, besides the inner optimizer's state."""
         return [*self._rebaser.kept_tensors(), *self._calibration.kept_tensors()]
 
+    # Traced by torch.compile, what a step leaves in this object would be lost without a word.
+    @torch.compiler.disable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step the inner optimizer, and re-base if it is time to.
 

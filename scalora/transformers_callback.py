@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from scalora.optimizer import ScaLoRA
 from scalora.options import RebasingOptions
 from scalora.peft_layers import complete_checkpoints
+from scalora.reference_models import options_beside_base, refers_to_base
 from scalora.training_state import load_training_state, save_training_state
 from scalora.training_state_file import STATE_FILE
 
@@ -34,6 +36,10 @@ class ScaLoRACallback(TrainerCallback):
     ``trainer.train(resume_from_checkpoint=...)``, and with ``load_best_model_at_end`` brings back
     the base that belongs to the best adapter.
 
+    TRL's trainers with a reference model switch the adapter off to get it, and expect the
+    pretrained model.  With their arguments (``DPOConfig``, ``KTOConfig``, ``GRPOConfig``,
+    ``RLOOConfig``) ``accumulator="auto"`` is ``"carry"``, which is switched off too.
+
     Args:
         resume_from: the checkpoint's folder, needed only when a run is resumed from a folder that
             is not ``output_dir/checkpoint-<step>`` nor ``args.resume_from_checkpoint``.
@@ -41,10 +47,12 @@ class ScaLoRACallback(TrainerCallback):
 
     Raises:
         TypeError, ValueError: as `scalora.ScaLoRA` does; those about ``options`` at once.
+            ValueError also when training begins and increments would change a trainer's reference
+            model.
     """
 
     def __init__(self, *, resume_from: str | None = None, **options: Any) -> None:
-        RebasingOptions(**options)
+        self._options = RebasingOptions(**options)
         self.resume_from = resume_from
         self.options = options
         self.optimizer: ScaLoRA | None = None
@@ -59,7 +67,11 @@ class ScaLoRACallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Attach to the Trainer's optimizer, and restore the base weights of a resumed run."""
-        self.optimizer = _attach(kwargs["optimizer"], kwargs["model"], self.options)
+        beside_base = refers_to_base(args)
+        options = options_beside_base(self._options) if beside_base else self._options
+        self.optimizer = _attach(kwargs["optimizer"], kwargs["model"], options)
+        if beside_base:
+            _check_places(self.optimizer)
         # At the end the model in training goes back to the best, and its base with it.
         self._everything = args.load_best_model_at_end
         self._completed = ""
@@ -136,7 +148,7 @@ class ScaLoRACallback(TrainerCallback):
             )
 
 
-def _attach(optimizer: Any, model: nn.Module, options: dict[str, Any]) -> ScaLoRA:
+def _attach(optimizer: Any, model: nn.Module, options: RebasingOptions) -> ScaLoRA:
     if isinstance(optimizer, ScaLoRA):
         return optimizer
     if type(optimizer) is not AcceleratedOptimizer:
@@ -146,9 +158,16 @@ def _attach(optimizer: Any, model: nn.Module, options: dict[str, Any]) -> ScaLoR
         )
     if isinstance(optimizer.optimizer, ScaLoRA):
         return optimizer.optimizer
-    optimizer.optimizer = ScaLoRA(optimizer.optimizer, model, **options)
+    optimizer.optimizer = ScaLoRA(optimizer.optimizer, model, **asdict(options))
     optimizer.__setstate__(optimizer.__getstate__())  # it keeps bound methods of the one it wraps
     return optimizer.optimizer
+
+
+def _check_places(optimizer: ScaLoRA) -> None:
+    """Raise a ValueError if one that was passed to the Trainer folds into the base."""
+    folding = any(row.accumulator == "dense" for row in optimizer.report())
+    place = "dense" if folding else "carry"
+    options_beside_base(replace(optimizer.options, accumulator=place))
 
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:

@@ -1,0 +1,50 @@
+"""Trainers whose reference model is the trained model itself with its adapter switched off.
+
+TRL's trainers for preferences and for reinforcement learning compare a PEFT model with its own
+base.  Increments must stay out of the base then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from scalora.options import RebasingOptions
+
+# TRL's arguments by the name of their class, so that TRL need not be installed: of trainers that
+# always have a reference model, and of those that have one unless ``beta`` is 0.
+_ALWAYS = {"DPOConfig", "KTOConfig"}
+_WITH_PENALTY = {"GRPOConfig", "RLOOConfig"}
+
+
+def refers_to_base(arguments: Any) -> bool:
+    """Whether a trainer of these arguments takes the base for its reference while it trains.
+
+    A reference model that was passed to the trainer cannot be seen in them.
+
+    Args:
+        arguments: the trainer's.
+    """
+    names = {cls.__name__ for cls in type(arguments).__mro__}
+    if names & _ALWAYS:
+        return not getattr(arguments, "precompute_ref_log_probs", False)
+    return bool(names & _WITH_PENALTY) and getattr(arguments, "beta", 0.0) != 0.0
+
+
+def options_beside_base(options: RebasingOptions) -> RebasingOptions:
+    """The same options with every increment beside the base.
+
+    Raises:
+        ValueError: increments are asked to go into the base.
+    """
+    if options.resolved_rule == "none":
+        return options
+    if options.accumulator == "dense" or options.when_full == "fold":
+        asked = "accumulator='dense'" if options.accumulator == "dense" else "when_full='fold'"
+        raise ValueError(
+            f"{asked} changes the base weights, which are this trainer's reference model: it "
+            "switches the adapter off and expects the pretrained model. Use accumulator='carry' "
+            "(with when_full='compress' or 'hold'), or precompute_ref_log_probs=True where the "
+            "trainer has it."
+        )
+    return dataclasses.replace(options, accumulator="carry")
