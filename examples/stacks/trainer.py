@@ -6,17 +6,24 @@ python examples/stacks/trainer.py
 from __future__ import annotations
 
 import tempfile
+from typing import Any
 
 import tiny
+from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 import scalora
 
 
-def main(steps: int, output: str, **arguments: object) -> tiny.Run:
+def make_trainer(
+    output: str,
+    callback: scalora.ScaLoRACallback | None,
+    model: nn.Module | None = None,
+    optimizers: Any = (None, None),
+    **arguments: Any,
+) -> Trainer:
     options = {
         "output_dir": output,
-        "max_steps": steps,
         "per_device_train_batch_size": 8,
         "gradient_accumulation_steps": 2,
         "learning_rate": 1e-2,
@@ -32,17 +39,22 @@ def main(steps: int, output: str, **arguments: object) -> tiny.Run:
         "use_cpu": True,
     }
     examples = [{"input_ids": ids, "labels": ids} for ids in tiny.examples()]
-    callback = scalora.ScaLoRACallback(lifetime=tiny.LIFETIME)
-    trainer = Trainer(
-        tiny.lora_model(),
+    callbacks = [EarlyStoppingCallback(early_stopping_patience=3)]
+    if callback is not None:
+        callbacks.append(callback)  # the line that changes
+    return Trainer(
+        tiny.lora_model() if model is None else model,
         TrainingArguments(**{**options, **arguments}),
         train_dataset=examples,
         eval_dataset=examples[:32],
-        callbacks=[
-            callback,
-            EarlyStoppingCallback(early_stopping_patience=3),
-        ],  # the line that changes
+        callbacks=callbacks,
+        optimizers=optimizers,
     )
+
+
+def main(steps: int, output: str) -> tiny.Run:
+    callback = scalora.ScaLoRACallback(lifetime=tiny.LIFETIME)
+    trainer = make_trainer(output, callback, max_steps=steps)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return tiny.Run(trainer.model, callback.optimizer, losses)
