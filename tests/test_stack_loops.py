@@ -77,7 +77,7 @@ def test_clipping_does_not_move_the_calibration():
     for bound in (None, 1e-3):  # every gradient is far above that
         torch.manual_seed(0)
         model = with_lora(Perceptron(), target_modules=["first", "second"])
-        inner = torch.optim.Adam(trainable(model), lr=1e-3, eps=0.0)
+        inner = torch.optim.Adam(trainable(model), lr=1e-3, eps=1e-12)
         optimizer = scalora.ScaLoRA(inner, model)
         for _ in range(12):
             optimizer.zero_grad()
@@ -94,14 +94,15 @@ def test_clipping_does_not_move_the_calibration():
 def test_lightning_resumes_to_the_same_losses(tiny, tmp_path):
     pytest.importorskip("lightning", reason="PyTorch Lightning is not installed")
     script = importlib.import_module("lightning_module")
-    data = script.data(30)
+    data = script.data(10)  # an epoch: Lightning begins a half one anew
     whole = script.Module(30)
     script.trainer(30).fit(whole, data)
 
-    first, trainer = script.Module(30), script.trainer(22)
+    first, trainer = script.Module(30), script.trainer(20)
     trainer.fit(first, data)
+    assert trainer.optimizers[0].rebase_count == 1
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     rest, resumed = script.Module(30), script.trainer(30)
     resumed.fit(rest, data, ckpt_path=tmp_path / "half.ckpt")
     assert resumed.optimizers[0].rebase_count == 3
-    assert rest.losses == whole.losses[44:]
+    assert rest.losses == whole.losses[40:]
