@@ -72,21 +72,24 @@ def test_scaler_skips_an_overflow_and_nothing_is_rebased(rule):
     assert optimizer.rebase_count > count
 
 
-def test_clipping_does_not_change_what_the_calibration_sees():
+def test_calibration_finds_about_the_same_factor_with_every_gradient_clipped():
     factors = []
-    for clips in (False, True):
+    for bound in (None, 1e-3):
         torch.manual_seed(0)
         model = with_lora(Perceptron(), target_modules=["first", "second"])
-        optimizer = scalora.ScaLoRA(torch.optim.AdamW(trainable(model), lr=1e-3), model)
-        for last in [False] * 7 + [True]:
+        inner = torch.optim.Adam(trainable(model), lr=1e-3, eps=1e-12)
+        optimizer = scalora.ScaLoRA(inner, model)
+        for _ in range(12):
             optimizer.zero_grad()
             loss(model, vectors(16, 12)).backward()
-            if clips and last:  # all before is the same with and without
-                assert torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3) > 1e-2
+            if bound is not None:
+                assert torch.nn.utils.clip_grad_norm_(model.parameters(), bound) > 10 * bound
             optimizer.step()
         factors.append(float(optimizer.step_factor))
-    assert factors[0] != 1.0
-    assert factors[1] == pytest.approx(factors[0], rel=1e-5)
+    plain, clipped = factors
+    assert plain > 2
+    # Clipping weighs the gradients otherwise; that is worth less than one step's growth of 1.25.
+    assert plain / 1.25 < clipped < plain * 1.25
 
 
 def test_lightning_resumes_with_the_rebased_model(tiny, tmp_path):
