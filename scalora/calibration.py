@@ -115,7 +115,7 @@ class StepCalibration:
     def scaled(self, parameters: Sequence[Tensor]) -> Iterator[None]:
         """Scale whatever step is taken within, of these parameters.
 
-        Nothing is changed if the step raises.
+        If the step raises, half taken, the parameters are put back to where they were.
         """
         if self.steps == 0 or not parameters:
             yield
@@ -124,26 +124,34 @@ class StepCalibration:
             device = parameters[0].device
             before = _flat(parameters, device)
             if self._numbers is None:
-                self._numbers = {name: torch.zeros((), device=device) for name in _NUMBERS}
-                self._numbers["factor"].fill_(1.0)
-        yield
-        with torch.no_grad():
-            self._numbers = {name: value.to(device) for name, value in self._numbers.items()}
-            step = before - _flat(parameters, device)
-            taken = self._numbers["factor"] * step
-            _put(before - taken, parameters)
-            self._left = max(0, self._left - 1)
-            self._remember(step, taken)
+                zero, one = before.new_zeros(()), before.new_ones(())
+                self._numbers = {name: zero.clone() for name in _NUMBERS} | {"factor": one}
+        target = before
+        try:
+            yield
+            with torch.no_grad():
+                self._numbers = {name: value.to(device) for name, value in self._numbers.items()}
+                step = before - _flat(parameters, device)
+                taken = self._numbers["factor"] * step
+                target = before - taken
+                _put(target, parameters)
+        except BaseException:
+            with torch.no_grad():
+                _put(target, parameters)
+            raise
+        self._left = max(0, self._left - 1)
+        self._remember(step, taken)
 
+    @torch.no_grad()
     def _remember(self, step: Tensor, taken: Tensor) -> None:
         if self._left == 0:
             self._last = self._path = self._total = None
             return
-        self._last = step
         if self._path is None or self._path.shape != step.shape:
             self._path, self._total = taken, torch.zeros_like(step)
         else:
             self._path = self._path + taken
+        self._last = step
 
     def state(self) -> dict[str, Any]:
         """What `load` needs to go on."""

@@ -52,9 +52,8 @@ def commit(
         done: called with the place of each layer that has changed, last.
     """
     versions = [base._version for base in bases]
-    try:
-        fold()
-    finally:
+
+    def follow() -> None:
         folded = [i for i, base in enumerate(bases) if base._version != versions[i]]
 
         def note() -> None:
@@ -63,3 +62,11 @@ def commit(
 
         if folded:
             write_all(writes, folded, note)
+
+    # Following twice does no harm.  Not `finally`: an interrupt may come between two lines of that.
+    try:
+        fold()
+        follow()
+    except BaseException:
+        follow()
+        raise

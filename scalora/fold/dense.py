@@ -51,9 +51,23 @@ def fold(
         result, cut = _half_precision_sum(
             weight, left[layer], right[layer], rounding, seed, residual
         )
-        weight.copy_(result)
-        if residual is not None and cut is not None:
+        _write(weight, result, residual, cut)
+
+
+def _write(weight: Tensor, result: Tensor, residual: Tensor | None, cut: Tensor | None) -> None:
+    """Write the weight, and what was cut from it if and only if that was done."""
+    version = weight._version
+
+    def follow() -> None:
+        if residual is not None and cut is not None and weight._version != version:
             residual.copy_(cut)
+
+    try:
+        weight.copy_(result)
+        follow()
+    except BaseException:
+        follow()
+        raise
 
 
 def _half_precision_sum(
