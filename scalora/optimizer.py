@@ -27,6 +27,7 @@ from scalora.resuming import (
     check_same_kind,
 )
 from scalora.selection import places_of_layers
+from scalora.stale import check_layers, warn_without_gradients
 
 
 class ScaLoRA(torch.optim.Optimizer):
@@ -124,6 +125,7 @@ class ScaLoRA(torch.optim.Optimizer):
     state_is_in_file: bool
     _rebaser: Rebaser
     _calibration: StepCalibration
+    _owner: object
 
     def __init__(
         self,
@@ -193,8 +195,11 @@ class ScaLoRA(torch.optim.Optimizer):
                 "state_is_in_file": False,
                 "_rebaser": Rebaser(places, options, moments),
                 "_calibration": StepCalibration(options.calibration_steps),
+                "_owner": (owner := object()),
             }
         )
+        for pair in places:
+            pair.claim(owner)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -263,8 +268,11 @@ class ScaLoRA(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        check_layers(self._rebaser.pairs, self.inner, self._owner)
         self._check_weights()
         overflow = not_finite(self.param_groups)
+        if overflow is None:
+            warn_without_gradients(self.param_groups)
         if overflow is not None and overflow.device.type == "cpu" and bool(overflow):
             self._count_skipped(overflow)
             warnings.warn(
@@ -397,10 +405,14 @@ class ScaLoRA(torch.optim.Optimizer):
         rate = self._learning_rate()
         if rate is not None and rate < LATEST * self._calibration.peak:
             return
-        if self._rebaser.renew(self.inner, before, self._steps, self.rebase_count + 1):
-            if self.rebase_count == 0:
-                peft_layers.warn_when_saved_alone(self.model)
-            self.rebase_count += 1
+        renewed = True  # some layers may be, if this raises
+        try:
+            renewed = self._rebaser.renew(self.inner, before, self._steps, self.rebase_count + 1)
+        finally:
+            if renewed:
+                if self.rebase_count == 0:
+                    peft_layers.warn_when_saved_alone(self.model)
+                self.rebase_count += 1
 
     def _factors_to_calibrate(self) -> list[Tensor]:
         """All layers' factors, whose steps share one factor."""

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from scalora.peft_layers.finding import PREFIX, lora_pairs, peft_model
+from scalora.peft_layers.misleading import warn_of_changed_base
 
 
 def adapter_with_factors(
@@ -78,11 +79,15 @@ def adapter_with_factors(
 
 
 def warn_when_saved_alone(model: nn.Module) -> None:
-    """Make ``save_pretrained`` of a re-based PeftModel say what it leaves out."""
+    """Make ``save_pretrained`` of a re-based PeftModel say what it leaves out.
+
+    And what else would mislead by its name (`scalora.peft_layers.misleading`).
+    """
     wrapped = peft_model(model)
     if wrapped is None or "save_pretrained" in vars(wrapped):
         return
     wrapped.save_pretrained = _SavePretrained(wrapped)
+    warn_of_changed_base(wrapped)
 
 
 def complete_checkpoints(

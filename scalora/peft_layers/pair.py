@@ -196,12 +196,26 @@ class LoRAPair:
 
     def mark_rebased(self) -> None:
         """Note on the layer itself that its base has taken in increments."""
-        self.module.scalora_rebased = True
+        self.module.scalora_folded = {*getattr(self.module, "scalora_folded", ()), self.adapter}
 
     @property
     def was_rebased(self) -> bool:
         """Whether increments have been folded into the layer's base."""
-        return bool(getattr(self.module, "scalora_rebased", False))
+        return bool(getattr(self.module, "scalora_folded", ()))
+
+    @property
+    def exists(self) -> bool:
+        """Whether the layer still has the adapter."""
+        return self.adapter in self.module.r
+
+    def claim(self, owner: object) -> None:
+        """Note on the layer itself who re-bases it from now on."""
+        owners = getattr(self.module, "scalora_owners", {})
+        self.module.scalora_owners = {**owners, self.adapter: owner}
+
+    def belongs_to(self, owner: object) -> bool:
+        """Whether nobody else has claimed it since."""
+        return getattr(self.module, "scalora_owners", {}).get(self.adapter) is owner
 
 
 def dequantized(base: Any) -> Tensor:

@@ -1,0 +1,91 @@
+"""PEFT's methods whose names promise the pretrained model, once its weights have been changed."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.lora import layer as lora_layers
+from torch import nn
+
+_FOLDED = "ScaLoRA has folded part of what {adapters} learned into the base weights"
+_MESSAGES = {
+    "disable_adapter_layers": (
+        f"{_FOLDED}: with the adapter disabled this is not the pretrained model. Where you need "
+        "that, as the reference model of DPO for example, train with accumulator='carry', or keep "
+        "a copy of the pretrained model."
+    ),
+    "set_adapter": (
+        f"{_FOLDED}, so another adapter does not compute on the pretrained model. Train with "
+        "accumulator='carry'; or call scalora.save_adapter(model, path, base=...) and load that "
+        "and the other adapter on the pretrained model."
+    ),
+    "unload": (
+        f"{_FOLDED}: what unload returns is neither the pretrained model nor the one that was "
+        "trained. Call model.merge_and_unload() for that; load the pretrained model anew, or "
+        "train with accumulator='carry'."
+    ),
+    "delete_adapter": (
+        f"{_FOLDED}: deleting the adapter does not take that out. Call scalora.save_adapter(model, "
+        "path, base=...) before, and load the pretrained model anew; or train with "
+        "accumulator='carry'."
+    ),
+}
+
+
+def warn_of_changed_base(model: PeftModel) -> None:
+    """Make the methods that show the base say so, once each, where its weights were changed."""
+    tuner: Any = model.base_model
+    for method in _MESSAGES:
+        if method not in vars(tuner):
+            setattr(tuner, method, _Outspoken(tuner, method))
+
+
+class _Outspoken:
+    """A method of PEFT's model with a warning.
+
+    An object, not a bound method: pickle would restore that as the method of the class.
+    """
+
+    def __init__(self, tuner: Any, method: str) -> None:
+        self.tuner = tuner
+        self.method = method
+        self.warned = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        folded = _folded_adapters(self.tuner)
+        if self.method == "set_adapter":
+            names = args[0] if args else kwargs.get("adapter_name", [])
+            folded -= {names} if isinstance(names, str) else set(names)
+        if folded and not self.warned:
+            self.warned = True
+            adapters = ", ".join(map(repr, sorted(folded)))
+            warnings.warn(
+                _MESSAGES[self.method].format(adapters=adapters),
+                UserWarning,
+                stacklevel=_level_of_caller(),
+            )
+        return getattr(type(self.tuner), self.method)(self.tuner, *args, **kwargs)
+
+
+def _level_of_caller() -> int:
+    """The stack level, as `warnings.warn` counts it from `_Outspoken`, of who called PEFT."""
+    frame, level = sys._getframe(2), 2
+    while frame.f_back is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module != "contextlib" and module.partition(".")[0] != "peft":
+            break
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _folded_adapters(tuner: nn.Module) -> set[str]:
+    """The adapters of which increments are in base weights."""
+    return {
+        adapter
+        for module in tuner.modules()
+        if isinstance(module, lora_layers.LoraLayer)
+        for adapter in getattr(module, "scalora_folded", ())
+    }

@@ -1,0 +1,159 @@
+"""PEFT's own methods on a re-based model: the right result, or one warning that says what to do."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import models
+import pytest
+import torch
+
+import scalora
+
+INPUTS = models.vectors(16, 12)
+
+
+def rebased(accumulator: str, rule: str = "exact") -> tuple[Any, scalora.ScaLoRA]:
+    """Two adapters, of which the first was trained."""
+    torch.manual_seed(0)
+    model = models.with_lora(models.Perceptron(), target_modules=["first", "second"])
+    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+    inner = torch.optim.AdamW(models.trainable(model), lr=1e-2)
+    optimizer = scalora.ScaLoRA(inner, model, rule=rule, accumulator=accumulator, lifetime=3)
+    models.train(model, optimizer, INPUTS, 6)
+    return model, optimizer
+
+
+def pretrained() -> torch.Tensor:
+    """Its answers."""
+    torch.manual_seed(0)
+    return models.answers(models.Perceptron(), INPUTS)
+
+
+def disable(model: Any) -> torch.Tensor:
+    with model.disable_adapter():
+        return models.answers(model, INPUTS)
+
+
+def disable_layers(model: Any) -> torch.Tensor:
+    model.disable_adapter_layers()
+    found = models.answers(model, INPUTS)
+    model.enable_adapter_layers()
+    return found
+
+
+def switch(model: Any) -> torch.Tensor:
+    model.set_adapter("other")  # untrained, it adds nothing
+    found = models.answers(model, INPUTS)
+    model.set_adapter("default")
+    return found
+
+
+def unload(model: Any) -> torch.Tensor:
+    return models.answers(copy.deepcopy(model).unload(), INPUTS)
+
+
+def delete(model: Any) -> torch.Tensor:
+    model = copy.deepcopy(model)
+    model.delete_adapter("default")
+    return models.answers(model, INPUTS)
+
+
+SHOWS_THE_BASE: dict[str, tuple[Callable[[Any], torch.Tensor], str]] = {
+    "disable_adapter": (disable, "with the adapter disabled this is not the pretrained model"),
+    "disable_adapter_layers": (disable_layers, "this is not the pretrained model"),
+    "set_adapter": (switch, "another adapter does not compute on the pretrained model"),
+    "unload": (unload, r"Call model.merge_and_unload\(\)"),
+    "delete_adapter": (delete, "deleting the adapter does not take that out"),
+}
+base_shown = pytest.mark.parametrize(
+    ("show", "message"), SHOWS_THE_BASE.values(), ids=SHOWS_THE_BASE.keys()
+)
+
+
+def messages(caught: list[warnings.WarningMessage]) -> list[str]:
+    return [str(w.message) for w in caught if "ScaLoRA" in str(w.message)]
+
+
+@base_shown
+@pytest.mark.parametrize("rule", ["renew", "exact"])
+def test_method_that_shows_a_folded_base_warns_and_names_the_carry(
+    show: Callable[[Any], torch.Tensor], message: str, rule: str
+) -> None:
+    model, _ = rebased("dense", rule)
+    with pytest.warns(UserWarning, match=message) as caught:
+        found = show(model)
+    assert (found - pretrained()).abs().max() > 1e-3  # what the warning says is so
+    [warning] = [w for w in caught if "ScaLoRA" in str(w.message)]
+    assert "'default'" in str(warning.message)
+    assert "accumulator='carry'" in str(warning.message)
+    assert warning.filename == __file__
+
+
+@base_shown
+def test_method_that_shows_the_base_beside_a_carry_is_right_and_silent(
+    show: Callable[[Any], torch.Tensor], message: str
+) -> None:
+    model, _ = rebased("carry")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = show(model)
+    assert torch.equal(found, pretrained())
+    assert messages(caught) == []
+
+
+@pytest.mark.parametrize(
+    "clone", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
+def test_warning_is_given_once_a_model_and_survives_its_copies(clone: Callable[..., Any]) -> None:
+    model = clone(rebased("dense")[0])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            disable(model)
+    assert len(messages(caught)) == 1
+
+
+def test_model_that_was_not_re_based_yet_says_nothing() -> None:
+    torch.manual_seed(0)
+    model = models.with_lora(models.Perceptron(), target_modules=["first", "second"])
+    optimizer = scalora.create_scalora_optimizer(model, torch.optim.AdamW, lr=1e-2)
+    models.train(model, optimizer, INPUTS, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(disable(model), pretrained())
+
+
+def test_activating_the_adapter_that_was_re_based_says_nothing() -> None:
+    model, _ = rebased("dense")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.set_adapter("default")
+        model.base_model.set_adapter(["default", "other"])
+        model.add_adapter("third", copy.deepcopy(model.peft_config["other"]))
+
+
+@pytest.mark.parametrize("rule", ["renew", "exact"])
+@pytest.mark.parametrize("accumulator", ["dense", "carry"])
+def test_merging_gives_the_model_that_was_trained_and_says_nothing(
+    accumulator: str, rule: str
+) -> None:
+    model, _ = rebased(accumulator, rule)
+    before = models.answers(model, INPUTS)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        merged = copy.deepcopy(model).merge_and_unload()
+    assert messages(caught) == []
+    assert isinstance(merged, models.Perceptron)
+    torch.testing.assert_close(models.answers(merged, INPUTS), before, rtol=0, atol=1e-5)
+    for name in ("first", "second"):
+        lora, weight = models.layer(model, name), merged.get_submodule(name).weight
+        alone = lora.get_base_layer().weight + lora.scaling["default"] * (
+            lora.lora_B["default"].weight @ lora.lora_A["default"].weight
+        )
+        beside = torch.equal(alone, weight) or (alone - weight).abs().max() < 1e-6
+        assert beside == (accumulator == "dense")  # the carry is in it
