@@ -447,11 +447,19 @@ class ScaLoRA(torch.optim.Optimizer):
 
     def _step_inner(self, overflow: Tensor | None) -> None:
         """Step the inner optimizer; a fused one leaves the step out by itself on overflow."""
-        if overflow is None or overflow.device.type == "cpu" or not can_skip(self.inner):
-            self.inner.step()
-            return
-        self._count_skipped(overflow)
-        step_unless(overflow, self.inner)
+        first = not self.inner.state
+        try:
+            if overflow is None or overflow.device.type == "cpu" or not can_skip(self.inner):
+                self.inner.step()
+                return
+            self._count_skipped(overflow)
+            step_unless(overflow, self.inner)
+        except BaseException:
+            # The first step allocates, so it is where memory runs out.  What torch has made half of
+            # by then it takes for whole the next time, and finds no moments in it.
+            if first:
+                self.inner.state.clear()
+            raise
 
     def _count_skipped(self, overflow: Tensor) -> None:
         one = overflow.to(torch.int64)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from test_optimizer import FailAt
 from torch import Tensor
 
 import scalora
+from scalora.fold import fold
 
 LIFETIME = 4
 PACKAGE = Path(scalora.__file__).parent
@@ -172,6 +173,8 @@ def test_failure_at_any_operation_of_a_step_leaves_the_effective_weight_whole(na
             optimizer.step()
         where = f"after operation {k} of {step.operations}"
         left.add(check(case, step, optimizer, where))
+        if any(pair.was_rebased for pair in optimizer.rebased_pairs):
+            assert optimizer.rebase_count and "save_pretrained" in vars(model), where
         if k % 50 == 0:  # and it can go on
             steps = optimizer._steps
             losses = models.train(model, optimizer, case.inputs, 2)
@@ -180,7 +183,7 @@ def test_failure_at_any_operation_of_a_step_leaves_the_effective_weight_whole(na
     assert left >= {"nothing", "all"}
 
 
-@contextmanager
+@contextlib.contextmanager
 def interrupted(k: int) -> Iterator[list[int]]:
     """Ctrl-C before the k-th line of what writes; the number of lines run is what it yields."""
     lines = [0]
@@ -219,3 +222,34 @@ def test_interrupt_between_any_two_lines_leaves_the_effective_weight_whole(name:
             optimizer.step()
         left.add(check(case, step, optimizer, f"before line {k} of {total}"))
     assert left >= {"nothing", "all"}
+
+
+def test_first_step_that_fails_anywhere_can_be_followed_by_others() -> None:
+    case = Case(0, RENEWS)
+    template = case.prepared()
+    operations = WholeStep(template).operations
+    for k in range(1, operations + 1):
+        model, optimizer = copied(template)
+        with pytest.raises(torch.OutOfMemoryError), FailAt(k, torch.OutOfMemoryError):
+            optimizer.step()
+        losses = models.train(model, optimizer, case.inputs, 3)
+        assert losses[-1] < losses[0], k
+
+
+def test_compensation_that_fails_anywhere_belongs_to_the_weight() -> None:
+    left, right = torch.randn(1, 8, 2), torch.randn(1, 6, 2)
+    old = torch.randn(8, 6).bfloat16(), 1e-3 * torch.randn(8, 6).bfloat16()
+
+    def folded(k: int) -> tuple[Tensor, Tensor, int]:
+        weight, residual = (tensor.clone() for tensor in old)
+        with FailAt(k, RuntimeError) as counter, contextlib.suppress(RuntimeError):
+            fold([weight], left, right, rounding="compensated", seeds=[0], residuals=[residual])
+        return weight, residual, counter.count
+
+    *new, operations = folded(-1)
+    found = [folded(k)[:2] for k in range(1, operations + 1)]
+    is_new = [torch.equal(weight, new[0]) for weight, _ in found]
+    assert {True, False} == set(is_new)
+    for (weight, residual), moved in zip(found, is_new, strict=True):
+        expected = new if moved else old
+        assert torch.equal(weight, expected[0]) and torch.equal(residual, expected[1])

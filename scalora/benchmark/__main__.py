@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("which", nargs="*", help=f"of {', '.join(BENCHMARKS)}; default: all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--plot", type=Path, help="survival: draw its curves to this file")
+    parser.add_argument("--steps", type=int, default=long_run.STEPS, help="long-run: of each row")
     arguments = parser.parse_args()
     unknown = set(arguments.which) - set(BENCHMARKS)
     if unknown:
@@ -36,6 +37,7 @@ def main() -> None:
     device = torch.device(arguments.device)
     benchmarks = dict(BENCHMARKS)
     benchmarks["survival"] = partial(survival.run, plot=arguments.plot)
+    benchmarks["long-run"] = partial(long_run.run, steps=arguments.steps)
     print(machine(device))
     for name in arguments.which or BENCHMARKS:
         print(f"\n## {name}\n", flush=True)
