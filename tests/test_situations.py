@@ -224,7 +224,7 @@ def test_second_optimizer_takes_over_and_the_first_is_refused(options: dict[str,
     trains_on(model, second)
 
 
-def test_optimizers_of_two_adapters_and_of_two_parts_go_side_by_side() -> None:
+def test_optimizers_of_two_parts_go_side_by_side() -> None:
     torch.manual_seed(0)
     model = models.with_lora(models.Perceptron(), target_modules=["first", "second"])
     by_layer = []
