@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from scalora.benchmark import checkpoint, drift, fold, step, survival
+from scalora.benchmark import checkpoint, communication, drift, fold, step, survival
 from scalora.benchmark.machine import machine
 
 BENCHMARKS: dict[str, Callable[[torch.device], str]] = {
@@ -19,6 +19,7 @@ BENCHMARKS: dict[str, Callable[[torch.device], str]] = {
     "fold": fold.run,
     "drift": drift.run,
     "checkpoint": checkpoint.run,
+    "communication": communication.run,
 }
 
 

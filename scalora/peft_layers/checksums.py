@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from scalora import sharding
-
 from scalora.peft_layers.pair import LoRAPair
 
 
