@@ -126,6 +126,15 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def require_whole(model: nn.Module, doing: str) -> None:
+    """Raise a ValueError if a model is sharded: ``doing`` needs all of it in one process."""
+    if any(map(is_sharded, model.parameters())):
+        raise ValueError(
+            f"{doing} needs the whole model in one process, and this one is sharded: write it with "
+            "torch.distributed.checkpoint, and load that where it is not (docs/many_processes.md)."
+        )
+
+
 def why_not_sharded_so(model: nn.Module) -> str | None:
     """Why a model was made to be trained in many processes in a way that is not handled."""
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):

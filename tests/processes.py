@@ -28,9 +28,7 @@ def _begin(
     rank: int, store: str, world: int, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world
-    )
+    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
     try:
         torch.save(function(rank, *args), f"{store}.{rank}")
         dist.barrier()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from models import trainable, with_lora
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -21,7 +25,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import scalora
-from models import trainable, with_lora
 from scalora.peft_layers import adapter_checksums, base_checksums
 
 
@@ -50,9 +53,7 @@ class Run:
 
 def begin(run: Run, sharded: bool, seed: int = 0) -> tuple[nn.Module, scalora.ScaLoRA]:
     torch.manual_seed(seed)
-    model = with_lora(
-        Tower().to(run.dtype), r=run.rank, target_modules=["first", "second"]
-    )
+    model = with_lora(Tower().to(run.dtype), r=run.rank, target_modules=["first", "second"])
     if sharded:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         base = model.get_base_model()
@@ -168,11 +169,6 @@ def resumed_run(
 
 def accelerated_run(rank: int, folder: Path) -> dict[str, list[float]]:
     """A ScaLoRA that accelerate shards after it was made; saved by it, and resumed by it."""
-    import os
-
-    from accelerate import Accelerator, FullyShardedDataParallelPlugin
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
     world = str(dist.get_world_size())
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world}
     os.environ |= {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true"}
@@ -187,7 +183,10 @@ def accelerated_run(rank: int, folder: Path) -> dict[str, list[float]]:
             state_dict_type="SHARDED_STATE_DICT",
             cpu_ram_efficient_loading=False,
         )
-        accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+        accelerator = Accelerator(cpu=True)
+        # accelerate asks for an accelerator before it shards; what it then does runs on CPU too.
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
         assert accelerator.is_fsdp2
         model, optimizer = begin(run, sharded=False, seed=0 if name == "saved" else 1)
         model, prepared = accelerator.prepare(model, optimizer)

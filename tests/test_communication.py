@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from processes import run_processes
+
 from scalora.benchmark.communication import measured, planned, small_plan
 
 PROCESSES = 2

@@ -187,5 +187,13 @@ def _plan() -> str:
                 f"{exact / own:.1e}",
             ]
         )
-    header = ["70B, processes", "FSDP2 GB", "a renewal MB", "default MB", "share", "exact GB", "share"]
+    header = [
+        "70B, processes",
+        "FSDP2 GB",
+        "a renewal MB",
+        "default MB",
+        "share",
+        "exact GB",
+        "share",
+    ]
     return markdown(header, rows)
