@@ -87,6 +87,8 @@ def check_processes(
                 "has put others in their place. Call fully_shard before the optimizer is made, or "
                 "let accelerate do both; DeepSpeed's ZeRO is not supported, use FSDP2 or DDP."
             )
+        if not sharding.is_sharded(pair.P_parameter):
+            continue
         in_place = peft_layers.why_not_dense if places[pair.name] == "dense" else None
         reason = (in_place or peft_layers.why_no_carry)(pair)
         if reason is not None:

@@ -156,6 +156,8 @@ def resumed_run(
         world, half = dist.get_world_size(), run.steps // 2
         model, optimizer = begin(run, sharded=True, seed=1)
         state = _state(model, optimizer)
+        if not with_base:
+            del state["model"]  # loading writes into the model's own memory
         dcp.load(state, checkpoint_id=folder / name)
         if with_base:
             set_model_state_dict(model, state["model"])

@@ -7,16 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from models import assert_same_bits, bits
 from processes import run_processes
 from sharded_runs import (
     Run,
     accelerated_run,
+    begin,
     plain_run,
     resumed_run,
     saved_run,
     sharded_run,
+    train,
 )
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
+import scalora
 from scalora.fold import fold
 
 RUNS = {
@@ -113,3 +118,49 @@ def test_rows_are_rounded_as_they_are_in_the_whole(dtype: torch.dtype) -> None:
     for part, rows in zip(parts, (slice(0, 4), slice(4, 9)), strict=True):
         fold([part], left[:, rows], right, seeds=[7], first_row=rows.start)
     assert torch.equal(torch.cat(parts), weight)
+
+
+def test_factors_that_were_replaced_in_the_optimizer_are_refused() -> None:
+    """DeepSpeed's ZeRO-1 and ZeRO-2 put one flat partition in place of a group's parameters."""
+    model, optimizer = begin(Run(), sharded=False)
+    before = bits(model)
+    group = optimizer.param_groups[0]
+    flat = torch.cat([p.detach().flatten() for p in group["params"]])
+    group["params"] = [torch.nn.Parameter(flat)]
+    with pytest.raises(ValueError, match="no longer the optimizer's parameters"):
+        train(Run(), model, optimizer, range(1))
+    assert_same_bits(model, before)
+
+
+def refused_runs(rank: int) -> dict[str, str]:
+    """What is said to FSDP1, to saving in one file, and to parameters sharded too late."""
+    said = {}
+    model, _ = begin(Run(), sharded=False)
+    hidden = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+    with pytest.raises(ValueError) as error:
+        scalora.ScaLoRA(torch.optim.AdamW(hidden.parameters()), hidden)
+    said["FSDP1"] = str(error.value)
+    model, optimizer = begin(Run(), sharded=True)
+    train(Run(), model, optimizer, range(8), rank, 2)
+    for name, save in {
+        "save_adapter": lambda: scalora.save_adapter(model, "nowhere"),
+        "save_training_state": lambda: scalora.save_training_state(optimizer, "nowhere"),
+        "effective_rank": lambda: scalora.effective_rank(model),
+    }.items():
+        with pytest.raises(ValueError) as error:
+            save()
+        said[name] = str(error.value)
+    model, optimizer = begin(Run(), sharded=False)
+    fully_shard(model)
+    with pytest.raises(ValueError) as error:
+        train(Run(), model, optimizer, range(1), rank, 2)
+    said["late"] = str(error.value)
+    return said
+
+
+@pytest.mark.distributed
+def test_what_is_refused_says_what_to_do(tmp_path: Path) -> None:
+    for said in run_processes(refused_runs, tmp_path, 2):
+        assert "fully_shard" in said.pop("FSDP1")
+        assert "Call fully_shard before the optimizer is made" in said.pop("late")
+        assert all("torch.distributed.checkpoint" in text for text in said.values())
