@@ -61,8 +61,8 @@ class Plan:
         return 2 * (blocks + factors) + root + self.adapter(_WORD)
 
     def every_step(self, calibrating: bool) -> float:
-        """Whether a gradient overflowed, and the products that calibration asks for."""
-        return self.summed(1) + (self.summed(3) if calibrating else 0)
+        """Whether a gradient overflowed, and the sums that calibration asks for."""
+        return self.summed(1) + (self.summed(5) + self.summed(1) if calibrating else 0)
 
     def renewal(self, columns: int = 1) -> float:
         """Of a step in which ``columns`` of every layer are renewed."""
