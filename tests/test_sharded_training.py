@@ -83,7 +83,9 @@ def test_what_cannot_be_sharded_is_refused_on_every_process(
         assert REFUSED[name][1] in str(found[name])
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(
+    ("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.distributed)]
+)
 def test_a_run_resumes_in_another_number_of_processes(
     tmp_path: Path, before: int, after: int
 ) -> None:
