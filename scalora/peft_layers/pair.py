@@ -102,7 +102,7 @@ class LoRAPair:
     @property
     def shape(self) -> tuple[int, int]:
         """(m, n) of the weight, as a matrix."""
-        return self.P_parameter.shape[0], self.Q_parameter[0].numel()
+        return self.P_parameter.shape[0], self.Q_parameter.shape[1:].numel()
 
     @property
     def learned_rank(self) -> int:
