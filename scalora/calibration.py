@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scalora import sharding
+
 _OF_DISTANCE = 0.3  # elements that move by less than that share of the distance move too little
 _GROWTH = 1.25  # the factor grows by a quarter a step at most: tenfold in 11 steps
 _SHRINKAGE = 0.05  # and shrinks by a twentieth: to a tenth in 46
@@ -87,18 +89,29 @@ class StepCalibration:
         gradient = _flat([_gradient(p) for p in parameters], last.device)
         if gradient.shape != last.shape:  # the layers are others now
             return
-        n = self._numbers
-        cosine = torch.dot(gradient, last) / (gradient.norm() * last.norm())
+        n, like = self._numbers, parameters[0]
+        along, squared_gradient, squared, absolute, onward = _over_shards(
+            [
+                torch.dot(gradient, last),
+                gradient.square().sum(),
+                last.square().sum(),
+                last.abs().sum(),
+                torch.dot(gradient, self._path),
+            ],
+            like,
+        )
+        cosine = along / (squared_gradient.sqrt() * squared.sqrt())
         mean = _DECAY * n["mean"] + (1 - _DECAY) * cosine
         mean_square = _DECAY * n["mean_square"] + (1 - _DECAY) * cosine.square()
         sign = mean / mean_square.sqrt().clamp_min(1e-30)  # within [-1, 1]
         # Of the elements that moved at all, weighted by how far: an Adam's learning rate.
-        length = last.square().sum() / last.abs().sum().clamp_min(1e-30)
+        length = squared / absolute.clamp_min(1e-30)
         longest = torch.maximum(n["longest"], length)
         weight = (n["factor"] * length).square()
         total = self._total + weight * gradient
-        moved = n["moved"] + weight * torch.dot(gradient, self._path)
-        distance = moved / total.abs().sum().clamp_min(1e-30)
+        moved = n["moved"] + weight * onward
+        [total_length] = _over_shards([total.abs().sum()], like)
+        distance = moved / total_length.clamp_min(1e-30)
         wanted = torch.minimum(_OF_DISTANCE * distance / longest, _GROWTH * n["factor"])
         shrunk = n["factor"] * torch.exp(_SHRINKAGE * torch.where(sign < _TOO_LONG, sign, 0.0))
         factor = torch.maximum(shrunk, wanted).clamp(1 / _BOUND, _BOUND)
@@ -153,13 +166,24 @@ class StepCalibration:
             self._path = self._path + taken
         self._last = step
 
-    def state(self) -> dict[str, Any]:
-        """What `load` needs to go on."""
+    @torch.no_grad()
+    def state(self, parameters: Sequence[Tensor] = ()) -> dict[str, Any]:
+        """What `load` needs to go on, of all processes together.
+
+        Args:
+            parameters: as for `observe`.
+        """
         numbers = self._numbers or dict.fromkeys(_NUMBERS)
-        vectors = {name: getattr(self, f"_{name}") for name in _VECTORS}
+        vectors = {name: _gathered(getattr(self, f"_{name}"), parameters) for name in _VECTORS}
         return {"left": self._left, "peak": self._peak, **numbers, **vectors}
 
-    def load(self, state: dict[str, Any] | None, device: torch.device) -> None:
+    @torch.no_grad()
+    def load(
+        self,
+        state: dict[str, Any] | None,
+        device: torch.device,
+        parameters: Sequence[Tensor] = (),
+    ) -> None:
         """Take up what `state` returned; ``None``: begin anew."""
         if state is None:
             state = StepCalibration(self.steps).state()
@@ -168,7 +192,8 @@ class StepCalibration:
         self._numbers = {name: _copy(value, device) for name, value in saved.items()} or None
         vectors = (state[name] for name in _VECTORS)
         self._last, self._path, self._total = (
-            None if value is None else _copy(value, device) for value in vectors
+            None if value is None else _own_part(_copy(value, device), parameters)
+            for value in vectors
         )
 
 
@@ -176,18 +201,47 @@ def _copy(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.detach().clone().to(device)
 
 
+def _over_shards(sums: Sequence[Tensor], like: Tensor) -> Sequence[Tensor]:
+    """Sums over all elements, from those over the elements that this process holds."""
+    return sharding.summed(torch.stack(list(sums)), like).unbind()
+
+
+def _gathered(flat: Tensor | None, parameters: Sequence[Tensor]) -> Tensor | None:
+    """A row of all processes' elements, in the order that it would have in one."""
+    if flat is None or not parameters or not sharding.is_sharded(parameters[0]):
+        return flat
+    own = [sharding.local(p) for p in parameters]
+    pieces = zip(flat.split([p.numel() for p in own]), own, parameters, strict=True)
+    wholes = [sharding.whole(x.view(1, *p.shape), like) for x, p, like in pieces]
+    return torch.cat([x.flatten() for x in wholes])
+
+
+def _own_part(flat: Tensor, parameters: Sequence[Tensor]) -> Tensor | None:
+    """Of a row of all elements those that this process holds; None if it is of other parameters."""
+    if not parameters or not sharding.is_sharded(parameters[0]):
+        return flat
+    sizes = [p.numel() for p in parameters]
+    if flat.numel() != sum(sizes):
+        return None
+    pieces = [x.view(p.shape) for x, p in zip(flat.split(sizes), parameters, strict=True)]
+    own = [x[sharding.own_rows(p)] for x, p in zip(pieces, parameters, strict=True)]
+    return _flat(own, flat.device)
+
+
 def _gradient(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def _flat(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """All elements in a row, in float32 at least, on one device: the matrices are small."""
-    wide = [t.detach().flatten().to(device) for t in tensors]
+    """All elements in a row, in float32 at least, on one device: the matrices are small.
+
+    Of sharded tensors those that this process holds.
+    """
+    wide = [sharding.local(t).detach().flatten().to(device) for t in tensors]
     return torch.cat([t.to(torch.promote_types(t.dtype, torch.float32)) for t in wide])
 
 
 def _put(flat: Tensor, parameters: Sequence[Tensor]) -> None:
-    sizes = [p.numel() for p in parameters]
-    pieces = [x.view_as(p) for x, p in zip(flat.split(sizes), parameters, strict=True)]
-    for piece, parameter in zip(pieces, parameters, strict=True):
-        parameter.copy_(piece)
+    own = [sharding.local(p) for p in parameters]
+    for piece, parameter in zip(flat.split([p.numel() for p in own]), own, strict=True):
+        parameter.copy_(piece.view_as(parameter))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scalora import sharding
 from scalora.bitsandbytes_states import BitsandbytesMoments, decoded_states, moved_tensors
 from scalora.layer_batches import Write, stack, widened
 from scalora.moments import Moments, transfer, transfer_reduced
@@ -51,7 +52,7 @@ def moved_states(
         optimizer: the inner optimizer.
         moments: the entry of its class.
         parameters: one factor of every layer of a batch.
-        factor: (layers, r): beta for P's state, alpha for Q's.
+        factor: (layers, r): beta for P's state, alpha for Q's; of a sharded Q, for its own rows.
         axis: which axis of (layers, *parameter shape) runs over the r columns.
 
     Raises:
@@ -63,6 +64,11 @@ def moved_states(
             raise TypeError(
                 f"{type(optimizer).__name__} keeps a state {name!r} whose degree is not known; "
                 "nothing was changed. Register it with scalora.register_moments."
+            )
+        if isinstance(value, Tensor) and value.ndim and not _spread_alike(value, parameters[0]):
+            raise TypeError(
+                f"{type(optimizer).__name__}'s state {name!r} is not sharded as its parameter is: "
+                "it cannot be carried across a re-basing. Nothing was changed."
             )
     if isinstance(moments, BitsandbytesMoments):
         return moved_tensors(moments, states, parameters[0].device, factor, axis)
@@ -81,7 +87,8 @@ def _moved(
     factor: Tensor,
     axis: int,
 ) -> Write:
-    targets, degree = [state[name] for state in states], moments.degrees[name]
+    targets = [sharding.local(state[name]) for state in states]
+    degree = moments.degrees[name]
     old = stack(targets)
     if not old.is_floating_point():
         raise TypeError(
@@ -99,6 +106,12 @@ def _moved(
         f"which does not run over the {factor.shape[-1]} columns of its parameter: it "
         "cannot be carried across a re-basing. Nothing was changed."
     )
+
+
+def _spread_alike(value: Tensor, parameter: Tensor) -> bool:
+    if not sharding.is_sharded(parameter):
+        return True
+    return value.shape == parameter.shape and sharding.layout(value) == sharding.layout(parameter)
 
 
 def _is_on_host_alone(value: Any, device: torch.device) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scalora import sharding
 from scalora.peft_layers import LoRAPair
 
 Write = tuple[Sequence[Tensor], Tensor, Tensor]  # where to, and the stack before and after
@@ -71,7 +72,7 @@ def batches_with_gradients(
         state_P, state_Q = optimizer.state.get(P, {}), optimizer.state.get(Q, {})
         key = (
             *(P.shape, P.dtype, P.grad.dtype, Q.shape, Q.dtype, Q.grad.dtype, P.device),
-            *(key_of(pair), pair.scaling),
+            *(key_of(pair), pair.scaling, sharding.layout(P)),
             *(id(group_P), id(group_Q), _layout(state_P), _layout(state_Q)),
         )
         batches.setdefault(key, LayerBatch(group_P, group_Q)).add(pair, P, Q)
@@ -79,13 +80,18 @@ def batches_with_gradients(
 
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:
-    """(layers, ...), outside of autograd."""
-    return torch.stack([tensor.detach() for tensor in tensors])
+    """(layers, ...), outside of autograd; of sharded tensors this process's rows."""
+    return torch.stack([sharding.local(tensor).detach() for tensor in tensors])
+
+
+def stack_whole(tensors: Sequence[Tensor]) -> Tensor:
+    """(layers, ...), with all rows."""
+    return sharding.whole(stack(tensors), tensors[0])
 
 
 def gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """The gradient of each, all of which have one."""
-    return [p.grad for p in parameters if p.grad is not None]
+    """The gradient of each, all of which have one; of sharded ones this process's rows."""
+    return [sharding.local(p.grad) for p in parameters if p.grad is not None]
 
 
 def widened(tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scalora import peft_layers
+from scalora import peft_layers, sharding
 from scalora.calibration import StepCalibration
 from scalora.layer_batches import host_rate
 from scalora.moments import moments_of
@@ -25,8 +25,10 @@ from scalora.resuming import (
     check_adapter,
     check_base,
     check_same_kind,
+    packed,
+    unpacked,
 )
-from scalora.selection import places_of_layers
+from scalora.selection import check_processes, places_of_layers
 from scalora.stale import check_layers, warn_without_gradients
 
 
@@ -119,6 +121,7 @@ class ScaLoRA(torch.optim.Optimizer):
     _steps: int
     _asked: int
     _skipped: Tensor | None
+    _checked: bool
     _expected_base: dict[str, int] | None
     _expected_adapter: dict[str, int] | None
     _awaits_file: bool
@@ -189,6 +192,7 @@ class ScaLoRA(torch.optim.Optimizer):
                 "_steps": 0,
                 "_asked": 0,
                 "_skipped": None,
+                "_checked": False,
                 "_expected_base": None,
                 "_expected_adapter": None,
                 "_awaits_file": False,
@@ -268,6 +272,8 @@ class ScaLoRA(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        sharding.reshard(self.model)
+        self._check_processes()
         check_layers(self._rebaser.pairs, self.inner, self._owner)
         self._check_weights()
         overflow = not_finite(self.param_groups)
@@ -310,15 +316,22 @@ class ScaLoRA(torch.optim.Optimizer):
         """The inner optimizer's, and under ``"scalora"`` what a resumed run needs besides.
 
         The base weights are the model's: save those with the model's own ``state_dict``, or with
-        `scalora.save_training_state`.  Carries are here, and nowhere in the model's.
+        `scalora.save_training_state`.  Carries are here, and nowhere in the model's.  Of a sharded
+        model, call it on every process.
 
         Where `scalora.ScaLoRACallback` has just written all that to the file of a Trainer's
         checkpoint (``state_is_in_file``, until the next step), it is not written twice: only what
         kind of run it is of.
         """
+        state = self.inner.state_dict()
         if self.state_is_in_file:
-            return {**self.inner.state_dict(), "scalora": {**self._kind_of_run(), "in_file": True}}
-        return {**self.inner.state_dict(), "scalora": self.rebasing_state()}
+            return {**state, "scalora": {**self._kind_of_run(), "in_file": True}}
+        own = self.rebasing_state()
+        if torch.distributed.is_initialized():
+            # torch.distributed.checkpoint keeps what is in a group and drops all else.
+            first, *others = state["param_groups"]
+            state = {**state, "param_groups": [{**first, "scalora": packed(own)}, *others]}
+        return {**state, "scalora": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where another ScaLoRA stopped, once the model's weights are loaded too.
@@ -331,10 +344,10 @@ class ScaLoRA(torch.optim.Optimizer):
             ValueError: another version, rule, lifetime, calibration, rounding, seed,
                 accumulator, set of layers or rank; nothing is loaded then.
         """
-        own = state_dict.get("scalora")
+        own, state = unpacked(state_dict)
         if own is not None:
             self.check_rebasing_state(own)
-        self.inner.load_state_dict({k: v for k, v in state_dict.items() if k != "scalora"})
+        self.inner.load_state_dict(state)
         self._steps = self._asked = self.rebase_count = 0
         self._rebaser.forget()
         self._load_calibration(None)
@@ -344,6 +357,7 @@ class ScaLoRA(torch.optim.Optimizer):
 
     def rebasing_state(self) -> dict[str, Any]:
         """What re-basing itself remembers: numbers and small tensors."""
+        sharding.reshard(self.model)
         pairs = self._rebaser.pairs
         return {
             **self._kind_of_run(),
@@ -353,7 +367,7 @@ class ScaLoRA(torch.optim.Optimizer):
             "base": peft_layers.base_checksums([p for p in pairs if p.was_rebased]),
             "adapter": peft_layers.adapter_checksums([p for p in pairs if p.carry is not None]),
             "layers": self._rebaser.layer_states(),
-            "step_length": self._calibration.state(),
+            "step_length": self._calibration.state(self._factors_to_calibrate()),
         }
 
     def load_rebasing_state(self, own: dict[str, Any]) -> None:
@@ -429,7 +443,18 @@ class ScaLoRA(torch.optim.Optimizer):
     def _load_calibration(self, state: dict[str, Any] | None) -> None:
         pairs = self._rebaser.pairs
         if pairs:
-            self._calibration.load(state, pairs[0].P_parameter.device)
+            sharding.reshard(self.model)
+            factors = self._factors_to_calibrate()
+            self._calibration.load(state, pairs[0].P_parameter.device, factors)
+
+    def _check_processes(self) -> None:
+        """Once, for a wrapper may have sharded the parameters since this was made."""
+        if not self._checked:
+            rebaser = self._rebaser
+            check_processes(
+                self.model, self.inner, rebaser.pairs, rebaser.places, self.options, rebaser.moments
+            )
+            self._checked = True
 
     def _check_weights(self) -> None:
         """Once after loading: the weights must be those that the state was saved with."""

@@ -8,28 +8,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scalora import sharding
+
 
 @torch.no_grad()
 def not_finite(param_groups: Iterable[dict[str, Any]]) -> Tensor | None:
-    """Whether any gradient is not finite.
+    """Whether any gradient is not finite; of sharded ones, on any process.
 
     Returns:
         () bool, on an accelerator if any gradient is on one; None without gradients.
     """
     grads: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for group in param_groups:
-        for p in group["params"]:
-            if p.grad is not None and not p.grad.is_sparse:
-                grads.setdefault((p.grad.device, p.grad.dtype), []).append(p.grad)
+    found = [p.grad for group in param_groups for p in group["params"] if p.grad is not None]
+    for grad in map(sharding.local, found):
+        if not grad.is_sparse and grad.numel():  # a small parameter has no rows on some processes
+            grads.setdefault((grad.device, grad.dtype), []).append(grad)
     flags = [
         torch.stack(torch._foreach_norm(same, torch.inf)).isfinite().logical_not().any()
         for same in grads.values()
     ]
+    spread = sharding.layouts(found)
+    if spread and not flags:
+        flags = [torch.zeros((), dtype=torch.bool, device=spread[0].device)]
     if not flags:
         return None
     # On an accelerator if there is one: a copy from there to the host would have to be waited for.
     device = next((f.device for f in flags if f.device.type != "cpu"), flags[0].device)
-    return torch.stack([flag.to(device, non_blocking=True) for flag in flags]).any()
+    overflow = torch.stack([flag.to(device, non_blocking=True) for flag in flags]).any()
+    for tensor in spread:
+        overflow = sharding.everywhere(overflow.logical_not(), tensor).logical_not()
+    return overflow
 
 
 def can_skip(optimizer: torch.optim.Optimizer) -> bool:

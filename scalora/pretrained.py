@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from scalora import peft_layers, transformers_models
+from scalora import peft_layers, sharding, transformers_models
 from scalora.peft_layers import LoRAPair
 
 Base = nn.Module | Mapping[str, Tensor] | str | PathLike[str]
@@ -38,6 +38,7 @@ def weight_changes(
         ValueError: no such adapter, no layer with such a change, or a base whose weights do not
             fit the model's layers.
     """
+    sharding.require_whole(model, "measuring the change of weights")
     name = adapter_name or peft_layers.active_adapter(model)
     every = peft_layers.lora_pairs(model, name)
     if not every:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from scalora import sharding
 from scalora.inner_states import moved_states
 from scalora.layer_batches import LayerBatch, Write, gradients, stack, widened
 from scalora.moments import Moments, transfer
@@ -62,27 +63,36 @@ def renewed(
         seeds: one a layer, of the new columns' directions.
 
     Returns:
-        ``left`` (layers, m, k) and ``right`` (layers, n, k) with ``s left right^T`` frozen, and the
-        writes of factors, gradients and momenta.
+        ``left`` (layers, m, k) and ``right`` (layers, n, k) with ``s left right^T`` frozen, whole
+        on every process, and the writes of factors, gradients and momenta.
     """
     P, Q = stack(batch.P), stack(batch.Q)
     # Column by column: an index that is a list would have to be copied to the device.
-    old = torch.stack([Q[:, j] for j in columns], 1)
-    left = widened(torch.stack([P[:, :, j] for j in columns], 2)).flatten(2)
+    left = torch.stack([P[:, :, j] for j in columns], 2)
+    left = widened(sharding.whole(left, batch.P[0])).flatten(2)
+    own = sharding.own_rows(batch.Q[0])
+    # Of a sharded Q each column is with one process: the others add zeros.
+    nothing = torch.zeros(Q.shape[0], *Q.shape[2:], dtype=Q.dtype, device=Q.device)
+    held = [Q[:, j - own.start] if own.start <= j < own.stop else nothing for j in columns]
+    old = sharding.summed(torch.stack(held, 1), batch.Q[0])
     right = widened(old).flatten(2).mT
     keep = torch.ones(P.shape[0], P.shape[2], device=P.device)
     P_new, Q_new = P.clone(), Q.clone()
     for j, new in zip(columns, _random_columns(old, seeds).unbind(1), strict=True):
         keep[:, j] = 0
         P_new[:, :, j] = 0
-        Q_new[:, j] = new
+        if own.start <= j < own.stop:
+            Q_new[:, j - own.start] = new
     writes: list[Write] = [(batch.P, P, P_new), (batch.Q, Q, Q_new)]
-    for parameters, axis in ((batch.P, _P_RANK_AXIS), (batch.Q, _Q_RANK_AXIS)):
+    for parameters, kept, axis in (
+        (batch.P, keep, _P_RANK_AXIS),
+        (batch.Q, keep[:, own], _Q_RANK_AXIS),
+    ):
         grads = gradients(parameters)
         stacked = stack(grads)
-        writes.append((grads, stacked, transfer(stacked, keep, 1, axis)))
+        writes.append((grads, stacked, transfer(stacked, kept, 1, axis)))
         momenta = _momenta(optimizer, moments, parameters)
-        writes += moved_states(optimizer, momenta, parameters, keep, axis)
+        writes += moved_states(optimizer, momenta, parameters, kept, axis)
     # A layer that has gone astray keeps it to itself: its base stays clean.
     finite = (left.sum((1, 2)) + right.sum((1, 2))).isfinite()[:, None, None]
     left, right = torch.where(finite, left, 0), torch.where(finite, right, 0)

@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from scalora.carry import Carry
+from scalora.layer_batches import stack_whole
 from scalora.peft_layers import LoRAPair
 
 
@@ -103,4 +104,5 @@ def rebasing_report(pairs: Sequence[LoRAPair], places: Mapping[str, str]) -> Reb
 
 
 def _relative_cut(pair: LoRAPair, carry: Carry) -> Tensor:
-    return carry.relative_cut(pair.P_parameter.flatten(1), pair.Q_parameter.flatten(1))
+    P, Q = stack_whole([pair.P_parameter])[0], stack_whole([pair.Q_parameter])[0]
+    return carry.relative_cut(P.flatten(1), Q.flatten(1))

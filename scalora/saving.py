@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from scalora import peft_layers
+from scalora import peft_layers, sharding
 from scalora.carry import compress
 from scalora.files import write_tensors
 from scalora.pretrained import Base, base_has_moved, full_precision_base, weight_changes
@@ -47,6 +47,7 @@ def save_merged(model: nn.Module, path: str | PathLike[str], base: Base | None =
 def merged_model(model: nn.Module, base: Base | None = None) -> PreTrainedModel:
     """The model that `save_merged` writes; the arguments and errors are its own."""
     wrapped = _require_peft_model(model)
+    sharding.require_whole(wrapped, "merging")
     own = peft_layers.base_model(wrapped)
     if not hasattr(own, "save_pretrained"):
         raise ValueError(
@@ -112,6 +113,7 @@ def save_adapter(
     if rank is not None and rank < 1:
         raise ValueError(f"rank={rank} must be at least 1.")
     wrapped = _require_peft_model(model)
+    sharding.require_whole(wrapped, "save_adapter")
     name = adapter_name or peft_layers.active_adapter(model)
     pairs = peft_layers.lora_pairs(wrapped, name)
     beside = [pair for pair in pairs if pair.carry is not None or peft_layers.is_quantized(pair)]

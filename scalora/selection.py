@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
-from scalora import peft_layers
+from scalora import peft_layers, sharding
 from scalora.accumulators import increment_columns
+from scalora.bitsandbytes_states import BitsandbytesMoments
+from scalora.moments import Moments
 from scalora.options import RebasingOptions
 from scalora.peft_layers import LoRAPair
 
@@ -30,6 +33,7 @@ def places_of_layers(
             f"the model has no LoRA adapter named {options.adapter_name!r} "
             f"(adapters found: {names}). Create one with peft.get_peft_model, or pass adapter_name."
         )
+    _check_model(model)
     if options.resolved_rule == "none":
         return {}
     if peft_layers.peft_model(model) is None:
@@ -60,6 +64,62 @@ def places_of_layers(
             stacklevel=4,
         )
     return places
+
+
+def check_processes(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    pairs: Sequence[LoRAPair],
+    places: Mapping[str, str],
+    options: RebasingOptions,
+    moments: Moments,
+) -> None:
+    """Raise a ValueError if what was made of the parameters since cannot be re-based.
+
+    Wrappers (accelerate, DeepSpeed) shard a model after its optimizer was made.
+    """
+    _check_model(model)
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for pair in pairs:
+        if not {id(pair.P_parameter), id(pair.Q_parameter)} <= stepped:
+            raise ValueError(
+                f"the factors of {pair.name!r} are no longer the optimizer's parameters: something "
+                "has put others in their place. Call fully_shard before the optimizer is made, or "
+                "let accelerate do both; DeepSpeed's ZeRO is not supported, use FSDP2 or DDP."
+            )
+        if not sharding.is_sharded(pair.P_parameter):
+            continue
+        in_place = peft_layers.why_not_dense if places[pair.name] == "dense" else None
+        reason = (in_place or peft_layers.why_no_carry)(pair)
+        if reason is not None:
+            raise ValueError(f"{pair.name!r} cannot be re-based any more: {reason}.")
+    spread = sharding.layouts(pair.P_parameter for pair in pairs)
+    if not spread:
+        return
+    if len(spread) > 1 or not all(sharding.is_sharded(pair.P_parameter) for pair in pairs):
+        raise ValueError(
+            "LoRA layers are sharded in different ways: call fully_shard with one mesh for all of "
+            "them, or leave the others out of target_modules."
+        )
+    if isinstance(moments, BitsandbytesMoments) or moments.partners is not None:
+        raise ValueError(
+            f"the state of {type(optimizer).__name__} cannot be re-based where it is sharded: use "
+            "an optimizer of torch.optim other than Adafactor."
+        )
+    if options.rounding == "compensated":
+        raise ValueError(
+            "rounding='compensated' keeps a residual beside every base weight, which a checkpoint "
+            "of a sharded model would lose: use rounding='stochastic'."
+        )
+
+
+def _check_model(model: nn.Module) -> None:
+    reason = sharding.why_not_sharded_so(model)
+    if reason is not None:
+        raise ValueError(
+            f"ScaLoRA cannot re-base this model: {reason}. Use torch.distributed.fsdp.fully_shard "
+            "(accelerate: fsdp_version=2), or DistributedDataParallel."
+        )
 
 
 def _why_nowhere(pair: LoRAPair, options: RebasingOptions) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from scalora import peft_layers, transformers_models
+from scalora import peft_layers, sharding, transformers_models
 from scalora.optimizer import ScaLoRA
 from scalora.peft_layers import LoRAPair
 from scalora.training_state_file import TrainingStateFile, pretrained_weights
@@ -32,6 +32,7 @@ def save_training_state(
     Returns:
         The file's path.
     """
+    sharding.require_whole(optimizer.model, "save_training_state")
     state = optimizer.rebasing_state()
     tensors: dict[str, Tensor] = {}
     for name, memory in state.pop("layers").items():
@@ -66,6 +67,7 @@ def load_training_state(optimizer: ScaLoRA, folder: str | PathLike[str]) -> None
         ValueError: the file is missing or damaged, or belongs to another model, rank, rule or
             adapter; nothing is changed then.
     """
+    sharding.require_whole(optimizer.model, "load_training_state")
     file = TrainingStateFile.read(folder)
     pairs = optimizer.rebased_pairs
     state = {
@@ -99,6 +101,7 @@ def load_rebased_weights(
         ValueError: the file is missing or damaged, or belongs to another model, rank or adapter;
             nothing is changed then.
     """
+    sharding.require_whole(model, "load_rebased_weights")
     file = TrainingStateFile.read(folder)
     name = adapter_name or peft_layers.active_adapter(model)
     pairs = _pairs_of(file, model, name)

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from scalora import sharding
 from scalora.optimizer import ScaLoRA
 from scalora.options import RebasingOptions
 from scalora.peft_layers import complete_checkpoints
@@ -67,6 +68,8 @@ class ScaLoRACallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Attach to the Trainer's optimizer, and restore the base weights of a resumed run."""
+        if args.save_strategy != "no":
+            sharding.require_whole(kwargs["model"], "a Trainer's checkpoint (save_strategy)")
         beside_base = refers_to_base(args)
         options = options_beside_base(self._options) if beside_base else self._options
         self.optimizer = _attach(kwargs["optimizer"], kwargs["model"], options)
@@ -154,7 +157,8 @@ def _attach(optimizer: Any, model: nn.Module, options: RebasingOptions) -> ScaLo
     if type(optimizer) is not AcceleratedOptimizer:
         raise TypeError(
             f"ScaLoRACallback cannot attach to {type(optimizer).__name__}; it works where "
-            "accelerate drives a torch.optim optimizer (not DeepSpeed)."
+            "accelerate drives a torch.optim optimizer. DeepSpeed's ZeRO takes parameters apart: "
+            "use FSDP2 (fsdp_version=2) or DDP instead."
         )
     if isinstance(optimizer.optimizer, ScaLoRA):
         return optimizer.optimizer

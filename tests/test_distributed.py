@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
+from processes import run_processes
 from torch import nn
 
 import scalora
@@ -73,6 +74,43 @@ def test_a_report_is_of_all_ranks_tokens(tmp_path: Path) -> None:
     values = [saved["own"][0][1].value for saved in (first, second)]
     assert values[0] != values[1]
     assert first["row"][0] == pytest.approx(sum(values) / 2)
+
+
+def train_replicas(rank: int, dtype: torch.dtype) -> tuple[list[float], dict[str, int]]:
+    """200 steps of the default, the global batch shared out: losses over it, and checksums."""
+    world = dist.get_world_size()
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 6)).to(dtype)
+    model = get_peft_model(base, LoraConfig(r=3, target_modules=["0", "2"]))
+    parallel = nn.parallel.DistributedDataParallel(model.to(dtype))
+    optimizer = scalora.create_scalora_optimizer(parallel, torch.optim.AdamW, lr=1e-2, lifetime=20)
+    generator, losses = torch.Generator().manual_seed(0), []
+    for _ in range(200):
+        optimizer.zero_grad()
+        x = torch.randn(8, 12, generator=generator).to(dtype).chunk(world)[rank]
+        loss = (parallel(x) - x[:, :6].sin()).square().mean()
+        loss.backward()
+        optimizer.step()
+        dist.all_reduce(loss.detach())
+        losses.append(loss.item() / world)
+    assert optimizer.rebase_count > 20
+    pairs = optimizer.rebased_pairs
+    return losses, base_checksums(pairs) | adapter_checksums(pairs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_two_hundred_steps_leave_the_same_bits_on_every_rank(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    first, second = run_processes(train_replicas, tmp_path, 2, dtype)
+    assert first == second
+
+
+def test_one_process_or_two_give_the_same_losses(tmp_path: Path) -> None:
+    [(one, _)] = run_processes(train_replicas, tmp_path, 1, torch.float64)
+    two, _ = run_processes(train_replicas, tmp_path, 2, torch.float64)[0]
+    assert two == pytest.approx(one, rel=1e-8)
+    assert one[-1] < one[0]
 
 
 @pytest.mark.parametrize("accumulator", ["dense", "carry"])

@@ -145,6 +145,23 @@ def test_stochastic_bits_are_those_of_the_plain_code(dtype: torch.dtype, device:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("first_row", [1, 40])
+def test_rows_of_a_weight_are_rounded_as_they_are_in_the_whole(first_row: int, device: str) -> None:
+    weights, left, right = _problem(2, 70, 130, 3, torch.bfloat16)
+    left, right = (left * 1e4).round() * 2.0**-16, right.round()
+    _, [plain] = _both(weights, left, right, "stochastic", device)
+    rows = [weight[first_row:].clone().to(device) for weight in weights]
+    _fold_fused(
+        rows,
+        left[:, first_row:].to(device),
+        right.to(device),
+        **_options("stochastic", weights),
+        first_row=first_row,
+    )
+    assert torch.equal(torch.stack(rows).cpu(), plain[:, first_row:])
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("rounding", ["stochastic", "compensated"])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of what overflows
@@ -213,7 +230,8 @@ from scalora.fold import fused
 
 kernel = fused._fold_kernel
 kinds = {"weight_addresses": "*i64", "residual_addresses": "*i64", "left": "*fp32",
-         "right": "*fp32", "rows": "i32", "columns": "i32", "rank": "i32"}
+         "right": "*fp32", "rows": "i32", "columns": "i32", "rank": "i32",
+         "first_row": "i32"}
 for case in sys.argv[1:]:
     name, mode, capability = case.split(":")
     element, half = getattr(tl, name), name != "float32"

@@ -41,8 +41,8 @@ class Accumulator(Protocol):
 
         Args:
             pairs: layers of one `key` and scaling, with room.
-            left: (layers, m, k).
-            right: (layers, n, k).
+            left: (layers, m, k), whole on every process.
+            right: (layers, n, k), likewise.
             writes: factors, gradients and moments in the new coordinates.
             count: as for `make_room`.
         """

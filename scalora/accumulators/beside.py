@@ -12,7 +12,7 @@ from scalora.accumulators.commit import write_all
 from scalora.accumulators.increment import increment_columns
 from scalora.accumulators.into_base import DenseAccumulator
 from scalora.carry import Carry, compress, relative_cut
-from scalora.layer_batches import Write
+from scalora.layer_batches import Write, stack_whole
 from scalora.options import RebasingOptions
 from scalora.peft_layers import LoRAPair
 
@@ -102,8 +102,8 @@ class CarryAccumulator:
         down = torch.stack([carry.used_down for carry in carries])
         new = compress(up, down, keep)
         cuts = torch.stack([carry.cut for carry in carries]) + new.cut
-        P = torch.stack([pair.P_parameter.detach().flatten(1) for pair in pairs])
-        Q = torch.stack([pair.Q_parameter.detach().flatten(1) for pair in pairs])
+        P = stack_whole([pair.P_parameter for pair in pairs]).flatten(2)
+        Q = stack_whole([pair.Q_parameter for pair in pairs]).flatten(2)
         # The eigenproblem has waited for the device; reading these costs nothing more.
         shares = relative_cut(cuts, new.energy, up, down, P, Q).tolist()
         chosen = []
@@ -187,7 +187,7 @@ def _most(pair: LoRAPair) -> int:
 
 
 def _full_rank(pair: LoRAPair) -> int:
-    return min(pair.P_parameter.shape[0], pair.Q_parameter[0].numel())
+    return min(pair.P_parameter.shape[0], pair.Q_parameter.shape[1:].numel())
 
 
 def _kept_columns(pair: LoRAPair, carry: Carry, k: int) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from scalora import sharding
 from scalora.layer_batches import Write
 
 
@@ -24,7 +25,8 @@ def write_all(writes: Sequence[Write], layers: Sequence[int], done: Callable[[],
     def write() -> None:
         for targets, _, new in writes:
             torch._foreach_copy_(
-                [targets[i] for i in layers], [new[i].view_as(targets[i]) for i in layers]
+                [sharding.local(targets[i]) for i in layers],
+                [new[i].view_as(sharding.local(targets[i])) for i in layers],
             )
         done()
 

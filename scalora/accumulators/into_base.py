@@ -7,6 +7,7 @@ from collections.abc import Hashable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from scalora import sharding
 from scalora.accumulators.commit import commit
 from scalora.accumulators.memory import LayerMemory
 from scalora.fold import fold, noise_seed
@@ -30,7 +31,7 @@ class DenseAccumulator:
     def key(self, pair: LoRAPair) -> Hashable:
         """The base weight's shape, dtype and layout."""
         base = pair.base_weight
-        return base.shape, base.dtype, pair.base_is_transposed
+        return base.shape, base.dtype, pair.base_is_transposed, sharding.layout(base)
 
     def takes(self, pair: LoRAPair, columns: int) -> bool:
         """Always."""
@@ -51,7 +52,7 @@ class DenseAccumulator:
         left = left * pairs[0].scaling
         commit(
             lambda: self._fold(pairs, left, right, count),
-            [pair.base_weight for pair in pairs],
+            [sharding.local(pair.base_weight) for pair in pairs],
             writes,
             lambda i: pairs[i].mark_rebased(),
         )
@@ -60,7 +61,8 @@ class DenseAccumulator:
         memories = [self.memory[pair.name] for pair in pairs]
         if pairs[0].base_is_transposed:
             left, right = right, left
-        bases = [pair.base_weight for pair in pairs]
+        rows = sharding.own_rows(pairs[0].base_weight)
+        bases = [sharding.local(pair.base_weight) for pair in pairs]
         matrices = [base.detach().flatten(1) for base in bases]
         residuals: list[Tensor] = []
         if self.options.rounding == "compensated" and bases[0].dtype in (
@@ -73,11 +75,12 @@ class DenseAccumulator:
                 residuals.append(memory.residual)
         fold(
             matrices,
-            left,
+            left[:, rows],
             right,
             rounding=self.options.rounding,
             seeds=[noise_seed(self.options.seed, count, memory.index) for memory in memories],
             residuals=residuals,
+            first_row=rows.start,
         )
         for base, matrix in zip(bases, matrices, strict=True):
             if matrix.data_ptr() != base.data_ptr():  # channels_last has no matrix view

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from scalora.benchmark import checkpoint, drift, fold, long_run, step, survival
+from scalora.benchmark import checkpoint, communication, drift, fold, long_run, step, survival
 from scalora.benchmark.machine import machine
 
 BENCHMARKS: dict[str, Callable[[torch.device], str]] = {
@@ -20,6 +20,7 @@ BENCHMARKS: dict[str, Callable[[torch.device], str]] = {
     "drift": drift.run,
     "checkpoint": checkpoint.run,
     "long-run": long_run.run,
+    "communication": communication.run,
 }
 
 

@@ -21,6 +21,7 @@ def fold(
     rounding: str = "stochastic",
     seeds: Sequence[int] = (),
     residuals: Sequence[Tensor] = (),
+    first_row: int = 0,
 ) -> None:
     """``weights[l] += left[l] @ right[l].T``, in place, for all layers of one shape.
 
@@ -36,11 +37,21 @@ def fold(
         rounding: one of `ROUNDINGS`; half precision only.
         seeds: one for each layer (`noise_seed`); all but ``"nearest"``.
         residuals: each (m, n), the weights' dtype; ``"compensated"`` only.
+        first_row: where the weights are rows of larger ones, the place of their first there: the
+            noise of an element is that of its place in the whole.
     """
     if _fused_kernel_applies(weights, left):
         from scalora.fold.fused import fold_fused
 
-        fold_fused(weights, left, right, rounding=rounding, seeds=seeds, residuals=residuals)
+        fold_fused(
+            weights,
+            left,
+            right,
+            rounding=rounding,
+            seeds=seeds,
+            residuals=residuals,
+            first_row=first_row,
+        )
         return
     for layer, weight in enumerate(weights):
         if weight.dtype not in (torch.bfloat16, torch.float16):
@@ -49,7 +60,7 @@ def fold(
         residual = residuals[layer] if residuals else None
         seed = seeds[layer] if seeds else 0
         result, cut = _half_precision_sum(
-            weight, left[layer], right[layer], rounding, seed, residual
+            weight, left[layer], right[layer], rounding, seed, residual, first_row
         )
         _write(weight, result, residual, cut)
 
@@ -77,6 +88,7 @@ def _half_precision_sum(
     rounding: str,
     seed: int,
     residual: Tensor | None,
+    first_row: int,
 ) -> tuple[Tensor, Tensor | None]:
     """``weight + residual + left @ right.T`` rounded to the weight's dtype, and what was cut.
 
@@ -92,7 +104,7 @@ def _half_precision_sum(
         if rounding == "nearest":
             result[part] = exact
             continue
-        bits = noise_bits(seed, start * columns, exact.numel(), weight.device)
+        bits = noise_bits(seed, (first_row + start) * columns, exact.numel(), weight.device)
         if residual is not None and cut is not None:
             exact += residual[part]
             result[part] = exact
@@ -105,7 +117,7 @@ def _half_precision_sum(
 def _fused_kernel_applies(weights: Sequence[Tensor], left: Tensor) -> bool:
     if left.device.type != "cuda" or torch.float64 in (left.dtype, weights[0].dtype):
         return False
-    if not all(weight.is_contiguous() for weight in weights):
+    if not all(weight.is_contiguous() and weight.numel() for weight in weights):
         return False
     try:
         import triton  # noqa: F401

@@ -26,6 +26,7 @@ def _fold_kernel(
     rows,
     columns,
     rank,
+    first_row,
     element: tl.constexpr,
     mode: tl.constexpr,
     precision: tl.constexpr,
@@ -61,7 +62,8 @@ def _fold_kernel(
     weight = _matrix(weight_addresses + layer, element, aligned) + position
     exact = tl.load(weight, mask=inside, other=0.0).to(tl.float32) + increment
     if mode != _NEAREST:
-        bits = _noise_bits(tl.load(seeds + layer), position)
+        place = position + tl.cast(first_row, tl.int64) * columns
+        bits = _noise_bits(tl.load(seeds + layer), place)
     if mode == _COMPENSATED:
         residual = _matrix(residual_addresses + layer, element, aligned) + position
         exact += tl.load(residual, mask=inside, other=0.0).to(tl.float32)
@@ -122,6 +124,7 @@ def fold_fused(
     rounding: str,
     seeds: Sequence[int],
     residuals: Sequence[Tensor],
+    first_row: int = 0,
 ) -> None:
     """`scalora.fold.dense.fold` in one launch; contiguous weights of one shape and dtype."""
     rows, columns = weights[0].shape
@@ -147,6 +150,7 @@ def fold_fused(
             rows,
             columns,
             rank,
+            first_row,
             element=_ELEMENTS[weights[0].dtype],
             mode=mode,
             precision="tf32x3" if half else "ieee",

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from scalora import sharding
 from scalora.peft_layers.pair import LoRAPair
 
 
@@ -30,13 +31,21 @@ def adapter_checksums(pairs: Sequence[LoRAPair]) -> dict[str, int]:
 
 @torch.no_grad()
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Name -> sum of the tensor's bits.  Waits for the device once."""
+    """Name -> sum of the tensor's bits, over all processes.  Waits for the device once."""
     if not tensors:
         return {}
     words = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums = [
-        t.detach().view(words[t.element_size()]).sum(dtype=torch.int64) for t in tensors.values()
+        sharding.local(t).detach().view(words[t.element_size()]).sum(dtype=torch.int64)
+        for t in tensors.values()
     ]
+    for like in sharding.layouts(tensors.values()):
+        alike = [
+            i for i, t in enumerate(tensors.values()) if sharding.layout(t) == sharding.layout(like)
+        ]
+        total = sharding.summed(torch.stack([sums[i] for i in alike]), like)
+        for i, value in zip(alike, total.unbind(), strict=True):
+            sums[i] = value
     return dict(
         zip(tensors, torch.stack([s.to(sums[0].device) for s in sums]).tolist(), strict=True)
     )

@@ -61,7 +61,7 @@ class LoRAPair:
         if carry is None:
             P, Q = self.P_parameter, self.Q_parameter
             dtype = torch.promote_types(torch.promote_types(P.dtype, Q.dtype), torch.float32)
-            carry = Carry(P.shape[0], Q[0].numel(), capacity, P.device, dtype)
+            carry = Carry(P.shape[0], Q.shape[1:].numel(), capacity, P.device, dtype)
             attach_carry(self.module, self.adapter, carry)
         if carry.capacity < capacity:
             carry.grow(capacity)
@@ -102,7 +102,7 @@ class LoRAPair:
     @property
     def shape(self) -> tuple[int, int]:
         """(m, n) of the weight, as a matrix."""
-        return self.P_parameter.shape[0], self.Q_parameter[0].numel()
+        return self.P_parameter.shape[0], self.Q_parameter.shape[1:].numel()
 
     @property
     def learned_rank(self) -> int:

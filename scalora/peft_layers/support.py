@@ -11,6 +11,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from scalora import sharding
 from scalora.peft_layers.pair import CONVOLUTIONS, LoRAPair
 
 _PLAIN = (lora_layers.Linear, lora_layers.Embedding, *CONVOLUTIONS)
@@ -30,14 +31,14 @@ _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def is_quantized(pair: LoRAPair) -> bool:
     """Whether PEFT's layer is one over a quantized base."""
-    return type(pair.module).__module__.rpartition(".")[2] in _QUANTIZED
+    return _class_of(pair).__module__.rpartition(".")[2] in _QUANTIZED
 
 
 def why_not_dense(pair: LoRAPair) -> str | None:
     """Why increments cannot be folded into this layer's base weight, or None if they can."""
     if is_quantized(pair):
         return "its base weight is quantized"
-    if type(pair.module) not in _PLAIN:
+    if _class_of(pair) not in _PLAIN:
         return f"{type(pair.module).__name__} layers are not supported"
     reason = _why_not_rebased(pair, _PRESERVED_VARIANTS)
     if reason is not None:
@@ -45,7 +46,13 @@ def why_not_dense(pair: LoRAPair) -> str | None:
     weight = pair.module.get_base_layer()._parameters.get("weight")
     if weight is None:
         return "its base weight is computed from others (a parametrization)"
-    if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in _FLOATS:
+    plain = type(weight) in (nn.Parameter, Tensor)
+    if sharding.is_sharded(weight):
+        reason = sharding.why_not_understood(weight)
+        if reason is not None:
+            return f"of its base weight, {reason}"
+        plain = type(sharding.local(weight)) is Tensor
+    if not plain or weight.dtype not in _FLOATS:
         return "its base weight is quantized or sharded"
     if weight.numel() == 0:
         return "its base weight is sharded"
@@ -57,7 +64,7 @@ def why_not_dense(pair: LoRAPair) -> str | None:
 def why_no_carry(pair: LoRAPair) -> str | None:
     """Why increments cannot be kept beside this layer's base weight, or None if they can."""
     module = pair.module
-    if type(module) not in _PLAIN and not is_quantized(pair):
+    if _class_of(pair) not in _PLAIN and not is_quantized(pair):
         return f"{type(module).__name__} layers are not supported"
     return _why_not_rebased(pair, _CARRIED_VARIANTS)
 
@@ -70,8 +77,14 @@ def _why_not_rebased(pair: LoRAPair, variants: tuple[type, ...]) -> str | None:
     if variant is not None and type(variant) not in variants:
         return f"{type(variant).__name__} is more than a weight plus a low-rank product"
     for factor in (pair.P_parameter, pair.Q_parameter):
-        if type(factor) is not nn.Parameter or factor.numel() == 0:
+        reason = sharding.why_not_understood(factor)
+        if reason is not None:
+            return f"of its factors, {reason}"
+        plain = type(factor) is nn.Parameter or sharding.is_sharded(factor)
+        if not plain or factor.numel() == 0:
             return "its factors are sharded"
+    if sharding.layout(pair.P_parameter) != sharding.layout(pair.Q_parameter):
+        return "its factors are sharded differently"
     base = module.get_base_layer()
     if isinstance(base, NonDynamicallyQuantizableLinear):
         return "PEFT adds the adapter of a MultiheadAttention's out_proj twice"
@@ -82,6 +95,10 @@ def _why_not_rebased(pair: LoRAPair, variants: tuple[type, ...]) -> str | None:
     if isinstance(module, lora_layers.Embedding) and base.sparse:
         return "its gradients are sparse"
     return None
+
+
+def _class_of(pair: LoRAPair) -> type[nn.Module]:
+    return sharding.class_under_sharding(pair.module)
 
 
 def why_not_measured(pair: LoRAPair) -> str | None:

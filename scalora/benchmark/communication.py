@@ -1,0 +1,199 @@
+"""Bytes that FSDP2 and ScaLoRA move in a step: measured in two processes, and planned for 70B."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from scalora.benchmark.table import markdown
+from scalora.benchmark.traffic import Plan, llama_70b
+from scalora.optimizer import ScaLoRA
+from scalora.options import RebasingOptions
+
+_PROCESSES = 2
+_RANK, _LIFETIME = 4, 8
+_MEASURED = ("training", "a step", "a renewal", "exact")
+_PLANNED = (8, 64, 512)
+
+
+class ReceivedBytes(TorchDispatchMode):
+    """Counts what this process receives in collectives while it is entered.
+
+    Attributes:
+        total: bytes.
+        largest: of the one tensor that came out largest, elements.
+    """
+
+    def __init__(self, processes: int) -> None:
+        super().__init__()
+        self.processes = processes
+        self.total = 0.0
+        self.largest = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Count, and go on."""
+        if DTensor in types:
+            return NotImplemented  # what it is made of comes by
+        others, name = self.processes - 1, func.name()
+        if name.startswith("_c10d_functional::all_gather_into_tensor"):
+            self._count(others * args[0].nbytes, self.processes * args[0].numel())
+        elif name.startswith("_c10d_functional::all_reduce"):
+            self._count(2 * others / self.processes * args[0].nbytes, args[0].numel())
+        elif name.startswith("c10d::_allgather_base_"):
+            self._count(others * args[1].nbytes, args[0].numel())
+        elif name.startswith("c10d::_reduce_scatter_base_"):
+            self._count(others * args[0].nbytes, args[0].numel())
+        elif name.startswith(("c10d::", "_c10d_functional::")) and not _passes(name):
+            raise RuntimeError(f"the collective {name} is not counted.")
+        return func(*args, **(kwargs or {}))
+
+    def _count(self, received: float, elements: int) -> None:
+        self.total += received
+        self.largest = max(self.largest, elements)
+
+
+def _passes(name: str) -> bool:
+    """Whether an operation of the collectives' libraries moves nothing itself."""
+    return "wait" in name or "_wrap_tensor" in name
+
+
+def small_model() -> nn.Module:
+    """A Llama whose widths two processes can halve, with an adapter on every linear layer."""
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    torch.manual_seed(0)
+    adapter = LoraConfig(r=_RANK, target_modules="all-linear")
+    return get_peft_model(LlamaForCausalLM(config), adapter)
+
+
+def small_plan(processes: int) -> Plan:
+    """What `small_model` moves, read off its parameters."""
+    shapes = {name: p.shape for name, p in small_model().named_parameters()}
+    frozen = {name: shape for name, shape in shapes.items() if "lora_" not in name}
+    blocks = [(n, s) for n, s in frozen.items() if ".layers." in n]
+    return Plan(
+        adapted=[(s[0], s[1]) for n, s in blocks if "base_layer" in n],
+        block_rest=[(s[0], s[1:].numel()) for n, s in blocks if "base_layer" not in n],
+        root=[(s[0], s[1:].numel()) for n, s in frozen.items() if ".layers." not in n],
+        rank=_RANK,
+        processes=processes,
+        base_bytes=4,
+        gathered_factor_bytes=4,
+    )
+
+
+def planned(plan: Plan) -> dict[str, float]:
+    """By the formula, what `measured` measures."""
+    return {
+        "training": plan.training(),
+        "a step": plan.every_step(calibrating=True),
+        "a renewal": plan.every_step(calibrating=True) + plan.renewal(),
+        "exact": plan.every_step(calibrating=False) + plan.rebasing(with_direction=False),
+    }
+
+
+def measured(processes: int) -> tuple[dict[str, float], int]:
+    """Bytes this process of a group receives, and elements of the largest tensor of ScaLoRA's."""
+    found: dict[str, float] = {}
+    largest = 0
+    for rule in ("auto", "exact"):
+        model: Any = small_model()
+        for block in model.get_base_model().model.layers:
+            fully_shard(block)
+        fully_shard(model)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        inner = torch.optim.AdamW(trainable, lr=1e-3)
+        optimizer = ScaLoRA(inner, model, rule=rule, lifetime=_LIFETIME)
+        for step in range(1, _LIFETIME + 1):
+            optimizer.zero_grad()
+            with ReceivedBytes(processes) as training:
+                ids = torch.arange(16).view(2, 8)
+                model(input_ids=ids, labels=ids).loss.backward()
+            with ReceivedBytes(processes) as stepping:
+                optimizer.step()
+            largest = max(largest, stepping.largest)
+            if rule == "exact":
+                found["exact"] = stepping.total
+            elif step == _LIFETIME:
+                found["a renewal"] = stepping.total
+            else:
+                found["training"], found["a step"] = training.total, stepping.total
+    return found, largest
+
+
+def run(device: torch.device) -> str:
+    """Two tables: what two processes on this machine received, and the plan for 70B."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.start_processes(
+            _process, args=(folder,), nprocs=_PROCESSES, start_method="spawn"
+        )
+        found = torch.load(Path(folder) / "found")
+    return f"{_comparison(found)}\n\n{_plan()}"
+
+
+def _process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", _PROCESSES)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=_PROCESSES)
+    found, _ = measured(_PROCESSES)
+    if rank == 0:
+        torch.save(found, Path(folder) / "found")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _comparison(found: Mapping[str, float]) -> str:
+    formula = planned(small_plan(_PROCESSES))
+    rows = [[name, f"{found[name]:.0f}", f"{formula[name]:.0f}"] for name in _MEASURED]
+    return markdown([f"{_PROCESSES} processes, bytes", "measured", "formula"], rows)
+
+
+def _plan() -> str:
+    rows = []
+    for processes in _PLANNED:
+        plan = llama_70b(processes)
+        every = RebasingOptions.lifetime / plan.rank
+        step, renewal = plan.every_step(calibrating=False), plan.renewal()
+        exact = step + plan.rebasing(with_direction=True)
+        own = plan.training()
+        default = step + renewal / every
+        rows.append(
+            [
+                str(processes),
+                f"{own / 1e9:.1f}",
+                f"{renewal / 1e6:.1f}",
+                f"{default / 1e6:.2f}",
+                f"{default / own:.1e}",
+                f"{exact / 1e9:.2f}",
+                f"{exact / own:.1e}",
+            ]
+        )
+    header = [
+        "70B, processes",
+        "FSDP2 GB",
+        "a renewal MB",
+        "default MB",
+        "share",
+        "exact GB",
+        "share",
+    ]
+    return markdown(header, rows)

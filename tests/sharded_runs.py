@@ -1,0 +1,208 @@
+"""Runs of one model, in one process or sharded over several: the same batches, shared out."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from models import trainable, with_lora
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import scalora
+from scalora.peft_layers import adapter_checksums, base_checksums
+
+
+class Tower(nn.Module):
+    """Widths that two processes cannot halve."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 17)
+        self.second = nn.Linear(17, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained, and how."""
+
+    optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW
+    dtype: torch.dtype = torch.float64
+    rank: int = 3
+    steps: int = 24
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def begin(run: Run, sharded: bool, seed: int = 0) -> tuple[nn.Module, scalora.ScaLoRA]:
+    torch.manual_seed(seed)
+    model = with_lora(Tower().to(run.dtype), r=run.rank, target_modules=["first", "second"])
+    if sharded:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        base = model.get_base_model()
+        for layer in (base.first, base.second):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    inner = run.optimizer(trainable(model), lr=1e-2)
+    return model, scalora.ScaLoRA(inner, model, **{"lifetime": 6, **run.options})
+
+
+def batch(run: Run, step: int, rank: int, world: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    x, y = (torch.randn(8, width, generator=generator).to(run.dtype) for width in (12, 7))
+    return x.chunk(world)[rank], y.chunk(world)[rank]
+
+
+def train(
+    run: Run,
+    model: nn.Module,
+    optimizer: scalora.ScaLoRA,
+    steps: range,
+    rank: int = 0,
+    world: int = 1,
+) -> list[float]:
+    """The loss of every step over the whole batch."""
+    losses = []
+    for step in steps:
+        optimizer.zero_grad()
+        x, y = batch(run, step, rank, world)
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        total = loss.detach().clone()
+        if world > 1:
+            dist.all_reduce(total)
+        losses.append(float(total) / world)
+    return losses
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def outcome(model: nn.Module, optimizer: scalora.ScaLoRA, losses: list[float]) -> dict[str, Any]:
+    pairs = optimizer.rebased_pairs
+    carries = {pair.name: pair.carry for pair in pairs if pair.carry is not None}
+    return {
+        "losses": losses,
+        "rebased": optimizer.rebase_count,
+        "checksums": base_checksums(pairs) | adapter_checksums(pairs),
+        "weights": {name: whole(p).detach().clone() for name, p in model.named_parameters()},
+        "carries": {name: carry.used_up @ carry.used_down for name, carry in carries.items()},
+        "skipped": optimizer.skipped_steps,
+    }
+
+
+def sharded_run(rank: int, runs: dict[str, Run]) -> dict[str, Any]:
+    """The outcome of every run, or the error it gave."""
+    found: dict[str, Any] = {}
+    for name, run in runs.items():
+        try:
+            model, optimizer = begin(run, sharded=True)
+            losses = train(run, model, optimizer, range(run.steps), rank, dist.get_world_size())
+            found[name] = outcome(model, optimizer, losses)
+        except (ValueError, TypeError) as error:
+            found[name] = error
+    return found
+
+
+def plain_run(run: Run) -> dict[str, Any]:
+    model, optimizer = begin(run, sharded=False)
+    return outcome(model, optimizer, train(run, model, optimizer, range(run.steps)))
+
+
+def _state(model: nn.Module, optimizer: scalora.ScaLoRA) -> dict[str, Any]:
+    return {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+    }
+
+
+def saved_run(rank: int, runs: dict[str, Run], folder: Path) -> dict[str, list[float]]:
+    """Train halfway, save, and train on: the losses after saving."""
+    found = {}
+    for name, run in runs.items():
+        world, half = dist.get_world_size(), run.steps // 2
+        model, optimizer = begin(run, sharded=True)
+        train(run, model, optimizer, range(half), rank, world)
+        dcp.save(_state(model, optimizer), checkpoint_id=folder / name)
+        found[name] = train(run, model, optimizer, range(half, run.steps), rank, world)
+    return found
+
+
+def resumed_run(
+    rank: int, runs: dict[str, Run], folder: Path, with_base: bool = True
+) -> dict[str, Any]:
+    """The losses after loading what `saved_run` saved, perhaps in another number of processes."""
+    found: dict[str, Any] = {}
+    for name, run in runs.items():
+        world, half = dist.get_world_size(), run.steps // 2
+        model, optimizer = begin(run, sharded=True, seed=1)
+        state = _state(model, optimizer)
+        if not with_base:
+            del state["model"]  # loading writes into the model's own memory
+        dcp.load(state, checkpoint_id=folder / name)
+        if with_base:
+            set_model_state_dict(model, state["model"])
+        set_optimizer_state_dict(model, optimizer, state["optimizer"])
+        try:
+            found[name] = train(run, model, optimizer, range(half, run.steps), rank, world)
+        except ValueError as error:
+            found[name] = error
+    return found
+
+
+def accelerated_run(rank: int, folder: Path) -> dict[str, list[float]]:
+    """A ScaLoRA that accelerate shards after it was made; saved by it, and resumed by it."""
+    world = str(dist.get_world_size())
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world}
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true"}
+    os.environ |= {"FSDP_VERSION": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29503"}
+    run, losses = Run(), {}
+    for name in ("saved", "resumed"):
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="NO_WRAP",
+            state_dict_type="SHARDED_STATE_DICT",
+            cpu_ram_efficient_loading=False,
+        )
+        accelerator = Accelerator(cpu=True)
+        # accelerate asks for an accelerator before it shards; what it then does runs on CPU too.
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+        assert accelerator.is_fsdp2
+        model, optimizer = begin(run, sharded=False, seed=0 if name == "saved" else 1)
+        model, prepared = accelerator.prepare(model, optimizer)
+        own = prepared.optimizer
+        assert isinstance(own, scalora.ScaLoRA)
+        half = run.steps // 2
+        if name == "saved":
+            train(run, model, own, range(half), rank, int(world))
+            dcp.save(_state(model, own), checkpoint_id=folder / "accelerated")
+            assert any(isinstance(p, DTensor) for p in model.parameters())
+        else:
+            state = _state(model, own)
+            dcp.load(state, checkpoint_id=folder / "accelerated")
+            set_model_state_dict(model, state["model"])
+            set_optimizer_state_dict(model, own, state["optimizer"])
+        losses[name] = train(run, model, own, range(half, run.steps), rank, int(world))
+    return losses
