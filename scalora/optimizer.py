@@ -20,10 +20,8 @@ from scalora.rebasing import Rebaser
 from scalora.renewal import LATEST
 from scalora.report import RebasingReport, rebasing_report
 from scalora.resuming import (
-    STATE_IS_IN_FILE,
     STATE_VERSION,
-    check_adapter,
-    check_base,
+    ExpectedWeights,
     check_same_kind,
     packed,
     unpacked,
@@ -122,9 +120,7 @@ class ScaLoRA(torch.optim.Optimizer):
     _asked: int
     _skipped: Tensor | None
     _checked: bool
-    _expected_base: dict[str, int] | None
-    _expected_adapter: dict[str, int] | None
-    _awaits_file: bool
+    _expected: ExpectedWeights
     state_is_in_file: bool
     _rebaser: Rebaser
     _calibration: StepCalibration
@@ -193,9 +189,7 @@ class ScaLoRA(torch.optim.Optimizer):
                 "_asked": 0,
                 "_skipped": None,
                 "_checked": False,
-                "_expected_base": None,
-                "_expected_adapter": None,
-                "_awaits_file": False,
+                "_expected": ExpectedWeights(),
                 "state_is_in_file": False,
                 "_rebaser": Rebaser(places, options, moments),
                 "_calibration": StepCalibration(options.calibration_steps),
@@ -275,7 +269,8 @@ class ScaLoRA(torch.optim.Optimizer):
         sharding.reshard(self.model)
         self._check_processes()
         check_layers(self._rebaser.pairs, self.inner, self._owner)
-        self._check_weights()
+        self._expected.check(self._rebaser.pairs)
+        self._expected, self.state_is_in_file = ExpectedWeights(), False
         overflow = not_finite(self.param_groups)
         if overflow is None:
             warn_without_gradients(self.param_groups)
@@ -351,8 +346,8 @@ class ScaLoRA(torch.optim.Optimizer):
         self._steps = self._asked = self.rebase_count = 0
         self._rebaser.forget()
         self._load_calibration(None)
-        self._awaits_file = own is not None and own.get("in_file", False)
-        if own is not None and not self._awaits_file:
+        self._expected = ExpectedWeights.of(own)
+        if own is not None and not self._expected.in_file:
             self.load_rebasing_state(own)
 
     def rebasing_state(self) -> dict[str, Any]:
@@ -380,9 +375,7 @@ class ScaLoRA(torch.optim.Optimizer):
         self.check_rebasing_state(own)
         self._steps, self.rebase_count = own["steps"], own["rebase_count"]
         self._asked = own["asked"]
-        self._awaits_file = False
-        self._expected_base = own["base"] or None
-        self._expected_adapter = own["adapter"] or None
+        self._expected = ExpectedWeights.of(own)
         self._rebaser.remember(own["layers"], rebased=own["base"])
         self._load_calibration(own["step_length"])
         if self.rebase_count:
@@ -455,20 +448,6 @@ class ScaLoRA(torch.optim.Optimizer):
                 self.model, self.inner, rebaser.pairs, rebaser.places, self.options, rebaser.moments
             )
             self._checked = True
-
-    def _check_weights(self) -> None:
-        """Once after loading: the weights must be those that the state was saved with."""
-        self.state_is_in_file = False
-        if self._awaits_file:
-            raise ValueError(STATE_IS_IN_FILE)
-        pairs = self._rebaser.pairs
-        if self._expected_adapter is not None:
-            check_adapter(self._expected_adapter, peft_layers.adapter_checksums(pairs))
-            self._expected_adapter = None
-        if self._expected_base is not None:
-            moved = [pair for pair in pairs if pair.name in self._expected_base]
-            check_base(self._expected_base, peft_layers.base_checksums(moved))
-            self._expected_base = None
 
     def _step_inner(self, overflow: Tensor | None) -> None:
         """Step the inner optimizer; a fused one leaves the step out by itself on overflow."""

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from scalora import peft_layers
+from scalora.peft_layers import LoRAPair
+
 STATE_VERSION = 4
 """Of what is saved, in ``optimizer.state_dict()["scalora"]`` and in ``scalora.safetensors``."""
-
-STATE_IS_IN_FILE = (
-    "this optimizer state is from a Trainer's checkpoint, which has the rest in "
-    "scalora.safetensors: call scalora.load_training_state(optimizer, folder) after "
-    "load_state_dict and before the first step, or give the Trainer a ScaLoRACallback."
-)
 
 
 def check_version(found: Any) -> None:
@@ -73,27 +71,59 @@ def check_same_kind(saved: Mapping[str, Any], present: Mapping[str, Any]) -> Non
         )
 
 
-def check_adapter(expected: Mapping[str, int], found: Mapping[str, int]) -> None:
-    """Raise a ValueError if the adapter's checksums are not those that a carry was saved with."""
-    differing = [name for name, checksum in expected.items() if found[name] != checksum]
-    if differing:
-        raise ValueError(
-            f"the model's adapter is not the one this optimizer state was saved with "
-            f"({differing[0]!r} differs), and the carry in it belongs to that one: load the "
-            "adapter of the same checkpoint before the first step."
-        )
+@dataclass(frozen=True)
+class ExpectedWeights:
+    """What a loaded state was saved with, until the first step has seen that it is there.
+
+    Attributes:
+        base: layer name -> checksum of the base weight, where increments went into it.
+        adapter: factor -> checksum, where a carry belongs to it.
+        in_file: the state itself is in a Trainer's checkpoint, and still to be loaded.
+    """
+
+    base: Mapping[str, int] = field(default_factory=dict)
+    adapter: Mapping[str, int] = field(default_factory=dict)
+    in_file: bool = False
+
+    @classmethod
+    def of(cls, own: Mapping[str, Any] | None) -> ExpectedWeights:
+        """What a state of re-basing expects; None expects nothing."""
+        own = own or {}
+        return cls(own.get("base", {}), own.get("adapter", {}), own.get("in_file", False))
+
+    def check(self, pairs: Sequence[LoRAPair]) -> None:
+        """Raise a ValueError if the layers' weights are others.  Waits for the device, if at all.
+
+        Args:
+            pairs: all layers that are re-based.
+        """
+        if self.in_file:
+            raise ValueError(
+                "this optimizer state is from a Trainer's checkpoint, which has the rest in "
+                "scalora.safetensors: call scalora.load_training_state(optimizer, folder) after "
+                "load_state_dict and before the first step, or give the Trainer a ScaLoRACallback."
+            )
+        if self.adapter:
+            found = peft_layers.adapter_checksums(pairs)
+            if name := _differing(self.adapter, found):
+                raise ValueError(
+                    f"the model's adapter is not the one this optimizer state was saved with "
+                    f"({name!r} differs), and the carry in it belongs to that one: load the "
+                    "adapter of the same checkpoint before the first step."
+                )
+        if self.base:
+            found = peft_layers.base_checksums([pair for pair in pairs if pair.name in self.base])
+            if name := _differing(self.base, found):
+                raise ValueError(
+                    f"the base weight of {name!r} is not the one this optimizer state was saved "
+                    "with: what had been folded into it would be lost. Load the model's full "
+                    "state_dict, or scalora.load_training_state, before the first step (or drop "
+                    "the state's 'scalora' entry to begin re-basing anew on this base)."
+                )
 
 
-def check_base(expected: Mapping[str, int], found: Mapping[str, int]) -> None:
-    """Raise a ValueError if base weights' checksums are not those that increments went into."""
-    differing = [name for name, checksum in expected.items() if found[name] != checksum]
-    if differing:
-        raise ValueError(
-            f"the base weight of {differing[0]!r} is not the one this optimizer state was saved "
-            "with: what had been folded into it would be lost. Load the model's full state_dict, "
-            "or scalora.load_training_state, before the first step (or drop the state's "
-            "'scalora' entry to begin re-basing anew on this base)."
-        )
+def _differing(expected: Mapping[str, int], found: Mapping[str, int]) -> str | None:
+    return next((name for name, value in expected.items() if found[name] != value), None)
 
 
 def _other_layers(saved: Mapping[str, int], ranks: Mapping[str, int]) -> str:
