@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 .PHONY: help install test test-all test-gpu check demo demo-short qlora qlora-short scaling ablation ablation-short ablation-smoke benchmark benchmark-miub clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 install: $(STAMP) ## create .venv with the tested versions
 
@@ -32,7 +32,7 @@ test-all: $(STAMP) ## every test
 # A GPU machine brings its own torch, so this one uses no .venv.
 test-gpu: ## GPU tests and benchmark, with $(PYTHON) as it is
 	$(PYTHON) -m pytest -m gpu
-	$(PYTHON) -m scalora.benchmark --device cuda
+	$(PYTHON) -m scalora.benchmark step fold drift --device cuda
 	$(PYTHON) -m miub.benchmark --device cuda
 
 check: $(STAMP) ## linter, formatter, types
@@ -55,12 +55,13 @@ qlora-short: $(STAMP) ## the same, a few steps, for a CPU
 scaling: $(STAMP) ## MIUB against rank, model size and complexity of the data
 	$(BIN)/python examples/miub_scaling.py
 
-# What docs/ablations.md shows: hours on two cores. The cache keeps what is pretrained.
+# Hours on two cores; docs/ablations.md names the command of each of its tables. The cache keeps what
+# is pretrained.
 ABLATE := OMP_WAIT_POLICY=PASSIVE $(BIN)/scalora ablate --jobs $(JOBS)
 EMBEDDED := domain-shift,sentiment,arithmetic,regression
 COMPARED := lora,full-adapted,scalora
 
-ablation: $(STAMP) ## methods side by side on every embedded task, in full
+ablation: $(STAMP) ## methods side by side on the four tasks that need no data, in full
 	$(ABLATE) --task $(EMBEDDED) --methods $(COMPARED) --seeds 3 --search-seeds 1
 
 ablation-short: $(STAMP) ## the same in a quarter of an hour
@@ -72,11 +73,11 @@ ablation-smoke: $(STAMP) ## that it runs
 		--output ablation-smoke
 
 benchmark: $(STAMP) ## step time and memory against the inner optimizer alone
-	$(BIN)/python -m scalora.benchmark
+	$(BIN)/python -m scalora.benchmark step
 
 benchmark-miub: $(STAMP) ## MIUB's estimators on known answers, and the monitor's cost
 	$(BIN)/python -m miub.benchmark
 
-clean: ## remove .venv, caches, builds and what the demo wrote
+clean: ## remove .venv, caches, builds and all results, those of ablations too
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output qlora-output ablation ablation-short ablation-smoke
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

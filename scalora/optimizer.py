@@ -86,8 +86,8 @@ class ScaLoRA(torch.optim.Optimizer):
         rounding: for bfloat16 and float16 base weights: ``"stochastic"`` (unbiased),
             ``"compensated"`` (keeps what was cut, 2 bytes a weight) or ``"nearest"`` (loses nearly
             all of a small increment; for comparison).
-        bound: every re-basing scales by factors within ``[1/bound, bound]``.
-        seed: of the stochastic rounding; use the same on every replica.
+        bound: every scaling is by factors within ``[1/bound, bound]``.
+        seed: of the stochastic rounding and of new columns; use the same on every replica.
         carry_rank: the most columns a layer's carry may hold, or ``"auto"``: 8 times the adapter's
             rank at first, doubled up to 32 times whenever a compression would cut more than
             ``carry_tolerance``.  A compression keeps three quarters.  It is due once in several
@@ -98,10 +98,10 @@ class ScaLoRA(torch.optim.Optimizer):
             compressions, relative to that of what the layer has learned.  Beyond it a warning is
             given, once.
         calibration: for how many steps after the learning rate's peak the length of a step is
-            calibrated: whether the next batch's gradient asks for more of the step just taken, or
-            for less, decides whether all layers' steps grow or shrink.  The factor is then held, so
-            a schedule keeps its meaning and what was typed in as learning rate nearly loses its
-            own.  0: never.  ``"auto"``: 100 with ``rule="auto"``, else 0.
+            calibrated.  All layers' steps grow while they are short beside a lower bound of the
+            distance there is to go, and shrink where the next gradient says that the last one was
+            too long.  The factor is then held, so a schedule keeps its meaning.  0: never.
+            ``"auto"``: 100 with ``rule="auto"``, else 0.
         lifetime: for ``"renew"`` and ``"auto"``: for how many steps a column learns before it is
             frozen; the columns of a layer take turns.  None is frozen while the learning rate is
             below three tenths of its highest: a new one could learn no more.

@@ -1,4 +1,5 @@
 import csv
+import sys
 
 import pytest
 
@@ -65,8 +66,15 @@ def test_the_split_is_disjoint_and_drawn_by_the_seed():
         split(sentences, 50, seed=3)
 
 
-def test_a_source_that_is_no_file_needs_the_hub_s_library():
+def test_a_source_that_is_no_file_needs_the_hub_s_library(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"no/such: no such file; .* pip install datasets"):
+        read_rows("no/such")
+
+
+def test_a_source_that_is_neither_a_file_nor_on_the_hub_is_told():
+    pytest.importorskip("datasets")
+    with pytest.raises(ValueError, match=r"no/such: no such file, and no data set of the hub"):
         read_rows("no/such")
 
 

@@ -115,7 +115,7 @@ def test_what_cannot_be_read_is_told(tmp_path):
     (tmp_path / "empty.txt").write_text("\n\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"empty.txt: no text in it"):
         read_documents(tmp_path / "empty.txt")
-    with pytest.raises(ValueError, match=r"no such file; .* pip install datasets"):
+    with pytest.raises(ValueError, match=r"no/such/data: no such file"):
         read_documents("no/such/data")
 
 

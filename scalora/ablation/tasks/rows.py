@@ -56,4 +56,7 @@ def _from_hub(name: str) -> list[Row]:
         raise ValueError(
             f"{name}: no such file; for a data set of the hub, pip install datasets"
         ) from error
-    return [dict(row) for row in datasets.load_dataset(name, split="train")]
+    try:
+        return [dict(row) for row in datasets.load_dataset(name, split="train")]
+    except Exception as error:  # its own kinds, the network's and the file system's
+        raise ValueError(f"{name}: no such file, and no data set of the hub: {error}") from error
