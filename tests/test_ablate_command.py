@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ablation_stand_ins import FILE
+from ablation_stand_ins import FILE, Tiny
 
 from scalora.cli import main
 
@@ -83,6 +83,13 @@ def test_what_is_done_is_not_run_again(finished: Path, capsys: pytest.CaptureFix
     assert "4 runs were done before" in printed and printed.count(" dora lr=") == 2
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert list(results_in(finished)) == ["dora", "scalora", "lora"]
+
+
+def test_short_takes_fewer_steps_and_every_other_learning_rate(tmp_path: Path) -> None:
+    assert ablate("Tiny", tmp_path, "--methods", "lora", "--seeds", "1", "--short") == 0
+    jobs = [record["job"] for record in records_in(tmp_path)]
+    assert sorted(job["learning_rate"] for job in jobs) == sorted(Tiny.learning_rates)[::2]
+    assert {job["steps"] for job in jobs} == {Tiny.short_steps}
 
 
 def test_report_only_makes_everything_again_and_runs_nothing(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def add_to(commands: Any) -> None:
     )
     add("--steps", type=_positive, metavar="N", help="training steps; default: the task's")
     add("--rank", type=_positive, metavar="R", help="of the adapters; default: the task's")
-    add("--short", action="store_true", help="the task's number of steps for a quick look")
+    add("--short", action="store_true", help="a quick look: fewer steps, every other learning rate")
     add(
         "--smoke",
         action="store_true",

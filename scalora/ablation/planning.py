@@ -84,6 +84,8 @@ def _learning_rates(args: argparse.Namespace, task: Task) -> tuple[float, ...]:
     if args.smoke and not args.learning_rates:
         middle = len(rates) // 2
         rates = rates[max(0, middle - 1) : middle + 1]
+    elif args.short and not args.learning_rates:
+        rates = rates[::2]
     return tuple(rates)
 
 

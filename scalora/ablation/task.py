@@ -34,7 +34,7 @@ class Task(ABC):
     """Training steps of a full run."""
 
     short_steps: ClassVar[int]
-    """Training steps of ``--short``."""
+    """Training steps of ``--short``, which takes every other learning rate as well."""
 
     learning_rates: ClassVar[tuple[float, ...]]
     """What every adapter method is tried at; full fine-tuning is tried at as many, scaled."""

@@ -53,7 +53,7 @@ class Arithmetic(Task):
     metric = "accuracy"
     lower_is_better = False
     steps = 600
-    short_steps = 60
+    short_steps = 150
     learning_rates = (2e-3, 5e-3, 1e-2, 2e-2, 6e-2)
     rank = 4
 
