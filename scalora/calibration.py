@@ -162,6 +162,8 @@ class StepCalibration:
             return
         if self._path is None or self._path.shape != step.shape:
             self._path, self._total = taken, torch.zeros_like(step)
+            assert self._numbers is not None
+            self._numbers["moved"] = torch.zeros_like(self._numbers["moved"])
         else:
             self._path = self._path + taken
         self._last = step

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from scalora import peft_layers, sharding
 from scalora.calibration import StepCalibration
+from scalora.callers import level_of_caller
 from scalora.layer_batches import host_rate
 from scalora.moments import moments_of
 from scalora.options import RebasingOptions
@@ -120,6 +121,7 @@ class ScaLoRA(torch.optim.Optimizer):
     _asked: int
     _skipped: Tensor | None
     _checked: bool
+    _sharded: list[Any]
     _expected: ExpectedWeights
     state_is_in_file: bool
     _rebaser: Rebaser
@@ -189,6 +191,7 @@ class ScaLoRA(torch.optim.Optimizer):
                 "_asked": 0,
                 "_skipped": None,
                 "_checked": False,
+                "_sharded": [],
                 "_expected": ExpectedWeights(),
                 "state_is_in_file": False,
                 "_rebaser": Rebaser(places, options, moments),
@@ -247,7 +250,10 @@ class ScaLoRA(torch.optim.Optimizer):
         return 0 if self._skipped is None else int(self._skipped)
 
     def report(self) -> RebasingReport:
-        """Of every layer: where its increments went, and what was cut.  Waits for the device."""
+        """Of every layer: where its increments went, and what was cut.  Waits for the device.
+
+        Of a sharded model, call it on every process.
+        """
         return rebasing_report(self._rebaser.pairs, self._rebaser.places)
 
     def kept_tensors(self) -> list[Tensor]:
@@ -266,9 +272,9 @@ class ScaLoRA(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        sharding.reshard(self.model)
-        self._check_processes()
+        self._reshard()
         check_layers(self._rebaser.pairs, self.inner, self._owner)
+        self._check_processes()
         self._expected.check(self._rebaser.pairs)
         self._expected, self.state_is_in_file = ExpectedWeights(), False
         overflow = not_finite(self.param_groups)
@@ -279,7 +285,7 @@ class ScaLoRA(torch.optim.Optimizer):
             warnings.warn(
                 "a gradient is not finite: this step was skipped, and nothing was changed.",
                 UserWarning,
-                stacklevel=2,
+                stacklevel=level_of_caller(),
             )
             return loss
         factors = self._factors_to_calibrate()
@@ -319,14 +325,14 @@ class ScaLoRA(torch.optim.Optimizer):
         kind of run it is of.
         """
         state = self.inner.state_dict()
-        if self.state_is_in_file:
+        if self.state_is_in_file or self._expected.in_file:
             return {**state, "scalora": {**self._kind_of_run(), "in_file": True}}
         own = self.rebasing_state()
-        if torch.distributed.is_initialized():
-            # torch.distributed.checkpoint keeps what is in a group and drops all else.
-            first, *others = state["param_groups"]
-            state = {**state, "param_groups": [{**first, "scalora": packed(own)}, *others]}
-        return {**state, "scalora": own}
+        if not torch.distributed.is_initialized():
+            return {**state, "scalora": own}
+        # torch.distributed.checkpoint keeps what is in a group and drops all else.
+        first, *others = state["param_groups"]
+        return {**state, "param_groups": [{**first, "scalora": packed(own)}, *others]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where another ScaLoRA stopped, once the model's weights are loaded too.
@@ -342,6 +348,13 @@ class ScaLoRA(torch.optim.Optimizer):
         own, state = unpacked(state_dict)
         if own is not None:
             self.check_rebasing_state(own)
+        elif state["state"]:
+            warnings.warn(
+                "this optimizer state holds nothing of re-basing, which begins anew: carries and "
+                "the calibrated length of the step are not restored.",
+                UserWarning,
+                stacklevel=level_of_caller(),
+            )
         self.inner.load_state_dict(state)
         self._steps = self._asked = self.rebase_count = 0
         self._rebaser.forget()
@@ -352,15 +365,18 @@ class ScaLoRA(torch.optim.Optimizer):
 
     def rebasing_state(self) -> dict[str, Any]:
         """What re-basing itself remembers: numbers and small tensors."""
-        sharding.reshard(self.model)
+        self._reshard()
         pairs = self._rebaser.pairs
         return {
             **self._kind_of_run(),
             "steps": self._steps,
             "asked": self._asked,
             "rebase_count": self.rebase_count,
-            "base": peft_layers.base_checksums([p for p in pairs if p.was_rebased]),
-            "adapter": peft_layers.adapter_checksums([p for p in pairs if p.carry is not None]),
+            # What a loaded state still expects is not forgotten by saving it again.
+            "base": peft_layers.base_checksums([p for p in pairs if p.was_rebased])
+            | dict(self._expected.base),
+            "adapter": peft_layers.adapter_checksums([p for p in pairs if p.carry is not None])
+            | dict(self._expected.adapter),
             "layers": self._rebaser.layer_states(),
             "step_length": self._calibration.state(self._factors_to_calibrate()),
         }
@@ -436,9 +452,16 @@ class ScaLoRA(torch.optim.Optimizer):
     def _load_calibration(self, state: dict[str, Any] | None) -> None:
         pairs = self._rebaser.pairs
         if pairs:
-            sharding.reshard(self.model)
+            self._reshard()
             factors = self._factors_to_calibrate()
             self._calibration.load(state, pairs[0].P_parameter.device, factors)
+
+    def _reshard(self) -> None:
+        """Let a sharded model hold its shards, whatever a forward pass left whole."""
+        if not self._checked:  # a wrapper may still shard it
+            self._sharded = sharding.sharded_modules(self.model)
+        for module in self._sharded:
+            module.reshard()
 
     def _check_processes(self) -> None:
         """Once, for a wrapper may have sharded the parameters since this was made."""

@@ -79,14 +79,7 @@ def check_processes(
     Wrappers (accelerate, DeepSpeed) shard a model after its optimizer was made.
     """
     _check_model(model)
-    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for pair in pairs:
-        if not {id(pair.P_parameter), id(pair.Q_parameter)} <= stepped:
-            raise ValueError(
-                f"the factors of {pair.name!r} are no longer the optimizer's parameters: something "
-                "has put others in their place. Call fully_shard before the optimizer is made, or "
-                "let accelerate do both; DeepSpeed's ZeRO is not supported, use FSDP2 or DDP."
-            )
         if not sharding.is_sharded(pair.P_parameter):
             continue
         in_place = peft_layers.why_not_dense if places[pair.name] == "dense" else None

@@ -117,13 +117,12 @@ def class_under_sharding(module: nn.Module) -> type[nn.Module]:
     return type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
 
 
-def reshard(model: nn.Module) -> None:
-    """Let a model hold its shards again, where a forward pass without a backward left it whole."""
-    if not torch.distributed.is_initialized():
-        return
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+def sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    """The modules that ``fully_shard`` was called on.
+
+    A forward pass without a backward leaves them whole; ``reshard()`` of each undoes that.
+    """
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def require_whole(model: nn.Module, doing: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scalora.callers import level_of_caller
 from scalora.peft_layers import LoRAPair
 
 
@@ -41,8 +42,10 @@ def check_layers(
         if not {id(pair.P_parameter), id(pair.Q_parameter)} <= stepped:
             raise ValueError(
                 f"the factors of {pair.name!r} are no longer parameters that this optimizer "
-                "steps: they were replaced (the adapter deleted and added, or the model "
-                "converted) or taken out. Make a new optimizer over model.parameters()."
+                "steps: they were replaced (the adapter deleted and added, the model converted or "
+                "sharded) or taken out. Make a new optimizer over model.parameters(); call "
+                "fully_shard before it is made, or let accelerate do both. DeepSpeed's ZeRO is not "
+                "supported, use FSDP2 or DDP."
             )
     if pairs:
         _check_state(pairs[0].P_parameter, optimizer)
@@ -72,5 +75,5 @@ def warn_without_gradients(param_groups: Iterable[dict[str, Any]]) -> None:
             "model made anew after its optimizer, or another adapter activated? Make the optimizer "
             "over the parameters that are trained.",
             UserWarning,
-            stacklevel=3,
+            stacklevel=level_of_caller(),
         )

@@ -104,6 +104,9 @@ class ScaLoRACallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """With ``load_best_model_at_end``: bring back the base of the best adapter."""
+        if self.optimizer is not None:
+            complete_checkpoints(self.optimizer.model, None)
+            self.optimizer.state_is_in_file = False
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best is not None and self.optimizer is not None:
             load_training_state(self.optimizer, best)
@@ -182,4 +185,4 @@ def _is_of_scalora(path: Path) -> bool:
     if not path.exists():
         return False
     saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return "scalora" in saved
+    return any("scalora" in entries for entries in (saved, *saved["param_groups"]))

@@ -260,6 +260,23 @@ def test_the_window_begins_anew_while_the_learning_rate_rises() -> None:
     assert set(factors[last - 1 :]) == {factors[last - 1]}
 
 
+def test_a_window_that_opens_again_knows_nothing_of_the_way_before() -> None:
+    p = nn.Parameter(torch.ones(4))
+    calibration = StepCalibration(WINDOW)
+    found = []
+    for rate in (1e-3, 2e-3):
+        for step in range(2 * WINDOW):
+            # At first every gradient asks for more, later only noise is left.
+            sign = 1.0 if rate == 1e-3 else (-1.0) ** (step // 2)
+            p.grad = sign * torch.ones(4)
+            calibration.observe([p], rate)
+            with calibration.scaled([p]), torch.no_grad():
+                p -= 0.01 * p.grad
+        found.append(calibration.factor.item())
+    assert found[0] > 1.5
+    assert found[1] == found[0]
+
+
 def test_zero_learning_rate_at_the_first_step_is_no_part_of_the_window() -> None:
     def factors(warm_up: bool) -> list[float]:
         model = make_model(torch.float64)

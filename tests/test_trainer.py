@@ -229,6 +229,16 @@ def test_copied_model_completes_no_checkpoint_of_the_original(tmp_path):
     assert not (tmp_path / "twin" / "checkpoint-1" / "scalora.safetensors").exists()
 
 
+def test_training_that_is_over_leaves_its_checkpoints_alone(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    folder = tmp_path / "checkpoint-8"
+    before = (folder / "trainer_state.json").read_bytes()
+    trainer.model.save_pretrained(folder)
+    assert (folder / "trainer_state.json").read_bytes() == before
+    assert "layers" in trainer.optimizer.state_dict()["scalora"]
+
+
 def test_optimizer_passed_in_without_the_callback_refuses_to_resume_on_the_wrong_base(tmp_path):
     def trainer_without_callback():
         model = make_model()

@@ -12,6 +12,7 @@ from typing import Any
 import models
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -405,13 +406,26 @@ def test_optimizer_state_on_the_wrong_base_is_refused_at_the_first_step(tmp_path
     assert run.losses(model, optimizer, first=STOP) == whole[STOP:]
 
 
+def test_accelerate_that_loads_a_state_again_does_not_make_other_weights_right(
+    tmp_path: Path,
+) -> None:
+    run = RUNS["float32"]
+    run.checkpoint(tmp_path)
+    model, optimizer = run.reloaded(tmp_path)
+    optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
+    Accelerator(cpu=True).prepare(optimizer)  # loads its own state into it
+    with pytest.raises(ValueError, match=r"base weight of 'first'.*load_training_state"):
+        run.losses(model, optimizer, first=STOP, last=STOP + 1)
+
+
 def test_optimizer_state_without_its_own_entry_begins_rebasing_anew(tmp_path: Path) -> None:
     run = RUNS["float32"]
     run.checkpoint(tmp_path)
     model, optimizer = run.reloaded(tmp_path)
     state = torch.load(tmp_path / "optimizer.pt")
     del state["scalora"]
-    optimizer.load_state_dict(state)
+    with pytest.warns(UserWarning, match="holds nothing of re-basing, which begins anew"):
+        optimizer.load_state_dict(state)
     assert optimizer.rebase_count == 0
     run.losses(model, optimizer, first=STOP)
     assert optimizer.rebase_count == STEPS - STOP

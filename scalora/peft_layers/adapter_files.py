@@ -13,8 +13,9 @@ from typing import Any
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from scalora.peft_layers.finding import PREFIX, lora_pairs, peft_model
+from scalora.peft_layers.finding import PREFIX, all_lora_pairs, lora_pairs, peft_model
 from scalora.peft_layers.misleading import warn_of_changed_base
+from scalora.peft_layers.pair import LoRAPair
 
 
 def adapter_with_factors(
@@ -91,18 +92,23 @@ def warn_when_saved_alone(model: nn.Module) -> None:
 
 
 def complete_checkpoints(
-    model: nn.Module, completing: Callable[[Path], AbstractContextManager[None]]
+    model: nn.Module, completing: Callable[[Path], AbstractContextManager[None]] | None
 ) -> None:
     """Write what an adapter lacks together with it, where a Trainer writes a checkpoint.
 
     Args:
         model: the PEFT model, or a module around it.
-        completing: given a checkpoint's folder; entered before the adapter is written there.
+        completing: given a checkpoint's folder; entered before the adapter is written there.  None:
+            no more.
     """
     warn_when_saved_alone(model)
     wrapped = peft_model(model)
     if wrapped is not None:
         wrapped.save_pretrained.completing = completing
+
+
+def _is_rebased(pair: LoRAPair) -> bool:
+    return pair.was_rebased or (pair.carry is not None and pair.carry.columns > 0)
 
 
 class _SavePretrained:
@@ -125,7 +131,7 @@ class _SavePretrained:
         if self.completing is not None and re.fullmatch(r"checkpoint-\d+", folder.name):
             if kwargs.get("is_main_process", True):
                 completed = self.completing(folder)
-        else:
+        elif any(map(_is_rebased, all_lora_pairs(self.model))):
             # With the folder, or Python would show it once for all that a Trainer saves.
             warnings.warn(
                 f"save_pretrained writes the adapter alone to {str(folder)!r}, but ScaLoRA has put "

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from typing import Any
 
 from peft import PeftModel
 from peft.tuners.lora import layer as lora_layers
 from torch import nn
+
+from scalora.callers import level_of_caller
 
 _FOLDED = "ScaLoRA has folded part of what {adapters} learned into the base weights"
 _MESSAGES = {
@@ -65,20 +66,9 @@ class _Outspoken:
             warnings.warn(
                 _MESSAGES[self.method].format(adapters=adapters),
                 UserWarning,
-                stacklevel=_level_of_caller(),
+                stacklevel=level_of_caller(),
             )
         return getattr(type(self.tuner), self.method)(self.tuner, *args, **kwargs)
-
-
-def _level_of_caller() -> int:
-    """The stack level, as `warnings.warn` counts it from `_Outspoken`, of who called PEFT."""
-    frame, level = sys._getframe(2), 2
-    while frame.f_back is not None:
-        module = frame.f_globals.get("__name__", "")
-        if module != "contextlib" and module.partition(".")[0] != "peft":
-            break
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def _folded_adapters(tuner: nn.Module) -> set[str]:
