@@ -16,13 +16,9 @@ from miub import MIUBMonitor
 from scalora.peft_layers import adapter_checksums, base_checksums, checksums
 
 pytestmark = pytest.mark.distributed
-PROCESSES = 2
 
 
-def replica(rank: int, folder: str, dtype: torch.dtype, accumulator: str) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", PROCESSES)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES)
+def replica(rank: int, dtype: torch.dtype, accumulator: str) -> dict[str, int]:
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 6)).to(dtype)
     model = get_peft_model(base, LoraConfig(r=3, target_modules=["0", "2"]))
@@ -40,15 +36,11 @@ def replica(rank: int, folder: str, dtype: torch.dtype, accumulator: str) -> Non
     sums = base_checksums(pairs) | adapter_checksums(pairs)
     carries = {pair.name: pair.carry for pair in pairs if pair.carry is not None}
     assert len(carries) == (2 if accumulator == "carry" else 0)
-    sums |= checksums({f"up:{name}": carry.up for name, carry in carries.items()})
-    torch.save(sums, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return sums | checksums({f"up:{name}": carry.up for name, carry in carries.items()})
 
 
-def watched(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", PROCESSES)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES)
+def watched(rank: int) -> tuple[float, int, float]:
+    """A layer's value and tokens in the report, and the value of this rank's own tokens."""
     torch.manual_seed(0)
     model = get_peft_model(nn.Sequential(nn.Linear(12, 16)), LoraConfig(r=3, target_modules=["0"]))
     nn.init.normal_(model.get_base_model()[0].lora_B["default"].weight)
@@ -58,22 +50,17 @@ def watched(rank: int, folder: str) -> None:
     with monitor:
         parallel(x)
     own = monitor._records
-    report = monitor.report()
-    row = report["0"]
-    torch.save({"row": (row.value, row.tokens), "own": own}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    row = monitor.report()["0"]
+    return row.value, row.tokens, own[0][1].value
 
 
 def test_a_report_is_of_all_ranks_tokens(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(watched, args=(str(tmp_path),), nprocs=PROCESSES)
-    first, second = (
-        torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(PROCESSES)
-    )
-    assert first["row"] == second["row"]
-    assert first["row"][1] == 64
-    values = [saved["own"][0][1].value for saved in (first, second)]
-    assert values[0] != values[1]
-    assert first["row"][0] == pytest.approx(sum(values) / 2)
+    first, second = run_processes(watched, tmp_path, 2)
+    assert first[:2] == second[:2]
+    value, tokens, own = first
+    assert tokens == 64
+    assert own != second[2]
+    assert value == pytest.approx((own + second[2]) / 2)
 
 
 def train_replicas(rank: int, dtype: torch.dtype) -> tuple[list[float], dict[str, int]]:
@@ -116,8 +103,6 @@ def test_one_process_or_two_give_the_same_losses(tmp_path: Path) -> None:
 @pytest.mark.parametrize("accumulator", ["dense", "carry"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_replicas_hold_the_same_bits(tmp_path: Path, dtype: torch.dtype, accumulator: str) -> None:
-    arguments = str(tmp_path), dtype, accumulator
-    torch.multiprocessing.spawn(replica, args=arguments, nprocs=PROCESSES)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(PROCESSES))
+    first, second = run_processes(replica, tmp_path, 2, dtype, accumulator)
     assert first.keys() == second.keys()
     assert first == second

@@ -164,5 +164,5 @@ def refused_runs(rank: int) -> dict[str, str]:
 def test_what_is_refused_says_what_to_do(tmp_path: Path) -> None:
     for said in run_processes(refused_runs, tmp_path, 2):
         assert "fully_shard" in said.pop("FSDP1")
-        assert "Call fully_shard before the optimizer is made" in said.pop("late")
+        assert "call fully_shard before it is made" in said.pop("late")
         assert all("torch.distributed.checkpoint" in text for text in said.values())
