@@ -7,6 +7,7 @@ import multiprocessing.forkserver
 import os
 import uuid
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,7 +36,13 @@ def _begin(
     rank: int, store: str, world: int, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(store, world),
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(minutes=3),  # a rank that waits in vain fails, and the others with it
+    )
     try:
         torch.save(function(rank, *args), f"{store}.{rank}")
         dist.barrier()
