@@ -12,8 +12,10 @@ from typing import Any
 from scalora.options import RebasingOptions
 
 # TRL's arguments by the name of their class, so that TRL need not be installed: of trainers that
-# always have a reference model, and of those that have one unless ``beta`` is 0.
-_ALWAYS = {"DPOConfig", "KTOConfig"}
+# always have a reference model, of those that may compute its answers before training, and of those
+# that have one unless ``beta`` is 0.
+_ALWAYS = {"BCOConfig"}
+_UNLESS_PRECOMPUTED = {"DPOConfig", "KTOConfig"}
 _WITH_PENALTY = {"GRPOConfig", "RLOOConfig"}
 
 
@@ -27,6 +29,8 @@ def refers_to_base(arguments: Any) -> bool:
     """
     names = {cls.__name__ for cls in type(arguments).__mro__}
     if names & _ALWAYS:
+        return True
+    if names & _UNLESS_PRECOMPUTED:
         return not getattr(arguments, "precompute_ref_log_probs", False)
     return bool(names & _WITH_PENALTY) and getattr(arguments, "beta", 0.0) != 0.0
 
