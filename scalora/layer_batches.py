@@ -84,9 +84,10 @@ def stack(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([sharding.local(tensor).detach() for tensor in tensors])
 
 
-def stack_whole(tensors: Sequence[Tensor]) -> Tensor:
-    """(layers, ...), with all rows."""
-    return sharding.whole(stack(tensors), tensors[0])
+def thin_factors(pairs: Sequence[LoRAPair]) -> tuple[Tensor, Tensor]:
+    """P (layers, m, r) and Q (layers, r, n), of sharded ones the m rows and n columns held here."""
+    P, Q = [pair.P_parameter for pair in pairs], [pair.Q_parameter for pair in pairs]
+    return stack(P).flatten(2), sharding.own_columns(stack(Q), Q[0])
 
 
 def gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:

@@ -26,7 +26,6 @@ from scalora.layer_batches import (
     batches_with_gradients,
     gradients,
     stack,
-    stack_whole,
     widened,
 )
 from scalora.moments import Moments, transfer
@@ -299,7 +298,7 @@ class Rebaser:
         writes = [(targets, old, _where(finite, new, old)) for targets, old, new in writes]
         alpha, beta = (_where(finite, f, torch.ones_like(f)) for f in (alpha, beta))
 
-        factors = _whole_factors(batch, writes, alpha, beta)
+        factors = _factors(batch, writes, beta)
         left, right = increment(*factors, alpha * beta)
         accumulator = self._accumulator(batch.pairs[0])
         accumulator.commit(batch.pairs, left, right, writes, count)
@@ -310,32 +309,32 @@ def _quadratic_model(
     batch: LayerBatch, grad_P: Tensor, grad_Q: Tensor, direction_P: Tensor, direction_Q: Tensor
 ) -> QuadraticModel:
     """From stacks as PEFT stores them, (layers, m, r, ...) and (layers, r, n, ...), own rows."""
-    whole_P, whole_Q = sharding.whole(grad_P, batch.P[0]), sharding.whole(grad_Q, batch.Q[0])
-    if direction_P is grad_P:
-        direction_P, direction_Q = whole_P, whole_Q
-    else:
-        direction_P = sharding.whole(direction_P, batch.P[0])
-        direction_Q = sharding.whole(direction_Q, batch.Q[0])
+
+    def columns(stacked: Tensor) -> Tensor:
+        return sharding.own_columns(stacked, batch.Q[0]).mT
+
+    thin_P, thin_Q = grad_P.flatten(2), columns(grad_Q)
+    same = direction_P is grad_P
     return quadratic_model(
-        stack_whole(batch.P).flatten(2),
-        stack_whole(batch.Q).flatten(2).mT,
-        whole_P.flatten(2),
-        whole_Q.flatten(2).mT,
-        direction_P.flatten(2),
-        direction_Q.flatten(2).mT,
+        stack(batch.P).flatten(2),
+        columns(stack(batch.Q)),
+        thin_P,
+        thin_Q,
+        thin_P if same else direction_P.flatten(2),
+        thin_Q if same else columns(direction_Q),
         batch.pairs[0].scaling,
+        sharding.rows_of(batch.P[0]),
     )
 
 
-def _whole_factors(
-    batch: LayerBatch, writes: Sequence[Write], alpha: Tensor, beta: Tensor
+def _factors(
+    batch: LayerBatch, writes: Sequence[Write], beta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """P before and after, Q before and after; ``writes`` begin with these, of own rows."""
+    """P before and after, own rows; Q, own columns.  ``writes`` begin with these."""
     (_, P, P_new), (_, Q, Q_new), *_ = writes
-    if sharding.is_sharded(batch.P[0]):
-        # The same products as of the own rows, to the bit: cheaper than another gathering.
-        P, Q = sharding.whole(P, batch.P[0]), sharding.whole(Q, batch.Q[0])
-        P_new = transfer(P, alpha, 1, _P_RANK_AXIS).to(P.dtype)
+    if sharding.is_sharded(batch.Q[0]):
+        # The same products as of the own rows, to the bit: cheaper than sending them as well.
+        Q = sharding.own_columns(Q, batch.Q[0])
         Q_new = transfer(Q, beta, 1, _Q_RANK_AXIS).to(Q.dtype)
     return P, P_new, Q, Q_new
 

@@ -63,22 +63,23 @@ def renewed(
         seeds: one a layer, of the new columns' directions.
 
     Returns:
-        ``left`` (layers, m, k) and ``right`` (layers, n, k) with ``s left right^T`` frozen, whole
-        on every process, and the writes of factors, gradients and momenta.
+        ``left`` (layers, m, k) and ``right`` (layers, n, k) with ``s left right^T`` frozen, the
+        rows held here, and the writes of factors, gradients and momenta.
     """
-    P, Q = stack(batch.P), stack(batch.Q)
+    P, Q, rows = stack(batch.P), stack(batch.Q), sharding.rows_of(batch.Q[0])
+    shares = rows.slices(batch.Q[0].shape[0])
+    own = shares[rows.index]
     # Column by column: an index that is a list would have to be copied to the device.
-    left = torch.stack([P[:, :, j] for j in columns], 2)
-    left = widened(sharding.whole(left, batch.P[0])).flatten(2)
-    own = sharding.own_rows(batch.Q[0])
-    # Of a sharded Q each column is with one process: the others add zeros.
-    nothing = torch.zeros(Q.shape[0], *Q.shape[2:], dtype=Q.dtype, device=Q.device)
-    held = [Q[:, j - own.start] if own.start <= j < own.stop else nothing for j in columns]
-    old = sharding.summed(torch.stack(held, 1), batch.Q[0])
-    right = widened(old).flatten(2).mT
+    left = widened(torch.stack([P[:, :, j] for j in columns], 2)).flatten(2)
+    held = [Q[:, j - own.start] for j in columns if own.start <= j < own.stop]
+    old = torch.stack(held, 1) if held else Q[:, :0]
+    counts = [sum(share.start <= j < share.stop for j in columns) for share in shares]
+    right = widened(rows.turned(old.flatten(2), counts)).mT
     keep = torch.ones(P.shape[0], P.shape[2], device=P.device)
     P_new, Q_new = P.clone(), Q.clone()
-    for j, new in zip(columns, _random_columns(old, seeds).unbind(1), strict=True):
+    lengths = rows.sum(right.norm(dim=1).square()).sqrt()
+    new_columns = _random_columns(Q, lengths, seeds)
+    for j, new in zip(columns, new_columns.unbind(1), strict=True):
         keep[:, j] = 0
         P_new[:, :, j] = 0
         if own.start <= j < own.stop:
@@ -94,20 +95,24 @@ def renewed(
         momenta = _momenta(optimizer, moments, parameters)
         writes += moved_states(optimizer, momenta, parameters, kept, axis)
     # A layer that has gone astray keeps it to itself: its base stays clean.
-    finite = (left.sum((1, 2)) + right.sum((1, 2))).isfinite()[:, None, None]
+    finite = (left.sum((1, 2)) + right.sum((1, 2))).isfinite()
+    finite = sharding.everywhere(finite, batch.P[0])[:, None, None]
     left, right = torch.where(finite, left, 0), torch.where(finite, right, 0)
     return left, right, [(targets, old, new.to(old.dtype)) for targets, old, new in writes]
 
 
-def _random_columns(old: Tensor, seeds: Sequence[int]) -> Tensor:
-    """Directions drawn evenly, each as long as the old column: (layers, k, n, ...)."""
+def _random_columns(Q: Tensor, lengths: Tensor, seeds: Sequence[int]) -> Tensor:
+    """Directions drawn evenly, (layers, k, n, ...), of those lengths, (layers, k).
+
+    Whole on every process, and the same there.
+    """
+    shape = (lengths.shape[1], *Q.shape[2:])
     drawn = [
-        torch.randn(old.shape[1:], generator=_generator(seed, old.device), device=old.device)
-        for seed in seeds
+        torch.randn(shape, generator=_generator(seed, Q.device), device=Q.device) for seed in seeds
     ]
     new = torch.stack(drawn).flatten(2)
-    lengths = widened(old).flatten(2).norm(dim=-1, keepdim=True)
-    return (new / new.norm(dim=-1, keepdim=True) * lengths).view_as(old).to(old.dtype)
+    new = new / new.norm(dim=-1, keepdim=True) * lengths.unsqueeze(-1)
+    return new.view(-1, *shape).to(Q.dtype)
 
 
 def _generator(seed: int, device: torch.device) -> torch.Generator:

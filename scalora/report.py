@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from scalora.carry import Carry
-from scalora.layer_batches import stack_whole
+from scalora.layer_batches import thin_factors
 from scalora.peft_layers import LoRAPair
 
 
@@ -28,7 +28,7 @@ class LayerReport:
         capacity: the columns that the carry has room for.
         cut: the energy (squared Frobenius norm) of all that was cut from the carry, relative to
             that of what the layer has learned, carry and adapter together.
-        bytes: of the carry.
+        bytes: of the carry; of a sharded layer's, of what this process keeps.
     """
 
     layer: str
@@ -104,5 +104,5 @@ def rebasing_report(pairs: Sequence[LoRAPair], places: Mapping[str, str]) -> Reb
 
 
 def _relative_cut(pair: LoRAPair, carry: Carry) -> Tensor:
-    P, Q = stack_whole([pair.P_parameter])[0], stack_whole([pair.Q_parameter])[0]
-    return carry.relative_cut(P.flatten(1), Q.flatten(1))
+    P, Q = thin_factors([pair])
+    return carry.relative_cut(P[0], Q[0])

@@ -1,20 +1,26 @@
 """The one place that knows sharded parameters: the DTensors of FSDP2's ``fully_shard``.
 
-Every process holds some rows (axis 0) of a parameter, of its gradient and of its moments.  What is
-computed from whole factors is computed on every process alike, from the same numbers, so that
-nothing has to be sent back; each then writes its own rows.  Only the factors and what is of their
-size is ever made whole.  All processes must call these functions in the same order.
+Every process holds some rows (axis 0) of a parameter, of its gradient and of its moments.  Of P
+(m, r) these are rows of the weight, but of Q (r, n) they are columns of the adapter: what is
+computed with Q is computed with some of its n columns in every process.  Small matrices are summed
+over the processes, which all compute the same with them, so that nothing has to be sent back; each
+then writes its own rows.  All processes must call these functions in the same order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+from scalora.rows import HERE, Rows
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -35,61 +41,115 @@ def layout(tensor: Tensor) -> Hashable:
     return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
 
 
+@dataclass(frozen=True)
+class SharedRows(Rows):
+    """Rows dealt out over one axis of a mesh as ``torch.chunk`` does it, the same on the others.
+
+    Attributes:
+        mesh: of the processes.
+        placements: one an axis of the mesh, one of them a ``Shard``.
+    """
+
+    mesh: DeviceMesh
+    placements: tuple[Placement, ...]
+
+    @property
+    def _axis(self) -> int:
+        return next(axis for axis, p in enumerate(self.placements) if p.is_shard())
+
+    @property
+    def processes(self) -> int:  # type: ignore[override]
+        """How many hold rows; of those that replicate them, one each."""
+        return self.mesh.size(self._axis)
+
+    @property
+    def index(self) -> int:  # type: ignore[override]
+        """Of this process among them."""
+        return self.mesh.get_local_rank(self._axis)
+
+    def slices(self, count: int) -> list[slice]:
+        """Which of ``count`` rows each process holds."""
+        each = -(-count // self.processes)
+        starts = [min(count, process * each) for process in range(self.processes)]
+        return [slice(start, min(count, start + each)) for start in starts]
+
+    def sum(self, part: Tensor) -> Tensor:
+        """The sum of every process's ``part``, on all of them."""
+        return self._redistributed(part, Partial("sum"), part.shape)
+
+    def max(self, part: Tensor) -> Tensor:
+        """The largest of every process's ``part``, element by element, on all of them."""
+        return self._redistributed(part, Partial("max"), part.shape)
+
+    def each(self, part: Tensor) -> Tensor:
+        """(processes, ...): every process's ``part``, of one shape, on all of them."""
+        return self.whole(part.unsqueeze(0), 0, self.processes)
+
+    def whole(self, part: Tensor, axis: int, count: int) -> Tensor:
+        """All ``count`` rows, on every process, from the rows along ``axis`` that each holds."""
+        shape = torch.Size((*part.shape[:axis], count, *part.shape[axis + 1 :]))
+        return self._redistributed(part, Shard(axis), shape)
+
+    def turned(self, part: Tensor, held: Sequence[int]) -> Tensor:
+        """Deal out the columns instead of the rows: see `Rows.turned`."""
+        layers, here, columns = part.shape
+        shares = [share.stop - share.start for share in self.slices(columns)]
+        own = shares[self.index]
+        sent = [share * layers * here for share in shares]
+        received = [own * layers * rows for rows in held]
+        # Columns first: what goes to one process is then in one piece.
+        outgoing = part.permute(2, 0, 1).contiguous().flatten()
+        incoming = outgoing.new_empty(sum(received))
+        group = self.mesh.get_group(self._axis)
+        dist.all_to_all_single(incoming, outgoing, received, sent, group=group)
+        pieces = zip(incoming.split(received), held, strict=True)
+        return torch.cat([x.view(own, layers, rows) for x, rows in pieces], 2).permute(1, 2, 0)
+
+    def _redistributed(self, part: Tensor, placement: Placement, shape: torch.Size) -> Tensor:
+        spread = DTensor.from_local(
+            part.contiguous(),
+            self.mesh,
+            [placement if p.is_shard() else p for p in self.placements],
+            run_check=False,
+            shape=shape,
+            stride=torch.empty(shape, device="meta").stride(),
+        )
+        return spread.full_tensor()
+
+
+def rows_of(tensor: Tensor) -> Rows:
+    """Who holds the rows of a parameter (axis 0)."""
+    if not isinstance(tensor, DTensor) or not any(p.is_shard() for p in tensor.placements):
+        return HERE
+    return SharedRows(tensor.device_mesh, tensor.placements)
+
+
 def own_rows(tensor: Tensor) -> slice:
-    """Which rows of the whole tensor this process holds, as ``torch.chunk`` deals them out."""
-    rows = tensor.shape[0]
-    if isinstance(tensor, DTensor):
-        for axis, placement in enumerate(tensor.placements):
-            if placement.is_shard():
-                each = -(-rows // tensor.device_mesh.size(axis))
-                first = min(rows, tensor.device_mesh.get_local_rank(axis) * each)
-                return slice(first, min(rows, first + each))
-    return slice(0, rows)
+    """Which rows of the whole tensor this process holds."""
+    return rows_of(tensor).own(tensor.shape[0])
 
 
 def whole(stack: Tensor, like: Tensor) -> Tensor:
-    """Stacked rows of all processes together, on every process.
-
-    Args:
-        stack: (layers, own rows of ``like``, ...), of this process.
-        like: a parameter that is spread as each layer is.
-
-    Returns:
-        (layers, rows of ``like``, ...); the stack itself where nothing is sharded.
-    """
-    if not isinstance(like, DTensor):
-        return stack
-    placements = [Shard(1) if p.is_shard() else p for p in like.placements]
-    shape = torch.Size((stack.shape[0], like.shape[0], *stack.shape[2:]))
-    return _redistributed(stack, like, placements, shape)
+    """(layers, rows of ``like``, ...), on every process, from its own rows, stacked."""
+    return rows_of(like).whole(stack, 1, like.shape[0])
 
 
 def summed(part: Tensor, like: Tensor) -> Tensor:
     """A sum over all rows, from every process's sum over its own: as ``part``, on every process."""
-    if not isinstance(like, DTensor):
-        return part
-    placements = [Partial() if p.is_shard() else p for p in like.placements]
-    return _redistributed(part, like, placements, part.shape)
+    return rows_of(like).sum(part)
 
 
 def everywhere(flags: Tensor, like: Tensor) -> Tensor:
     """Whether flags, bool of any shape, are true on every process that holds rows."""
-    return summed((~flags).to(torch.float32), like) == 0
+    rows = rows_of(like)
+    return flags if rows.processes == 1 else rows.sum((~flags).to(torch.float32)) == 0
 
 
-def _redistributed(
-    tensor: Tensor, like: DTensor, placements: Sequence[Placement], shape: torch.Size
-) -> Tensor:
-    stride = torch.empty(shape, device="meta").stride()
-    spread = DTensor.from_local(
-        tensor.contiguous(),
-        like.device_mesh,
-        placements,
-        run_check=False,
-        shape=shape,
-        stride=stride,
-    )
-    return spread.full_tensor()
+def own_columns(stack: Tensor, like: Tensor) -> Tensor:
+    """(layers, rows of ``like``, its own columns) of a stack of own rows, later axes flattened."""
+    rows = rows_of(like)
+    held = [share.stop - share.start for share in rows.slices(like.shape[0])]
+    return rows.turned(stack.flatten(2), held)
 
 
 def layouts(tensors: Iterable[Tensor]) -> list[Tensor]:

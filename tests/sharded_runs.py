@@ -105,7 +105,7 @@ def outcome(model: nn.Module, optimizer: scalora.ScaLoRA, losses: list[float]) -
         "rebased": optimizer.rebase_count,
         "checksums": base_checksums(pairs) | adapter_checksums(pairs),
         "weights": {name: whole(p).detach().clone() for name, p in model.named_parameters()},
-        "carries": {name: carry.used_up @ carry.used_down for name, carry in carries.items()},
+        "carries": {name: carry.whole_up() @ carry.whole_down() for name, carry in carries.items()},
         "skipped": optimizer.skipped_steps,
     }
 

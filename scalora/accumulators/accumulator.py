@@ -41,7 +41,7 @@ class Accumulator(Protocol):
 
         Args:
             pairs: layers of one `key` and scaling, with room.
-            left: (layers, m, k), whole on every process.
+            left: (layers, m, k), the rows held here.
             right: (layers, n, k), likewise.
             writes: factors, gradients and moments in the new coordinates.
             count: as for `make_room`.

@@ -12,7 +12,7 @@ from scalora.accumulators.commit import write_all
 from scalora.accumulators.increment import increment_columns
 from scalora.accumulators.into_base import DenseAccumulator
 from scalora.carry import Carry, compress, relative_cut
-from scalora.layer_batches import Write, stack_whole
+from scalora.layer_batches import Write, thin_factors
 from scalora.options import RebasingOptions
 from scalora.peft_layers import LoRAPair
 
@@ -100,12 +100,12 @@ class CarryAccumulator:
         keep = _kept_columns(pairs[0], carries[0], columns)
         up = torch.stack([carry.used_up for carry in carries])
         down = torch.stack([carry.used_down for carry in carries])
-        new = compress(up, down, keep)
+        rows = carries[0].rows
+        new = compress(up, down, keep, rows)
         cuts = torch.stack([carry.cut for carry in carries]) + new.cut
-        P = stack_whole([pair.P_parameter for pair in pairs]).flatten(2)
-        Q = stack_whole([pair.Q_parameter for pair in pairs]).flatten(2)
+        P, Q = thin_factors(pairs)
         # The eigenproblem has waited for the device; reading these costs nothing more.
-        shares = relative_cut(cuts, new.energy, up, down, P, Q).tolist()
+        shares = relative_cut(cuts, new.energy, up, down, P, Q, rows).tolist()
         chosen = []
         for i, (pair, carry) in enumerate(zip(pairs, carries, strict=True)):
             too_much = shares[i] > self.options.carry_tolerance

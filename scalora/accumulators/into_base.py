@@ -59,9 +59,13 @@ class DenseAccumulator:
 
     def _fold(self, pairs: Sequence[LoRAPair], left: Tensor, right: Tensor, count: int) -> None:
         memories = [self.memory[pair.name] for pair in pairs]
-        if pairs[0].base_is_transposed:
-            left, right = right, left
-        rows = sharding.own_rows(pairs[0].base_weight)
+        first, (m, n) = pairs[0], pairs[0].shape
+        if first.base_is_transposed:
+            left, right, m, n = right, left, n, m
+        right = sharding.rows_of(first.P_parameter).whole(right, 1, n)
+        if sharding.layout(first.base_weight) != sharding.layout(first.P_parameter):
+            left = sharding.rows_of(first.P_parameter).whole(left, 1, m)
+            left = left[:, sharding.own_rows(first.base_weight)]
         bases = [sharding.local(pair.base_weight) for pair in pairs]
         matrices = [base.detach().flatten(1) for base in bases]
         residuals: list[Tensor] = []
@@ -75,12 +79,12 @@ class DenseAccumulator:
                 residuals.append(memory.residual)
         fold(
             matrices,
-            left[:, rows],
+            left,
             right,
             rounding=self.options.rounding,
             seeds=[noise_seed(self.options.seed, count, memory.index) for memory in memories],
             residuals=residuals,
-            first_row=rows.start,
+            first_row=sharding.own_rows(first.base_weight).start,
         )
         for base, matrix in zip(bases, matrices, strict=True):
             if matrix.data_ptr() != base.data_ptr():  # channels_last has no matrix view

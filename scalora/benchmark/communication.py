@@ -23,7 +23,8 @@ from scalora.options import RebasingOptions
 
 _PROCESSES = 2
 _RANK, _LIFETIME = 4, 8
-_MEASURED = ("training", "a step", "a renewal", "exact")
+_COLUMNS = 8 * _RANK  # of a carry
+_MEASURED = ("training", "with carries", "a step", "a renewal", "exact", "exact, carry")
 _PLANNED = (8, 64, 512)
 
 
@@ -56,6 +57,9 @@ class ReceivedBytes(TorchDispatchMode):
             self._count(others * args[1].nbytes, args[0].numel())
         elif name.startswith("c10d::_reduce_scatter_base_"):
             self._count(others * args[0].nbytes, args[0].numel())
+        elif name.startswith("c10d::alltoall_base_"):
+            incoming, own = args[0], args[3][dist.get_rank()]
+            self._count((incoming.numel() - own) * incoming.itemsize, incoming.numel())
         elif name.startswith(("c10d::", "_c10d_functional::")) and not _passes(name):
             raise RuntimeError(f"the collective {name} is not counted.")
         return func(*args, **(kwargs or {}))
@@ -105,9 +109,12 @@ def planned(plan: Plan) -> dict[str, float]:
     """By the formula, what `measured` measures."""
     return {
         "training": plan.training(),
+        "with carries": plan.training() + plan.carrying(_COLUMNS),
         "a step": plan.every_step(calibrating=True),
         "a renewal": plan.every_step(calibrating=True) + plan.renewal(),
         "exact": plan.every_step(calibrating=False) + plan.rebasing(with_direction=False),
+        "exact, carry": plan.every_step(calibrating=False)
+        + plan.rebasing(with_direction=False, dense=False),
     }
 
 
@@ -115,14 +122,16 @@ def measured(processes: int) -> tuple[dict[str, float], int]:
     """Bytes this process of a group receives, and elements of the largest tensor of ScaLoRA's."""
     found: dict[str, float] = {}
     largest = 0
-    for rule in ("auto", "exact"):
+    for rule, accumulator in (("auto", "dense"), ("exact", "dense"), ("exact", "carry")):
         model: Any = small_model()
+        model.enable_input_require_grads()  # else the first layers' backward pass gathers less
         for block in model.get_base_model().model.layers:
             fully_shard(block)
         fully_shard(model)
         trainable = [p for p in model.parameters() if p.requires_grad]
         inner = torch.optim.AdamW(trainable, lr=1e-3)
-        optimizer = ScaLoRA(inner, model, rule=rule, lifetime=_LIFETIME)
+        options: dict[str, Any] = {"accumulator": accumulator, "carry_rank": _COLUMNS}
+        optimizer = ScaLoRA(inner, model, rule=rule, lifetime=_LIFETIME, **options)
         for step in range(1, _LIFETIME + 1):
             optimizer.zero_grad()
             with ReceivedBytes(processes) as training:
@@ -131,7 +140,9 @@ def measured(processes: int) -> tuple[dict[str, float], int]:
             with ReceivedBytes(processes) as stepping:
                 optimizer.step()
             largest = max(largest, stepping.largest)
-            if rule == "exact":
+            if accumulator == "carry":
+                found["with carries"], found["exact, carry"] = training.total, stepping.total
+            elif rule == "exact":
                 found["exact"] = stepping.total
             elif step == _LIFETIME:
                 found["a renewal"] = stepping.total
@@ -154,10 +165,11 @@ def _process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", _PROCESSES)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=_PROCESSES)
-    found, _ = measured(_PROCESSES)
+    counts, _ = measured(_PROCESSES)
+    every: list[dict[str, float]] = [{}] * _PROCESSES
+    dist.all_gather_object(every, counts)
     if rank == 0:
-        torch.save(found, Path(folder) / "found")
-    dist.barrier()
+        torch.save({k: max(own[k] for own in every) for k in counts}, Path(folder) / "found")
     dist.destroy_process_group()
 
 
@@ -174,6 +186,7 @@ def _plan() -> str:
         every = RebasingOptions.lifetime / plan.rank
         step, renewal = plan.every_step(calibrating=False), plan.renewal()
         exact = step + plan.rebasing(with_direction=True)
+        carries = plan.carrying(8 * plan.rank)
         own = plan.training()
         default = step + renewal / every
         rows.append(
@@ -185,6 +198,8 @@ def _plan() -> str:
                 f"{default / own:.1e}",
                 f"{exact / 1e9:.2f}",
                 f"{exact / own:.1e}",
+                f"{carries / 1e9:.1f}",
+                f"{carries / own:.1e}",
             ]
         )
     header = [
@@ -194,6 +209,8 @@ def _plan() -> str:
         "default MB",
         "share",
         "exact GB",
+        "share",
+        "carries GB",
         "share",
     ]
     return markdown(header, rows)

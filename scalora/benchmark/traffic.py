@@ -2,7 +2,9 @@
 
 A gathering of a tensor spread over p processes receives p - 1 parts of ``ceil(rows / p)`` rows: a
 factor of fewer rows than processes is padded to one row each.  A sum over p processes, as a ring
-does it, receives 2 (p - 1) / p of the tensor.
+does it, receives 2 (p - 1) / p of the tensor.  Where rows are exchanged for columns, a process
+receives its columns of all the rows that it has not.  Where processes receive different amounts it
+is the largest that counts.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from dataclasses import dataclass
 
 Shape = tuple[int, int]
 
-_WORD = 4  # bytes of a float32: of flags and of sums
+_WORD, _WIDE = 4, 8  # bytes of a float32: of flags and of sums; of a float64: of small matrices
 
 
 @dataclass(frozen=True)
@@ -65,22 +67,50 @@ class Plan:
         return self.summed(1) + (self.summed(5) + self.summed(1) if calibrating else 0)
 
     def renewal(self, columns: int = 1) -> float:
-        """Of a step in which ``columns`` of every layer are renewed."""
+        """Of a step in which ``columns`` of every layer are renewed, and folded into the base."""
         item = self.factor_bytes
         return sum(
-            self.gathered(m, columns, item) + self.summed(columns * n, item)
-            for m, n in self.adapted
+            self.turned(n, columns, held=0, item=item)
+            + self.gathered(n, columns, item)
+            + self.summed(columns + 1)  # lengths, and whether all is finite
+            for _, n in self.adapted
         )
 
-    def rebasing(self, with_direction: bool) -> float:
+    def rebasing(self, with_direction: bool, dense: bool = True) -> float:
         """Of a step with ``rule="exact"``.
 
-        Gathered are the factors and their gradients for the model, and the factors for what is
-        frozen.  ``with_direction``: the model of the inner optimizer's step as well, which a CPU
-        needs at the first re-basing alone.
+        Of Q, its gradient and what is frozen of it every process gets some columns; of P, m long,
+        nothing is moved but sums over m.
+
+        Args:
+            with_direction: with the model of the inner optimizer's step as well, which a CPU needs
+                at the first re-basing alone.
+            dense: fold into the base, for which every process needs all columns of Q.
         """
-        times = 6 if with_direction else 3
-        return times * self.adapter(self.factor_bytes) + self.summed(len(self.adapted))
+        r, item = self.rank, self.factor_bytes
+        models = 2 if with_direction else 1
+        exchanges = 6 if with_direction else 3
+        small = self.summed(4) + self.summed(8 * r * r + 2 * r, _WIDE)
+        least = r // self.processes if r % self.processes == 0 else 0
+        return sum(
+            models * small
+            + self.summed(1)
+            + exchanges * self.turned(n, r, least, item)
+            + (self.gathered(n, r, item) if dense else 0)
+            for _, n in self.adapted
+        )
+
+    def turned(self, n: int, rows: int, held: int, item: int) -> int:
+        """Of exchanging ``rows`` rows for columns, where a process holds ``held`` of them."""
+        return -(-n // self.processes) * (rows - held) * item
+
+    def carrying(self, columns: int) -> int:
+        """Of the forward and the backward pass of carries with room for so many columns."""
+        item = self.gathered_factor_bytes
+        return sum(
+            2 * (self.gathered(m, columns, item) + self.gathered(n, columns, item))
+            for m, n in self.adapted
+        )
 
 
 def llama_70b(processes: int, rank: int = 16) -> Plan:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from scalora.carry.factors import inner_product, relative_cut
+from scalora.rows import HERE, Rows
 
 
 class Carry:
@@ -14,25 +15,37 @@ class Carry:
     All of its capacity takes part in every forward pass, so that shapes and addresses stay; columns
     that are not used yet are zero.
 
+    Of a sharded layer every process keeps its rows of ``up`` and its share of the columns of
+    ``down`` alone; a forward or backward pass gathers both for as long as it computes with them.
+
     Args:
         m, n: of the layer's weight.
         capacity: the most columns.
         device: of the factors.
         dtype: likewise, float32 at least: an increment must not be rounded to the dtype of a
             half-precision adapter, and a sum of many even less.
+        rows: who holds the m rows, and likewise the n columns.
 
     Attributes:
-        up: (m, capacity).
-        down: (capacity, n).
+        up: (m, capacity), the rows held here.
+        down: (capacity, n), the columns held here.
         columns: how many are used.
         cut: 0-d, the energy (squared Frobenius norm) of all that was cut so far.
     """
 
     def __init__(
-        self, m: int, n: int, capacity: int, device: torch.device, dtype: torch.dtype
+        self,
+        m: int,
+        n: int,
+        capacity: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        rows: Rows = HERE,
     ) -> None:
-        self.up = torch.zeros(m, capacity, device=device, dtype=dtype)
-        self.down = torch.zeros(capacity, n, device=device, dtype=dtype)
+        self.m, self.n, self.rows = m, n, rows
+        own_m, own_n = (len(range(count)[rows.own(count)]) for count in (m, n))
+        self.up = torch.zeros(own_m, capacity, device=device, dtype=dtype)
+        self.down = torch.zeros(capacity, own_n, device=device, dtype=dtype)
         self.columns = 0
         self.cut = torch.zeros((), device=device, dtype=dtype)
 
@@ -43,12 +56,12 @@ class Carry:
 
     @property
     def used_up(self) -> Tensor:
-        """(m, columns)."""
+        """(m, columns), the rows held here."""
         return self.up[:, : self.columns]
 
     @property
     def used_down(self) -> Tensor:
-        """(columns, n)."""
+        """(columns, n), the columns held here."""
         return self.down[: self.columns]
 
     def on(self, device: torch.device) -> Carry:
@@ -57,6 +70,22 @@ class Carry:
             self.up, self.down = self.up.to(device), self.down.to(device)
             self.cut = self.cut.to(device)
         return self
+
+    def among(self, rows: Rows) -> Carry:
+        """Itself, dealt out if its layer was sharded since; never put together again."""
+        if rows != self.rows and self.rows is HERE:
+            self.up = self.up[rows.own(self.m)].clone()
+            self.down = self.down[:, rows.own(self.n)].clone()
+            self.rows = rows
+        return self
+
+    def whole_up(self) -> Tensor:
+        """(m, capacity), on every process."""
+        return self.rows.whole(self.up, 0, self.m)
+
+    def whole_down(self) -> Tensor:
+        """(capacity, n), on every process."""
+        return self.rows.whole(self.down, 1, self.n)
 
     def grow(self, capacity: int) -> None:
         """Make room for ``capacity`` columns in all; nothing that is there changes."""
@@ -74,16 +103,20 @@ class Carry:
         """0-d: the energy cut so far over that of all that was learned beside the base.
 
         Args:
-            P: (m, r), the adapter's.
-            Q: (r, n), likewise.
+            P: (m, r), the adapter's, the rows held here.
+            Q: (r, n), likewise, the columns held here.
         """
-        own = inner_product(self.up, self.down, self.up, self.down)
-        return relative_cut(self.cut, own, self.up, self.down, P, Q)
+        own = inner_product(self.up, self.down, self.up, self.down, self.rows)
+        return relative_cut(self.cut, own, self.up, self.down, P, Q, self.rows)
 
     def state(self) -> dict[str, Tensor]:
-        """What a resumed run needs."""
-        capacity = torch.tensor(self.capacity)
-        return {"up": self.used_up, "down": self.used_down, "cut": self.cut, "capacity": capacity}
+        """What a resumed run needs, whole on every process."""
+        return {
+            "up": self.rows.whole(self.used_up, 0, self.m),
+            "down": self.rows.whole(self.used_down, 1, self.n),
+            "cut": self.cut,
+            "capacity": torch.tensor(self.capacity),
+        }
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Take up what `state` was taken of, this very carry included; never with less room."""
@@ -92,6 +125,6 @@ class Carry:
             self.grow(int(state["capacity"]))
         self.clear()
         self.columns = up.shape[1]
-        self.used_up.copy_(up)
-        self.used_down.copy_(down)
+        self.used_up.copy_(up[self.rows.own(self.m)])
+        self.used_down.copy_(down[:, self.rows.own(self.n)])
         self.cut.copy_(cut)

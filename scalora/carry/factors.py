@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from scalora.rows import HERE, Rows
+
 
 class Compressed(NamedTuple):
     """The best approximation of ``up @ down`` by fewer columns.
@@ -25,7 +27,7 @@ class Compressed(NamedTuple):
     energy: Tensor
 
 
-def compress(up: Tensor, down: Tensor, rank: int) -> Compressed:
+def compress(up: Tensor, down: Tensor, rank: int, rows: Rows = HERE) -> Compressed:
     """Keep the ``rank`` largest singular values of ``up @ down``, for any batch dimensions.
 
     With ``up = O R`` (QR), ``up @ down = O (R down)``: the left singular vectors are O times the
@@ -38,11 +40,13 @@ def compress(up: Tensor, down: Tensor, rank: int) -> Compressed:
         up: (..., m, c).
         down: (..., c, n).
         rank: how many columns to return; more than there are is filled up with zeros.
+        rows: who holds the rows of ``up`` and the columns of ``down``; with several processes these
+            are the ones held here, and so are the result's.
     """
     work = torch.float32 if up.device.type == "mps" else torch.float64
-    basis, triangle = torch.linalg.qr(up.to(work))
+    basis, triangle = _tall_qr(up.to(work), rows)
     wide = down.to(work)
-    core = triangle @ (wide @ wide.mT) @ triangle.mT
+    core = triangle @ rows.sum(wide @ wide.mT) @ triangle.mT
     energies, vectors = torch.linalg.eigh(core)
     energies, vectors = energies.flip(-1).clamp_min(0), vectors.flip(-1)
     k = min(rank, energies.shape[-1])
@@ -52,8 +56,8 @@ def compress(up: Tensor, down: Tensor, rank: int) -> Compressed:
     root = energies[..., :k].clamp_min(floor).sqrt().sqrt()
     inverse = 1 / root
     new_up = (basis @ (vectors[..., :k] * root.unsqueeze(-2))).to(up.dtype)
-    rows = (vectors[..., :k] * inverse.unsqueeze(-2)).mT @ triangle
-    new_down = (rows @ wide).to(down.dtype)
+    back = (vectors[..., :k] * inverse.unsqueeze(-2)).mT @ triangle
+    new_down = (back @ wide).to(down.dtype)
     return Compressed(
         torch.nn.functional.pad(new_up, (0, rank - k)),
         torch.nn.functional.pad(new_down, (0, 0, 0, rank - k)),
@@ -62,18 +66,47 @@ def compress(up: Tensor, down: Tensor, rank: int) -> Compressed:
     )
 
 
-def inner_product(up: Tensor, down: Tensor, other_up: Tensor, other_down: Tensor) -> Tensor:
+def _tall_qr(matrix: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    """(..., m, k) with orthonormal columns over all rows, and (..., k, c), the same everywhere.
+
+    Every process factorises its rows, and all of them the triangles of all (TSQR: Demmel et al.,
+    SIAM J. Sci. Comput. 34, 2012).
+    """
+    basis, triangle = torch.linalg.qr(matrix)
+    if rows.processes == 1:
+        return basis, triangle
+    c = matrix.shape[-1]
+    missing = c - triangle.shape[-2]  # fewer rows here than columns
+    basis = torch.nn.functional.pad(basis, (0, missing))
+    triangle = torch.nn.functional.pad(triangle, (0, 0, 0, missing))
+    stacked = rows.each(triangle).movedim(0, -3).flatten(-3, -2)
+    turns, triangle = torch.linalg.qr(stacked)
+    first = rows.index * c
+    return basis @ turns[..., first : first + c, :], triangle
+
+
+def inner_product(
+    up: Tensor, down: Tensor, other_up: Tensor, other_down: Tensor, rows: Rows = HERE
+) -> Tensor:
     """(...,): Frobenius inner product of ``up @ down`` and ``other_up @ other_down``, not formed.
 
     Args:
         up, other_up: (..., m, c) and (..., m, d).
         down, other_down: (..., c, n) and (..., d, n).
+        rows: who holds the m rows and the n columns, as for `compress`.
     """
-    return ((up.mT @ other_up) * (down @ other_down.mT)).sum(dim=(-2, -1))
+    left, right = rows.sum(torch.stack([up.mT @ other_up, down @ other_down.mT]))
+    return (left * right).sum(dim=(-2, -1))
 
 
 def relative_cut(
-    cut: Tensor, energy: Tensor, up: Tensor, down: Tensor, P: Tensor, Q: Tensor
+    cut: Tensor,
+    energy: Tensor,
+    up: Tensor,
+    down: Tensor,
+    P: Tensor,
+    Q: Tensor,
+    rows: Rows = HERE,
 ) -> Tensor:
     """(...,): energy that was cut from a carry over that of carry and adapter together.
 
@@ -84,8 +117,10 @@ def relative_cut(
         energy: (...,), of the carry, ``up @ down``.
         up, down: (..., m, c) and (..., c, n).
         P, Q: (..., m, r) and (..., r, n), the adapter's.
+        rows: who holds the m rows and the n columns, as for `compress`.
     """
     P, Q = P.to(up.dtype), Q.to(down.dtype)
-    learned = energy + 2 * inner_product(up, down, P, Q) + inner_product(P, Q, P, Q)
+    both = inner_product(up, down, P, Q, rows)
+    learned = energy + 2 * both + inner_product(P, Q, P, Q, rows)
     learned = learned.clamp_min(torch.finfo(up.dtype).eps * energy)
     return torch.where(cut > 0, cut / learned, 0)

@@ -15,43 +15,51 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from scalora.carry.carry import Carry
+from scalora.rows import Rows
 
 
 class _Joined(torch.autograd.Function):
-    """``x @ cat([weight, frozen])^T`` without the frozen half's share of the weight's gradient."""
+    """``x @ cat([weight, frozen])^T`` without the frozen half's share of the weight's gradient.
+
+    Of a sharded layer only the share of ``frozen`` that is held here is kept for the backward pass.
+    """
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, frozen: Tensor, axis: int) -> Tensor:
-        return functional.linear(x, torch.cat([weight, frozen], dim=axis))
+    def forward(x: Tensor, weight: Tensor, frozen: Tensor, axis: int, rows: Rows) -> Tensor:
+        return functional.linear(x, _cat(weight, frozen, axis, rows))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, frozen, ctx.axis = inputs
+        x, weight, frozen, ctx.axis, ctx.rows = inputs
         ctx.save_for_backward(x, weight, frozen)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         x, weight, frozen = ctx.saved_tensors
         [grad] = grads
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ torch.cat([weight, frozen], dim=ctx.axis)
+            grad_x = grad @ _cat(weight, frozen, ctx.axis, ctx.rows)
         if ctx.needs_input_grad[1]:
             rows, columns = weight.shape
             grad = grad[..., :rows].reshape(-1, rows)
             grad_weight = grad.mT @ x[..., :columns].reshape(-1, columns)
-        return grad_x, grad_weight, None, None
+        return grad_x, grad_weight, None, None, None
 
 
-def _joined(x: Tensor, weight: Tensor, frozen: Tensor, axis: int) -> Tensor:
+def _cat(weight: Tensor, frozen: Tensor, axis: int, rows: Rows) -> Tensor:
+    return torch.cat([weight, rows.whole(frozen, 1 - axis, weight.shape[1 - axis])], dim=axis)
+
+
+def _joined(x: Tensor, weight: Tensor, frozen: Tensor, axis: int, rows: Rows) -> Tensor:
     """As ``functional.linear`` would under autocast: both passes in one dtype."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         x, weight = x.to(dtype), weight.to(dtype)
         with torch.autocast(kind, enabled=False):
-            return _Joined.apply(x, weight, frozen.to(dtype), axis)
-    return _Joined.apply(x, weight, frozen.to(weight.dtype), axis)
+            return _Joined.apply(x, weight, frozen.to(dtype), axis, rows)
+    return _Joined.apply(x, weight, frozen.to(weight.dtype), axis, rows)
 
 
 class _Carrying:
@@ -72,7 +80,8 @@ class DownLinear(_Carrying, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """The codes of the adapter, then those of the carry."""
-        return _joined(input, self.weight, self.carry.down.to(input.device), 0)
+        carry = self.carry
+        return _joined(input, self.weight, carry.down.to(input.device), 0, carry.rows)
 
 
 class UpLinear(_Carrying, nn.Linear):
@@ -80,21 +89,26 @@ class UpLinear(_Carrying, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """The sum of the adapter's output and the carry's."""
-        output = _joined(input, self.weight, self.carry.up.to(input.device), 1)
+        carry = self.carry
+        output = _joined(input, self.weight, carry.up.to(input.device), 1, carry.rows)
         return output if self.bias is None else output + self.bias
 
 
 class _DownConv(_Carrying):
     def forward(self, input: Tensor) -> Tensor:
         this: Any = self
-        down = self.carry.down.to(this.weight).view(-1, *this.weight.shape[1:])
+        down = self.carry.whole_down().to(this.weight).view(-1, *this.weight.shape[1:])
         return this._conv_forward(input, torch.cat([this.weight, down]), None)
 
 
 class _UpConv(_Carrying):
     def forward(self, input: Tensor) -> Tensor:
         this: Any = self
-        up = self.carry.up.to(this.weight).view(-1, self.carry.capacity, *this.weight.shape[2:])
+        up = (
+            self.carry.whole_up()
+            .to(this.weight)
+            .view(-1, self.carry.capacity, *this.weight.shape[2:])
+        )
         weight = torch.cat([this.weight, up], dim=1)
         return this._conv_forward(input, weight, this.bias)
 

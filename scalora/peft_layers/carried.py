@@ -48,7 +48,7 @@ class _DeltaWeight:
         if carry is None or adapter not in module.scaling:
             return delta
         carry = carry.on(delta.device)
-        product = module.scaling[adapter] * (carry.up @ carry.down)
+        product = module.scaling[adapter] * (carry.whole_up() @ carry.whole_down())
         transposed = delta.ndim == 2 and (
             isinstance(module, lora_layers.Embedding) or getattr(module, "fan_in_fan_out", False)
         )
@@ -81,8 +81,9 @@ class _EmbeddingCarry:
         runs = self.adapter in (module.active_adapters if rows is None else rows)
         if carry is None or module.merged or module.disable_adapters or not runs:
             return output
-        codes = torch.nn.functional.embedding(args[0], carry.down.to(output.device).T)
-        added = module.scaling[self.adapter] * (codes @ carry.up.to(output.device).T)
+        down, up = (x.to(output.device) for x in (carry.whole_down(), carry.whole_up()))
+        codes = torch.nn.functional.embedding(args[0], down.T)
+        added = module.scaling[self.adapter] * (codes @ up.T)
         if rows is not None:
             own = torch.tensor([name == self.adapter for name in rows], device=output.device)
             added = added * own.view(-1, *(1,) * (added.ndim - 1))

@@ -10,6 +10,7 @@ from peft.tuners.lora import layer as lora_layers
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
+from scalora import sharding
 from scalora.carry import Carry
 from scalora.peft_layers.carried import attach_carry, carry_of
 
@@ -51,9 +52,12 @@ class LoRAPair:
 
     @property
     def carry(self) -> Carry | None:
-        """The frozen increments beside the base, on the factors' device; None before the first."""
+        """The frozen increments beside the base, where the factors are; None before the first."""
         carry = carry_of(self.module, self.adapter)
-        return None if carry is None else carry.on(self.P_parameter.device)
+        if carry is None:
+            return None
+        P = self.P_parameter
+        return carry.on(P.device).among(sharding.rows_of(P))
 
     def ensure_carry(self, capacity: int) -> Carry:
         """The layer's carry with room for that many columns; an empty one if it has none."""
@@ -61,7 +65,8 @@ class LoRAPair:
         if carry is None:
             P, Q = self.P_parameter, self.Q_parameter
             dtype = torch.promote_types(torch.promote_types(P.dtype, Q.dtype), torch.float32)
-            carry = Carry(P.shape[0], Q.shape[1:].numel(), capacity, P.device, dtype)
+            m, n = self.shape
+            carry = Carry(m, n, capacity, P.device, dtype, sharding.rows_of(P))
             attach_carry(self.module, self.adapter, carry)
         if carry.capacity < capacity:
             carry.grow(capacity)
@@ -71,13 +76,17 @@ class LoRAPair:
     def learned_P(self) -> Tensor:
         """(m, r + columns of the carry): all that is learned beside the base, float32 at least."""
         P, carry = _wide(self.P_parameter).flatten(1), self.carry
-        return P if carry is None else torch.cat([P, carry.used_up.to(P.dtype)], dim=1)
+        if carry is None:
+            return P
+        return torch.cat([P, carry.whole_up()[:, : carry.columns].to(P.dtype)], dim=1)
 
     @property
     def learned_Q(self) -> Tensor:
         """(r + columns of the carry, n): likewise."""
         Q, carry = _wide(self.Q_parameter).flatten(1), self.carry
-        return Q if carry is None else torch.cat([Q, carry.used_down.to(Q.dtype)])
+        if carry is None:
+            return Q
+        return torch.cat([Q, carry.whole_down()[: carry.columns].to(Q.dtype)])
 
     @property
     def base_weight(self) -> Tensor:

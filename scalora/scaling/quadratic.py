@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from scalora.rows import HERE, Rows
+
 
 class QuadraticModel(NamedTuple):
     """``1/2 x^T H x - lambda^T x`` over ``x = [x_P; x_Q]``, the weights of the ``M_i``.
@@ -56,6 +58,7 @@ def quadratic_model(
     direction_P: Tensor,
     direction_Q: Tensor,
     scaling: float = 1.0,
+    rows: Rows = HERE,
 ) -> QuadraticModel:
     """Build ``H`` and ``lambda`` for any number of leading batch dimensions.
 
@@ -67,35 +70,40 @@ def quadratic_model(
         P, grad_P, direction_P: (..., m, r).
         Q, grad_Q, direction_Q: (..., n, r).
         scaling: PEFT's ``s`` in ``W = W0 + s P Q^T``.
+        rows: who holds the m and the n rows; with several processes these are the rows held here,
+            and all processes find the same model.
     """
     dtype = torch.promote_types(P.dtype, torch.float32)
     P, Q = P.to(dtype), Q.to(dtype)
-    direction_P, unit_P = _unit(direction_P.to(dtype))
-    direction_Q, unit_Q = _unit(direction_Q.to(dtype))
-    grad_P, grad_unit_P = _unit(grad_P.to(dtype))
-    grad_Q, grad_unit_Q = _unit(grad_Q.to(dtype))
+    thin = [m.to(dtype) for m in (direction_P, direction_Q, grad_P, grad_Q)]
+    units = rows.max(torch.stack([_largest(matrix) for matrix in thin]))
+    units = torch.where(units > 0, units, torch.ones_like(units))
+    direction_P, direction_Q, grad_P, grad_Q = (
+        matrix / unit.unsqueeze(-1) for matrix, unit in zip(thin, units, strict=True)
+    )
 
     left = torch.cat([P, direction_P], dim=-1)
     right = torch.cat([direction_Q, Q], dim=-1)
     work = solver_dtype(P.device)
-    H = (left.mT @ left).to(work) * (right.mT @ right).to(work)
+    unit_P, unit_Q, grad_unit_P, grad_unit_Q = units.to(work)
+    left_gram, right_gram = rows.sum(torch.stack([left.mT @ left, right.mT @ right]).to(work))
+    descents = torch.stack([(grad_Q * direction_Q).sum(-2), (grad_P * direction_P).sum(-2)])
+    descent_Q, descent_P = rows.sum(descents.to(work))
+    H = left_gram * right_gram
     # As much as the products' round-off can take away: H stays positive semidefinite.
     H = H + torch.diag_embed(H.diagonal(dim1=-2, dim2=-1) * H.shape[-1] * torch.finfo(dtype).eps)
-    descent_Q = (grad_Q * direction_Q).sum(-2).to(work) * grad_unit_Q.to(work)
-    descent_P = (grad_P * direction_P).sum(-2).to(work) * grad_unit_P.to(work)
 
     r = P.shape[-1]
     unit = torch.cat(
         [unit_Q.expand(*unit_Q.shape[:-1], r), unit_P.expand(*unit_P.shape[:-1], r)], -1
     )
-    unit = unit.to(work)
     H = H * (scaling * scaling) * unit.unsqueeze(-1) * unit.unsqueeze(-2)
-    lam = torch.cat([descent_Q, descent_P], dim=-1) * unit
+    lam = torch.cat([descent_Q * grad_unit_Q, descent_P * grad_unit_P], dim=-1) * unit
     return QuadraticModel(H, lam)
 
 
-def _unit(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """``matrix`` (..., k, r) divided by its largest entry, and that entry (..., 1)."""
-    largest = matrix.abs().amax(dim=(-2, -1), keepdim=True)
-    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
-    return matrix / largest, largest.squeeze(-1)
+def _largest(matrix: Tensor) -> Tensor:
+    """The largest entry of (..., k, r), without its sign: (..., 1)."""
+    if matrix.shape[-2] == 0:  # more processes than rows
+        return matrix.new_zeros(*matrix.shape[:-2], 1)
+    return matrix.abs().amax(dim=(-2, -1)).unsqueeze(-1)
