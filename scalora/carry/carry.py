@@ -110,13 +110,12 @@ class Carry:
         return relative_cut(self.cut, own, self.up, self.down, P, Q, self.rows)
 
     def state(self) -> dict[str, Tensor]:
-        """What a resumed run needs, whole on every process."""
-        return {
-            "up": self.rows.whole(self.used_up, 0, self.m),
-            "down": self.rows.whole(self.used_down, 1, self.n),
-            "cut": self.cut,
-            "capacity": torch.tensor(self.capacity),
-        }
+        """What a resumed run needs, whole; of a sharded layer on the host, where there is room."""
+        up = self.rows.whole(self.used_up, 0, self.m)
+        down = self.rows.whole(self.used_down, 1, self.n)
+        if self.rows.processes > 1:
+            up, down = up.cpu(), down.cpu()
+        return {"up": up, "down": down, "cut": self.cut, "capacity": torch.tensor(self.capacity)}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Take up what `state` was taken of, this very carry included; never with less room."""
