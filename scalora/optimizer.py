@@ -27,7 +27,7 @@ from scalora.resuming import (
     packed,
     unpacked,
 )
-from scalora.selection import check_processes, places_of_layers
+from scalora.selection import check_engine, check_processes, places_of_layers
 from scalora.stale import check_layers, warn_without_gradients
 
 
@@ -272,6 +272,8 @@ class ScaLoRA(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self._checked:
+            check_engine(self.model)
         self._reshard()
         check_layers(self._rebaser.pairs, self.inner, self._owner)
         self._check_processes()
@@ -468,7 +470,7 @@ class ScaLoRA(torch.optim.Optimizer):
         if not self._checked:
             rebaser = self._rebaser
             check_processes(
-                self.model, self.inner, rebaser.pairs, rebaser.places, self.options, rebaser.moments
+                self.inner, rebaser.pairs, rebaser.places, self.options, rebaser.moments
             )
             self._checked = True
 

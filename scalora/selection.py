@@ -33,7 +33,7 @@ def places_of_layers(
             f"the model has no LoRA adapter named {options.adapter_name!r} "
             f"(adapters found: {names}). Create one with peft.get_peft_model, or pass adapter_name."
         )
-    _check_model(model)
+    check_engine(model)
     if options.resolved_rule == "none":
         return {}
     if peft_layers.peft_model(model) is None:
@@ -67,7 +67,6 @@ def places_of_layers(
 
 
 def check_processes(
-    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     pairs: Sequence[LoRAPair],
     places: Mapping[str, str],
@@ -78,7 +77,6 @@ def check_processes(
 
     Wrappers (accelerate, DeepSpeed) shard a model after its optimizer was made.
     """
-    _check_model(model)
     for pair in pairs:
         if not sharding.is_sharded(pair.P_parameter):
             continue
@@ -106,7 +104,8 @@ def check_processes(
         )
 
 
-def _check_model(model: nn.Module) -> None:
+def check_engine(model: nn.Module) -> None:
+    """Raise a ValueError if an engine has made of the parameters what is not handled."""
     reason = sharding.why_not_sharded_so(model)
     if reason is not None:
         raise ValueError(

@@ -198,6 +198,7 @@ def why_not_sharded_so(model: nn.Module) -> str | None:
     """Why a model was made to be trained in many processes in a way that is not handled."""
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         return "it is in FullyShardedDataParallel (FSDP1), which hides its parameters"
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        return "DeepSpeed's ZeRO-3 has taken its parameters apart"
+    # ZeRO-3 leaves the one attribute on every parameter, ZeRO-1 and ZeRO-2 the other.
+    if any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in model.parameters()):
+        return "DeepSpeed's ZeRO has taken its parameters apart"
     return None

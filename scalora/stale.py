@@ -44,8 +44,8 @@ def check_layers(
                 f"the factors of {pair.name!r} are no longer parameters that this optimizer "
                 "steps: they were replaced (the adapter deleted and added, the model converted or "
                 "sharded) or taken out. Make a new optimizer over model.parameters(); call "
-                "fully_shard before it is made, or let accelerate do both. DeepSpeed's ZeRO is not "
-                "supported, use FSDP2 or DDP."
+                "fully_shard before it is made, or let accelerate do both. DeepSpeed replaces them "
+                "under ZeRO and in half precision: use FSDP2 (fully_shard) or DDP instead."
             )
     if pairs:
         _check_state(pairs[0].P_parameter, optimizer)
