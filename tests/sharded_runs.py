@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from models import trainable, with_lora
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -167,42 +164,3 @@ def resumed_run(
         except ValueError as error:
             found[name] = error
     return found
-
-
-def accelerated_run(rank: int, folder: Path) -> dict[str, list[float]]:
-    """A ScaLoRA that accelerate shards after it was made; saved by it, and resumed by it."""
-    world = str(dist.get_world_size())
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world}
-    os.environ |= {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true"}
-    os.environ |= {"FSDP_VERSION": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29503"}
-    run, losses = Run(), {}
-    for name in ("saved", "resumed"):
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
-        plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="NO_WRAP",
-            state_dict_type="SHARDED_STATE_DICT",
-            cpu_ram_efficient_loading=False,
-        )
-        accelerator = Accelerator(cpu=True)
-        # accelerate asks for an accelerator before it shards; what it then does runs on CPU too.
-        accelerator.state.distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = plugin
-        assert accelerator.is_fsdp2
-        model, optimizer = begin(run, sharded=False, seed=0 if name == "saved" else 1)
-        model, prepared = accelerator.prepare(model, optimizer)
-        own = prepared.optimizer
-        assert isinstance(own, scalora.ScaLoRA)
-        half = run.steps // 2
-        if name == "saved":
-            train(run, model, own, range(half), rank, int(world))
-            dcp.save(_state(model, own), checkpoint_id=folder / "accelerated")
-            assert any(isinstance(p, DTensor) for p in model.parameters())
-        else:
-            state = _state(model, own)
-            dcp.load(state, checkpoint_id=folder / "accelerated")
-            set_model_state_dict(model, state["model"])
-            set_optimizer_state_dict(model, own, state["optimizer"])
-        losses[name] = train(run, model, own, range(half, run.steps), rank, int(world))
-    return losses

@@ -11,7 +11,6 @@ from models import assert_same_bits, bits
 from processes import run_processes
 from sharded_runs import (
     Run,
-    accelerated_run,
     begin,
     plain_run,
     resumed_run,
@@ -101,14 +100,6 @@ def test_resuming_without_the_base_weights_is_refused(tmp_path: Path) -> None:
     run_processes(saved_run, tmp_path, 2, runs, tmp_path)
     for found in run_processes(resumed_run, tmp_path, 2, runs, tmp_path, False):
         assert "base weight" in str(found["default"])
-
-
-@pytest.mark.distributed
-def test_accelerate_shards_after_the_optimizer_was_made(tmp_path: Path) -> None:
-    expected = plain_run(RUNS["default"])["losses"]
-    for losses in run_processes(accelerated_run, tmp_path, 2, tmp_path):
-        assert losses["saved"] == pytest.approx(expected[len(expected) // 2 :], rel=1e-8)
-        assert losses["resumed"] == pytest.approx(losses["saved"], rel=1e-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

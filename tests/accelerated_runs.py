@@ -1,0 +1,85 @@
+"""Runs that accelerate shards, saves and resumes, in several processes on a CPU."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from sharded_runs import Run, begin, train
+from torch.distributed.tensor import DTensor
+
+import scalora
+
+STACKS = Path(__file__).parents[1] / "examples" / "stacks"
+
+
+def script() -> Any:
+    """`examples/stacks/accelerate_fsdp.py`."""
+    if str(STACKS) not in sys.path:
+        sys.path.insert(0, str(STACKS))
+    return importlib.import_module("accelerate_fsdp")
+
+
+def make_accelerator(**plugin: Any) -> Accelerator:
+    """The script's, told to shard: accelerate 1.15 turns FSDP on for accelerators alone.
+
+    All that follows is its own: `prepare`, `save_state`, `load_state`.
+    """
+    rank, world = str(dist.get_rank()), str(dist.get_world_size())
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true"}
+    os.environ |= {"FSDP_VERSION": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29503"}
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    accelerator = script().make_accelerator(cpu=True)
+    assert accelerator.distributed_type is DistributedType.MULTI_CPU
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **plugin)
+    for state in (accelerator.state, PartialState()):
+        state.distributed_type = DistributedType.FSDP
+    assert accelerator.is_fsdp2
+    assert accelerator.distributed_type is DistributedType.FSDP
+    return accelerator
+
+
+def accelerated_run(
+    rank: int, runs: dict[str, tuple[Run, dict[str, Any]]], folder: Path
+) -> dict[str, tuple[list[float], list[float]]]:
+    """The losses of runs that accelerate shards after ScaLoRA was made, and of their second halves
+    once more, resumed.
+
+    Args:
+        rank: of this process.
+        runs: a run, and what its plugin is made with.
+        folder: for the checkpoints.
+    """
+    found, world = {}, dist.get_world_size()
+    for name, (run, plugin) in runs.items():
+        half, losses = run.steps // 2, []
+        for seed in (0, 1):
+            accelerator = make_accelerator(auto_wrap_policy="NO_WRAP", **plugin)
+            model, prepared = accelerator.prepare(*begin(run, sharded=False, seed=seed))
+            optimizer = prepared.optimizer
+            assert isinstance(optimizer, scalora.ScaLoRA)
+            assert all(isinstance(p, DTensor) for p in model.parameters())
+            if seed == 0:
+                losses += train(run, model, optimizer, range(half), rank, world)
+                accelerator.save_state(str(folder / name))
+            else:
+                accelerator.load_state(str(folder / name))
+            losses += train(run, model, optimizer, range(half, run.steps), rank, world)
+        found[name] = losses[: run.steps], losses[run.steps :]
+    return found
+
+
+def script_run(rank: int, folder: Path, steps: int) -> tuple[list[float], list[float], int]:
+    """Losses of the script, of its resumed half, and how often it re-based."""
+    torch.set_num_threads(1)
+    run = script().main(steps, str(folder), make_accelerator())
+    return run.losses, run.resumed, run.optimizer.rebase_count
