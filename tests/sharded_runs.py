@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -45,6 +45,7 @@ class Run:
     dtype: torch.dtype = torch.float64
     rank: int = 3
     steps: int = 24
+    replicas: int = 1
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -52,13 +53,22 @@ def begin(run: Run, sharded: bool, seed: int = 0) -> tuple[nn.Module, scalora.Sc
     torch.manual_seed(seed)
     model = with_lora(Tower().to(run.dtype), r=run.rank, target_modules=["first", "second"])
     if sharded:
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        mesh = _mesh(run.replicas)
         base = model.get_base_model()
         for layer in (base.first, base.second):
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
     inner = run.optimizer(trainable(model), lr=1e-2)
     return model, scalora.ScaLoRA(inner, model, **{"lifetime": 6, **run.options})
+
+
+def _mesh(replicas: int) -> DeviceMesh:
+    """Of all processes; with replicas, each is sharded over the second axis."""
+    world = dist.get_world_size()
+    if replicas == 1:
+        return init_device_mesh("cpu", (world,))
+    names = ("replicate", "shard")
+    return init_device_mesh("cpu", (replicas, world // replicas), mesh_dim_names=names)
 
 
 def batch(run: Run, step: int, rank: int, world: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,61 @@
+"""HSDP: four processes, two replicas of a model sharded over two."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import run_processes
+from sharded_runs import Run, plain_run, resumed_run, saved_run, sharded_run
+
+pytestmark = pytest.mark.distributed
+
+RUNS = {
+    "default": Run(replicas=2),
+    "default, carry": Run(replicas=2, options={"accumulator": "carry", "carry_rank": 8}),
+    "exact": Run(replicas=2, options={"rule": "exact"}),
+    "exact, carry": Run(
+        replicas=2, options={"rule": "exact", "accumulator": "carry", "carry_rank": 9}
+    ),
+}
+HALF = {"bfloat16": Run(replicas=2, dtype=torch.bfloat16)}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_processes(sharded_run, tmp_path_factory.mktemp("runs"), 4, {**RUNS, **HALF})
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_replicas_of_shards_train_as_one_process(outcomes: list[dict[str, Any]], name: str) -> None:
+    found, expected = outcomes[0][name], plain_run(RUNS[name])
+    assert found["rebased"] == expected["rebased"] > 0
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-8)
+    for weight, value in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][weight], value, rtol=1e-6, atol=1e-8)
+    for layer, value in expected["carries"].items():
+        torch.testing.assert_close(found["carries"][layer], value, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", [*RUNS, *HALF])
+def test_all_processes_agree_to_the_bit(outcomes: list[dict[str, Any]], name: str) -> None:
+    first, *others = (found[name] for found in outcomes)
+    for other in others:
+        assert other["checksums"] == first["checksums"]
+        assert other["losses"] == first["losses"]
+        for weight, value in first["weights"].items():
+            assert torch.equal(other["weights"][weight], value)
+        for layer, value in first["carries"].items():
+            assert torch.equal(other["carries"][layer], value)
+
+
+def test_run_resumes_without_replicas(tmp_path: Path) -> None:
+    runs = {name: RUNS[name] for name in ("default", "default, carry")}
+    expected = run_processes(saved_run, tmp_path, 4, runs, tmp_path)[0]
+    alone = {name: replace(run, replicas=1) for name, run in runs.items()}
+    found = run_processes(resumed_run, tmp_path, 1, alone, tmp_path)[0]
+    for name in runs:
+        assert found[name] == pytest.approx(expected[name], rel=1e-8), name
