@@ -12,11 +12,12 @@ from typing import Any
 from scalora.options import RebasingOptions
 
 # TRL's arguments by the name of their class, so that TRL need not be installed: of trainers that
-# always have a reference model, of those that may compute its answers before training, and of those
-# that have one unless ``beta`` is 0.
-_ALWAYS = {"BCOConfig"}
+# always have a reference model, of those that may compute its answers before training, of those
+# that have one unless ``beta`` is 0, and of those that take the model's past self for a teacher.
+_ALWAYS = {"BCOConfig", "OnlineDPOConfig"}
 _UNLESS_PRECOMPUTED = {"DPOConfig", "KTOConfig"}
 _WITH_PENALTY = {"GRPOConfig", "RLOOConfig"}
+_WITH_TEACHER = {"SDFTConfig", "SDPOConfig"}
 
 
 def refers_to_base(arguments: Any) -> bool:
@@ -26,10 +27,20 @@ def refers_to_base(arguments: Any) -> bool:
 
     Args:
         arguments: the trainer's.
+
+    Raises:
+        ValueError: the reference is an average of the adapter's parameters over time.
     """
     names = {cls.__name__ for cls in type(arguments).__mro__}
     if names & _ALWAYS:
         return True
+    if names & _WITH_TEACHER:
+        if arguments.teacher_model_kind == "ema":
+            raise ValueError(
+                "teacher_model_kind='ema' averages the adapter's parameters over time, which stand "
+                "for something else after every re-basing: use teacher_model_kind='base' or 'live'."
+            )
+        return bool(arguments.teacher_model_kind == "base")
     if names & _UNLESS_PRECOMPUTED:
         return not getattr(arguments, "precompute_ref_log_probs", False)
     return bool(names & _WITH_PENALTY) and getattr(arguments, "beta", 0.0) != 0.0

@@ -39,7 +39,8 @@ class ScaLoRACallback(TrainerCallback):
 
     TRL's trainers with a reference model switch the adapter off to get it, and expect the
     pretrained model.  With their arguments (``DPOConfig``, ``KTOConfig``, ``GRPOConfig``,
-    ``RLOOConfig``) ``accumulator="auto"`` is ``"carry"``, which is switched off too.
+    ``RLOOConfig``, ``OnlineDPOConfig``, ``SDFTConfig``, ``SDPOConfig``) ``accumulator="auto"`` is
+    ``"carry"``, which is switched off too.
 
     Args:
         resume_from: the checkpoint's folder, needed only when a run is resumed from a folder that
@@ -49,7 +50,7 @@ class ScaLoRACallback(TrainerCallback):
     Raises:
         TypeError, ValueError: as `scalora.ScaLoRA` does; those about ``options`` at once.
             ValueError also when training begins and increments would change a trainer's reference
-            model.
+            model, or its teacher is an average of the adapter's parameters.
     """
 
     def __init__(self, *, resume_from: str | None = None, **options: Any) -> None:
