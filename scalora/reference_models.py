@@ -35,12 +35,13 @@ def refers_to_base(arguments: Any) -> bool:
     if names & _ALWAYS:
         return True
     if names & _WITH_TEACHER:
-        if arguments.teacher_model_kind == "ema":
+        teacher = getattr(arguments, "teacher_model_kind", "base")
+        if teacher == "ema":
             raise ValueError(
                 "teacher_model_kind='ema' averages the adapter's parameters over time, which stand "
                 "for something else after every re-basing: use teacher_model_kind='base' or 'live'."
             )
-        return bool(arguments.teacher_model_kind == "base")
+        return bool(teacher == "base")
     if names & _UNLESS_PRECOMPUTED:
         return not getattr(arguments, "precompute_ref_log_probs", False)
     return bool(names & _WITH_PENALTY) and getattr(arguments, "beta", 0.0) != 0.0
