@@ -19,6 +19,7 @@ from scalora.optimizer import ScaLoRA
 from scalora.options import RebasingOptions
 from scalora.peft_layers import complete_checkpoints
 from scalora.reference_models import options_beside_base, refers_to_base
+from scalora.sharded_checkpoint import load_sharded, save_sharded
 from scalora.training_state import load_training_state, save_training_state
 from scalora.training_state_file import STATE_FILE
 
@@ -59,6 +60,7 @@ class ScaLoRACallback(TrainerCallback):
         self.options = options
         self.optimizer: ScaLoRA | None = None
         self._everything = False
+        self._sharded = False
         self._completed = ""
 
     def on_train_begin(
@@ -69,8 +71,6 @@ class ScaLoRACallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Attach to the Trainer's optimizer, and restore the base weights of a resumed run."""
-        if args.save_strategy != "no":
-            sharding.require_whole(kwargs["model"], "a Trainer's checkpoint (save_strategy)")
         beside_base = refers_to_base(args)
         options = options_beside_base(self._options) if beside_base else self._options
         self.optimizer = _attach(kwargs["optimizer"], kwargs["model"], options)
@@ -79,7 +79,9 @@ class ScaLoRACallback(TrainerCallback):
         # At the end the model in training goes back to the best, and its base with it.
         self._everything = args.load_best_model_at_end
         self._completed = ""
-        complete_checkpoints(self.optimizer.model, self._completing)
+        self._sharded = any(map(sharding.is_sharded, self.optimizer.model.parameters()))
+        if not self._sharded:
+            complete_checkpoints(self.optimizer.model, self._completing)
         if state.global_step > 0:
             self._resume(self._checkpoint(args, state))
 
@@ -90,9 +92,14 @@ class ScaLoRACallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Complete the checkpoint, where the Trainer has saved no PeftModel itself."""
+        """Complete the checkpoint, where the Trainer has saved no PeftModel itself.
+
+        Of a sharded model it saves the adapter alone, so all else is written here.
+        """
         folder = _checkpoint_folder(args, state)
-        if args.should_save and self.optimizer is not None:
+        if self._sharded and self.optimizer is not None:
+            save_sharded(self.optimizer, folder)
+        elif args.should_save and self.optimizer is not None:
             self.optimizer.state_is_in_file = False
             if self._completed != folder.name:
                 self._complete(folder)
@@ -110,7 +117,8 @@ class ScaLoRACallback(TrainerCallback):
             self.optimizer.state_is_in_file = False
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best is not None and self.optimizer is not None:
-            load_training_state(self.optimizer, best)
+            load = load_sharded if self._sharded else load_training_state
+            load(self.optimizer, best)
 
     @contextmanager
     def _completing(self, folder: Path) -> Iterator[None]:
@@ -146,7 +154,9 @@ class ScaLoRACallback(TrainerCallback):
 
     def _resume(self, folder: Path) -> None:
         assert self.optimizer is not None
-        if (folder / STATE_FILE).exists():
+        if self._sharded:
+            load_sharded(self.optimizer, folder)
+        elif (folder / STATE_FILE).exists():
             load_training_state(self.optimizer, folder)
         elif _is_of_scalora(folder / _OPTIMIZER_FILE):
             raise ValueError(

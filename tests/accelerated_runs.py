@@ -14,6 +14,7 @@ from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlu
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from sharded_runs import Run, begin, train
 from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainingArguments
 
 import scalora
 
@@ -83,3 +84,71 @@ def script_run(rank: int, folder: Path, steps: int) -> tuple[list[float], list[f
     torch.set_num_threads(1)
     run = script().main(steps, str(folder), make_accelerator())
     return run.losses, run.resumed, run.optimizer.rebase_count
+
+
+def make_trainer(folder: Path, options: dict[str, Any], **arguments: Any) -> Trainer:
+    """Of the scripts' tiny Llama; a column is frozen in steps 8, 10, 12, and so on."""
+    tiny, world = script().tiny, dist.get_world_size() if dist.is_initialized() else 1
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.cat(tiny.batches(16))]
+    return Trainer(
+        tiny.lora_model(),
+        TrainingArguments(
+            output_dir=str(folder),
+            max_steps=16,
+            per_device_train_batch_size=8 // world,
+            per_device_eval_batch_size=8 // world,
+            learning_rate=3e-3,
+            lr_scheduler_type="constant",
+            train_sampling_strategy="sequential",
+            logging_steps=1,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            **arguments,
+        ),
+        train_dataset=rows,
+        eval_dataset=rows[:8],
+        callbacks=[scalora.ScaLoRACallback(**{"lifetime": 8, **options})],
+    )
+
+
+def logged(trainer: Trainer, name: str = "loss") -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def trainer_run(
+    rank: int,
+    folder: Path,
+    options: dict[str, Any],
+    plugin: dict[str, Any],
+    resume: bool,
+    **arguments: Any,
+) -> dict[str, Any]:
+    """Losses of a Trainer whose model is sharded, saved after step 10; or of one resumed there."""
+    make_accelerator(**plugin)
+    configured = {"accelerator_config": {"use_configured_state": True}}
+    saved = {"save_strategy": "steps", "save_steps": 10}
+    trainer = make_trainer(folder, options, **configured, **saved, **arguments)
+    try:
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-10") if resume else None)
+    except ValueError as error:
+        return {"error": str(error)}
+    assert all(isinstance(p, DTensor) for p in trainer.model.parameters())
+    found = {"losses": logged(trainer), "evaluated": logged(trainer, "eval_loss")}
+    return found | {"at the end": trainer.evaluate()["eval_loss"]}
+
+
+def best_run(rank: int, folder: Path, plugin: dict[str, Any]) -> dict[str, Any]:
+    """A Trainer that goes back to its checkpoint of the highest loss, which is the first."""
+    return trainer_run(
+        rank,
+        folder,
+        {},
+        plugin,
+        False,
+        eval_strategy="steps",
+        eval_steps=10,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=True,
+    )
