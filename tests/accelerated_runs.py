@@ -10,11 +10,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from models import trainable
 from sharded_runs import Run, begin, train
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import scalora
 
@@ -152,3 +161,25 @@ def best_run(rank: int, folder: Path, plugin: dict[str, Any]) -> dict[str, Any]:
         metric_for_best_model="loss",
         greater_is_better=True,
     )
+
+
+def exported_run(rank: int, folder: Path, options: dict[str, Any]) -> float:
+    """The loss of a plain model that was made of a Trainer's last checkpoint."""
+    tiny = script().tiny
+    model = tiny.lora_model()
+    inner = torch.optim.AdamW(trainable(model))
+    optimizer = scalora.ScaLoRA(inner, model, **{"lifetime": 8, **options})
+    kept = StateDictOptions(
+        ignore_frozen_params=options.get("accumulator") == "carry", strict=False
+    )
+    state = {
+        "model": get_model_state_dict(model, options=kept),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+    }
+    dcp.load(state, checkpoint_id=folder / "checkpoint-16" / "scalora_sharded")
+    set_model_state_dict(model, state["model"], options=kept)
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    scalora.save_merged(model, folder / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
+    ids = tiny.batches(1)[0]
+    return merged(input_ids=ids, labels=ids).loss.item()

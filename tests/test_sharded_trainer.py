@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerated_runs import best_run, logged, make_trainer, trainer_run
+from accelerated_runs import best_run, exported_run, logged, make_trainer, trainer_run
 from processes import run_processes
 
 SHARDED = {"state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": False}
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.distributed
     [({}, SHARDED), ({"accumulator": "carry"}, FULL)],
     ids=["dense", "carry, the Trainer's own in one file"],
 )
-def test_trainer_resumes_in_any_number_of_processes(
+def test_trainer_resumes_in_any_number_of_processes_and_exports(
     tmp_path: Path, options: dict[str, Any], plugin: dict[str, Any]
 ) -> None:
     whole, other = run_processes(trainer_run, tmp_path, 2, tmp_path, options, plugin, False)
@@ -29,6 +29,8 @@ def test_trainer_resumes_in_any_number_of_processes(
     plain = make_trainer(tmp_path / "plain", options, save_strategy="no")
     plain.train()
     assert whole["losses"] == pytest.approx(logged(plain), rel=1e-5)
+    [exported] = run_processes(exported_run, tmp_path, 1, tmp_path, options)
+    assert exported == pytest.approx(whole["at the end"], rel=1e-5)
     resumed = run_processes(trainer_run, tmp_path, 2, tmp_path, options, plugin, True)[0]
     assert resumed["losses"] == whole["losses"]
     if plugin is SHARDED:
