@@ -11,7 +11,13 @@ from sharded_runs import Run, plain_run
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 
-from deepspeed_runs import engine_run, refused_runs, resumed_engine_run, trained_by_trainer
+from deepspeed_runs import (
+    accelerated_run,
+    engine_run,
+    refused_runs,
+    resumed_engine_run,
+    trained_by_trainer,
+)
 
 pytestmark = pytest.mark.distributed
 
@@ -29,6 +35,13 @@ def test_two_processes_at_stage_0_train_as_one(tmp_path: Path) -> None:
         assert first[name]["rebased"] == expected["rebased"] > 0
         assert first[name]["losses"] == pytest.approx(expected["losses"], rel=1e-4)
         assert first[name]["checksums"] == second[name]["checksums"]
+
+
+def test_accelerate_at_stage_0_trains_as_one_process(tmp_path: Path) -> None:
+    run = RUNS["auto"]
+    halves = run_processes(accelerated_run, tmp_path, 2, run)
+    losses = [(first + second) / 2 for first, second in zip(*halves, strict=True)]
+    assert losses == pytest.approx(plain_run(run)["losses"], rel=1e-4)
 
 
 def test_checkpoint_of_the_engine_resumes_at_stage_0(tmp_path: Path) -> None:
