@@ -46,6 +46,7 @@ class Run:
     rank: int = 3
     steps: int = 24
     replicas: int = 1
+    spoiled: int | None = None  # the step in which the first process is given NaN
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -74,6 +75,8 @@ def _mesh(replicas: int) -> DeviceMesh:
 def batch(run: Run, step: int, rank: int, world: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(step)
     x, y = (torch.randn(8, width, generator=generator).to(run.dtype) for width in (12, 7))
+    if step == run.spoiled:
+        x.chunk(world)[0].fill_(torch.nan)
     return x.chunk(world)[rank], y.chunk(world)[rank]
 
 
