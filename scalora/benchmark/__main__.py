@@ -1,4 +1,4 @@
-"""``python -m scalora.benchmark [step|quantized|survival|...] [--device cpu|cuda]``."""
+"""``python -m scalora.benchmark [step|overhead|quantized|...] [--device cpu|cuda]``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,21 @@ from pathlib import Path
 
 import torch
 
-from scalora.benchmark import checkpoint, communication, drift, fold, long_run, step, survival
+from scalora.benchmark import (
+    checkpoint,
+    communication,
+    drift,
+    fold,
+    long_run,
+    overhead,
+    step,
+    survival,
+)
 from scalora.benchmark.machine import machine
 
 BENCHMARKS: dict[str, Callable[[torch.device], str]] = {
     "step": step.run,
+    "overhead": overhead.run,
     "quantized": step.run_quantized,
     "survival": survival.run,
     "fold": fold.run,
