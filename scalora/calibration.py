@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
 from scalora import sharding
 
@@ -86,7 +87,7 @@ class StepCalibration:
         if last is None or self._path is None or self._total is None:
             return
         assert self._numbers is not None
-        gradient = _flat([_gradient(p) for p in parameters], last.device)
+        gradient = _flat([sharding.local(_gradient(p)) for p in parameters], last.device)
         if gradient.shape != last.shape:  # the layers are others now
             return
         n, like = self._numbers, parameters[0]
@@ -135,7 +136,8 @@ class StepCalibration:
             return
         with torch.no_grad():
             device = parameters[0].device
-            before = _flat(parameters, device)
+            own = [sharding.local(p) for p in parameters]
+            before = _flat(own, device)
             if self._numbers is None:
                 zero, one = before.new_zeros(()), before.new_ones(())
                 self._numbers = {name: zero.clone() for name in _NUMBERS} | {"factor": one}
@@ -144,13 +146,13 @@ class StepCalibration:
             yield
             with torch.no_grad():
                 self._numbers = {name: value.to(device) for name, value in self._numbers.items()}
-                step = before - _flat(parameters, device)
+                step = before - _flat(own, device)
                 taken = self._numbers["factor"] * step
                 target = before - taken
-                _put(target, parameters)
+                _put(target, own)
         except BaseException:
             with torch.no_grad():
-                _put(target, parameters)
+                _put(target, own)
             raise
         self._left = max(0, self._left - 1)
         self._remember(step, taken)
@@ -235,15 +237,11 @@ def _gradient(parameter: Tensor) -> Tensor:
 
 
 def _flat(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """All elements in a row, in float32 at least, on one device: the matrices are small.
-
-    Of sharded tensors those that this process holds.
-    """
-    wide = [sharding.local(t).detach().flatten().to(device) for t in tensors]
-    return torch.cat([t.to(torch.promote_types(t.dtype, torch.float32)) for t in wide])
+    """All elements in a row, in float32 at least, on one device: the matrices are small."""
+    row = _flatten_dense_tensors([t if t.device == device else t.to(device) for t in tensors])
+    return row.to(torch.promote_types(row.dtype, torch.float32))
 
 
-def _put(flat: Tensor, parameters: Sequence[Tensor]) -> None:
-    own = [sharding.local(p) for p in parameters]
-    for piece, parameter in zip(flat.split([p.numel() for p in own]), own, strict=True):
-        parameter.copy_(piece.view_as(parameter))
+def _put(flat: Tensor, tensors: Sequence[Tensor]) -> None:
+    pieces = flat.split([t.numel() for t in tensors])
+    torch._foreach_copy_(tensors, [x.view_as(t) for x, t in zip(pieces, tensors, strict=True)])

@@ -28,7 +28,7 @@ from scalora.resuming import (
     unpacked,
 )
 from scalora.selection import check_engine, check_processes, places_of_layers
-from scalora.stale import check_layers, warn_without_gradients
+from scalora.stale import checked_factors, warn_without_gradients
 
 
 class ScaLoRA(torch.optim.Optimizer):
@@ -275,7 +275,7 @@ class ScaLoRA(torch.optim.Optimizer):
         if not self._checked:
             check_engine(self.model)
         self._reshard()
-        check_layers(self._rebaser.pairs, self.inner, self._owner)
+        factors = checked_factors(self._rebaser.pairs, self.inner, self._owner)
         self._check_processes()
         self._expected.check(self._rebaser.pairs)
         self._expected, self.state_is_in_file = ExpectedWeights(), False
@@ -290,7 +290,6 @@ class ScaLoRA(torch.optim.Optimizer):
                 stacklevel=level_of_caller(),
             )
             return loss
-        factors = self._factors_to_calibrate()
         self._calibration.observe(factors, self._learning_rate())
         due = bool(self._rebaser.pairs) and (self._steps + 1) % self.options.interval == 0
         renews = self.options.resolved_rule == "renew"

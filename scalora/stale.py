@@ -13,10 +13,12 @@ from scalora.callers import level_of_caller
 from scalora.peft_layers import LoRAPair
 
 
-def check_layers(
+def checked_factors(
     pairs: Sequence[LoRAPair], optimizer: torch.optim.Optimizer, owner: object
-) -> None:
-    """Raise a ValueError, before anything is changed, if a step would not be what it seems.
+) -> list[nn.Parameter]:
+    """P and Q of every layer in turn, if a step will be what it seems.
+
+    They are looked up here, once a step: of hundreds of layers that takes its time.
 
     Args:
         pairs: the layers to re-base.
@@ -28,6 +30,7 @@ def check_layers(
             or the state is not where, or of the dtype that, the factors are.
     """
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    factors: list[nn.Parameter] = []
     for pair in pairs:
         if not pair.exists:
             raise ValueError(
@@ -39,7 +42,8 @@ def check_layers(
                 f"another ScaLoRA, made later, re-bases {pair.name!r} too, and each would take the "
                 "other's moments for its own: step the newest only, and give it all parameters."
             )
-        if not {id(pair.P_parameter), id(pair.Q_parameter)} <= stepped:
+        P, Q = pair.P_parameter, pair.Q_parameter
+        if id(P) not in stepped or id(Q) not in stepped:
             raise ValueError(
                 f"the factors of {pair.name!r} are no longer parameters that this optimizer "
                 "steps: they were replaced (the adapter deleted and added, the model converted or "
@@ -47,8 +51,10 @@ def check_layers(
                 "fully_shard before it is made, or let accelerate do both. DeepSpeed replaces them "
                 "under ZeRO and in half precision: use FSDP2 (fully_shard) or DDP instead."
             )
-    if pairs:
-        _check_state(pairs[0].P_parameter, optimizer)
+        factors += (P, Q)
+    if factors:
+        _check_state(factors[0], optimizer)
+    return factors
 
 
 def _check_state(parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:

@@ -41,14 +41,14 @@ class LoRAPair:
         """``lora_B``: (m, r) followed by ones (convolutions); axis 1 is the rank's."""
         if self.is_embedding:
             return self.module.lora_embedding_B[self.adapter]
-        return self.module.lora_B[self.adapter].weight
+        return _weight(self.module._modules["lora_B"]._modules[self.adapter])
 
     @property
     def Q_parameter(self) -> nn.Parameter:
         """``lora_A``: (r, n), or (r, in, *kernel) for convolutions; axis 0 is the rank's."""
         if self.is_embedding:
             return self.module.lora_embedding_A[self.adapter]
-        return self.module.lora_A[self.adapter].weight
+        return _weight(self.module._modules["lora_A"]._modules[self.adapter])
 
     @property
     def carry(self) -> Carry | None:
@@ -91,7 +91,10 @@ class LoRAPair:
     @property
     def base_weight(self) -> Tensor:
         """The frozen weight as its layer stores it."""
-        return self.module.get_base_layer().weight
+        layer = self.module
+        while (inner := layer._modules.get("base_layer")) is not None:
+            layer = inner
+        return _weight(layer)
 
     @property
     def base_is_transposed(self) -> bool:
@@ -254,6 +257,15 @@ def _cannot_dequantize(base: Any) -> str:
         f"the weight of a {type(base).__name__} cannot be dequantized by PEFT: pass base=, the "
         "pretrained model in full precision."
     )
+
+
+def _weight(layer: nn.Module) -> Any:
+    """``layer.weight``, without the search of ``nn.Module.__getattr__``: every layer's every step.
+
+    One that is not a plain parameter is found by that search.
+    """
+    weight = layer._parameters.get("weight")
+    return layer.weight if weight is None else weight
 
 
 def _wide(tensor: Tensor) -> Tensor:
