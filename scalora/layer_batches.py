@@ -75,13 +75,15 @@ def batches_with_gradients(
             *(key_of(pair), pair.scaling, sharding.layout(P)),
             *(id(group_P), id(group_Q), _layout(state_P), _layout(state_Q)),
         )
-        batches.setdefault(key, LayerBatch(group_P, group_Q)).add(pair, P, Q)
+        if (batch := batches.get(key)) is None:
+            batch = batches[key] = LayerBatch(group_P, group_Q)
+        batch.add(pair, P, Q)
     return list(batches.values())
 
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:
     """(layers, ...), outside of autograd; of sharded tensors this process's rows."""
-    return torch.stack([sharding.local(tensor).detach() for tensor in tensors])
+    return torch.stack([sharding.local(tensor) for tensor in tensors]).detach()
 
 
 def thin_factors(pairs: Sequence[LoRAPair]) -> tuple[Tensor, Tensor]:
@@ -102,20 +104,16 @@ def widened(tensor: Tensor) -> Tensor:
 
 def _layout(state: dict[str, Any]) -> tuple[Any, ...]:
     """What must agree for two parameters' states to be stacked."""
-    return tuple(
-        (name, *_tensor_layout(value)) if isinstance(value, Tensor) else (name, value)
-        for name, value in state.items()
-        if isinstance(value, (Tensor, int, float))
-    )
-
-
-def _tensor_layout(value: Tensor) -> tuple[Any, ...]:
-    number = float(value) if _is_host_scalar(value) else None
-    return value.shape, value.dtype, value.device, number
-
-
-def _is_host_scalar(value: Tensor) -> bool:
-    return value.ndim == 0 and value.device.type == "cpu"
+    found: list[Any] = []
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            shape, device = value.shape, value.device
+            # Of a counter on the host its value: reading that waits for nothing.
+            number = float(value) if not shape and device.type == "cpu" else None
+            found += (name, shape, value.dtype, device, number)
+        elif isinstance(value, (int, float)):
+            found += (name, value)
+    return tuple(found)
 
 
 def host_rate(lr: float | Tensor) -> float | Tensor:

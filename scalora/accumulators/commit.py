@@ -24,9 +24,9 @@ def write_all(writes: Sequence[Write], layers: Sequence[int], done: Callable[[],
 
     def write() -> None:
         for targets, _, new in writes:
+            own, rows = [sharding.local(targets[i]) for i in layers], new.unbind()
             torch._foreach_copy_(
-                [sharding.local(targets[i]) for i in layers],
-                [new[i].view_as(sharding.local(targets[i])) for i in layers],
+                own, [rows[i].view_as(target) for i, target in zip(layers, own, strict=True)]
             )
         done()
 

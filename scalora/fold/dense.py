@@ -53,10 +53,13 @@ def fold(
             first_row=first_row,
         )
         return
+    dtype = weights[0].dtype
+    if dtype not in (torch.bfloat16, torch.float16):
+        lefts, rights = left.to(dtype).unbind(), right.to(dtype).mT.unbind()
+        for weight, one, other in zip(weights, lefts, rights, strict=True):
+            weight.addmm_(one, other)
+        return
     for layer, weight in enumerate(weights):
-        if weight.dtype not in (torch.bfloat16, torch.float16):
-            weight.addmm_(left[layer].to(weight.dtype), right[layer].to(weight.dtype).T)
-            continue
         residual = residuals[layer] if residuals else None
         seed = seeds[layer] if seeds else 0
         result, cut = _half_precision_sum(
