@@ -239,7 +239,8 @@ def _gradient(parameter: Tensor) -> Tensor:
 def _flat(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """All elements in a row, in float32 at least, on one device: the matrices are small."""
     row = _flatten_dense_tensors([t if t.device == device else t.to(device) for t in tensors])
-    return row.to(torch.promote_types(row.dtype, torch.float32))
+    view = len(tensors) == 1  # that is all it makes of one alone, and its elements will change
+    return row.to(torch.promote_types(row.dtype, torch.float32), copy=view)
 
 
 def _put(flat: Tensor, tensors: Sequence[Tensor]) -> None:
