@@ -178,7 +178,10 @@ class StepCalibration:
             parameters: as for `observe`.
         """
         numbers = self._numbers or dict.fromkeys(_NUMBERS)
-        vectors = {name: _gathered(getattr(self, f"_{name}"), parameters) for name in _VECTORS}
+        vectors = {name: getattr(self, f"_{name}") for name in _VECTORS}
+        kept = {name: vector for name, vector in vectors.items() if vector is not None}
+        if kept and parameters and sharding.is_sharded(parameters[0]):
+            vectors |= zip(kept, _gathered(list(kept.values()), parameters), strict=True)
         return {"left": self._left, "peak": self._peak, **numbers, **vectors}
 
     @torch.no_grad()
@@ -210,14 +213,22 @@ def _over_shards(sums: Sequence[Tensor], like: Tensor) -> Sequence[Tensor]:
     return sharding.summed(torch.stack(list(sums)), like).unbind()
 
 
-def _gathered(flat: Tensor | None, parameters: Sequence[Tensor]) -> Tensor | None:
-    """A row of all processes' elements, in the order that it would have in one."""
-    if flat is None or not parameters or not sharding.is_sharded(parameters[0]):
-        return flat
+def _gathered(rows: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Each row with the elements of all processes, in the order that it would have in one.
+
+    One collective for all parameters of one shape.
+    """
     own = [sharding.local(p) for p in parameters]
-    pieces = zip(flat.split([p.numel() for p in own]), own, parameters, strict=True)
-    wholes = [sharding.whole(x.view(1, *p.shape), like) for x, p, like in pieces]
-    return torch.cat([x.flatten() for x in wholes])
+    pieces = torch.stack(list(rows)).split([p.numel() for p in own], 1)
+    alike: dict[torch.Size, list[int]] = {}
+    for i, parameter in enumerate(parameters):
+        alike.setdefault(parameter.shape, []).append(i)
+    wholes: dict[int, Tensor] = {}
+    for indices in alike.values():
+        stacked = torch.cat([pieces[i].reshape(len(rows), *own[i].shape) for i in indices])
+        whole = sharding.whole(stacked, parameters[indices[0]])
+        wholes |= zip(indices, whole.flatten(1).split(len(rows)), strict=True)
+    return [torch.cat([wholes[i][k] for i in range(len(own))]) for k in range(len(rows))]
 
 
 def _own_part(flat: Tensor, parameters: Sequence[Tensor]) -> Tensor | None:
@@ -243,6 +254,6 @@ def _flat(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     return row.to(torch.promote_types(row.dtype, torch.float32), copy=view)
 
 
-def _put(flat: Tensor, tensors: Sequence[Tensor]) -> None:
+def _put(flat: Tensor, tensors: list[Tensor]) -> None:
     pieces = flat.split([t.numel() for t in tensors])
     torch._foreach_copy_(tensors, [x.view_as(t) for x, t in zip(pieces, tensors, strict=True)])

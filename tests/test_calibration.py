@@ -195,6 +195,31 @@ def test_a_step_is_scaled_by_the_factor_in_the_parameters_own_dtype(dtype: torch
             torch.testing.assert_close(p.double(), expected, rtol=2 * eps, atol=eps * 1e-1)
 
 
+def test_parameters_of_any_layout_are_scaled_as_one_row_of_their_elements() -> None:
+    def stepped(parameters: list[nn.Parameter]) -> tuple[float, Tensor]:
+        calibration = StepCalibration(steps=30)
+        for count in range(20):
+            generator = torch.Generator().manual_seed(count)
+            move = torch.randn(84, generator=generator)
+            pieces = (0.3 * move + 1).split([p.numel() for p in parameters])
+            for p, piece in zip(parameters, pieces, strict=True):
+                p.grad = piece.view(p.shape)
+            calibration.observe(parameters, 1.0)
+            with calibration.scaled(parameters), torch.no_grad():
+                for p in parameters:
+                    p -= 1e-3 * p.grad
+        assert calibration.factor is not None
+        row = torch.cat([p.detach().flatten() for p in parameters])
+        return calibration.factor.item(), row
+
+    kernel = torch.zeros(2, 3, 2, 2).to(memory_format=torch.channels_last)
+    tensors = [torch.zeros(4, 5), torch.zeros(6, 5).T, kernel, torch.zeros(0, 3), torch.zeros(10)]
+    factor, row = stepped([nn.Parameter(tensor) for tensor in tensors])
+    expected, whole = stepped([nn.Parameter(torch.zeros(84))])
+    assert factor == expected > 1
+    assert torch.equal(row, whole)
+
+
 def test_only_the_lora_factors_are_scaled_and_not_the_head() -> None:
     model, other = make_model(), make_model()
     optimizer, plain = calibrated(model), torch.optim.AdamW(models.trainable(other), lr=RATE)

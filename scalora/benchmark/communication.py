@@ -32,6 +32,7 @@ class ReceivedBytes(TorchDispatchMode):
     """Counts what this process receives in collectives while it is entered.
 
     Attributes:
+        collectives: how many.
         total: bytes.
         largest: of the one tensor that came out largest, elements.
     """
@@ -39,6 +40,7 @@ class ReceivedBytes(TorchDispatchMode):
     def __init__(self, processes: int) -> None:
         super().__init__()
         self.processes = processes
+        self.collectives = 0
         self.total = 0.0
         self.largest = 0
 
@@ -65,6 +67,7 @@ class ReceivedBytes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _count(self, received: float, elements: int) -> None:
+        self.collectives += 1
         self.total += received
         self.largest = max(self.largest, elements)
 
