@@ -187,6 +187,12 @@ def replaced(model: Any) -> None:
         factor.weight = nn.Parameter(factor.weight.detach().clone())
 
 
+def parametrized(model: Any) -> None:
+    """The weight is computed from a parameter of another name."""
+    factor = models.layer(model, "first").lora_A["default"]
+    torch.nn.utils.parametrize.register_parametrization(factor, "weight", nn.Tanh())
+
+
 @kinds
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -194,6 +200,7 @@ def replaced(model: Any) -> None:
         (deleted, "has no adapter 'default' any more"),
         (deleted_and_added, "are no longer parameters that this optimizer steps"),
         (replaced, "are no longer parameters that this optimizer steps"),
+        (parametrized, "are no longer parameters that this optimizer steps"),
     ],
 )
 def test_layers_that_are_not_the_optimizers_any_more_are_refused(

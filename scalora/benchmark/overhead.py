@@ -74,8 +74,7 @@ def run(device: torch.device) -> str:
     ]
     note = (
         f"{_BLOCKS * len(_SHAPES)} layers, {2 * _BLOCKS * len(_SHAPES)} factors.\n"
-        f"ms: of the processor, in optimizer.step() alone, least and median of {_ROUNDS}; ratio: of "
-        "the least."
+        f"ms: processor time of optimizer.step() in {_ROUNDS} steps; ratio: of the least."
     )
     return markdown(["optimizer", "least ms", "median ms", "ratio"], rows) + "\n\n" + note
 
