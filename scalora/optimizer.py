@@ -20,13 +20,8 @@ from scalora.peft_layers import LoRAPair
 from scalora.rebasing import Rebaser
 from scalora.renewal import LATEST
 from scalora.report import RebasingReport, rebasing_report
-from scalora.resuming import (
-    STATE_VERSION,
-    ExpectedWeights,
-    check_same_kind,
-    packed,
-    unpacked,
-)
+from scalora.resuming import ExpectedWeights, packed, unpacked
+from scalora.run_state import RunState
 from scalora.selection import check_engine, check_processes, places_of_layers
 from scalora.stale import checked_factors, warn_without_gradients
 
@@ -116,16 +111,13 @@ class ScaLoRA(torch.optim.Optimizer):
     inner: torch.optim.Optimizer
     model: nn.Module
     options: RebasingOptions
-    rebase_count: int
-    _steps: int
-    _asked: int
     _skipped: Tensor | None
     _checked: bool
     _sharded: list[Any]
-    _expected: ExpectedWeights
     state_is_in_file: bool
     _rebaser: Rebaser
     _calibration: StepCalibration
+    _run: RunState
     _owner: object
 
     def __init__(
@@ -180,23 +172,25 @@ class ScaLoRA(torch.optim.Optimizer):
                 "register it with a direction, or use rule='exact'."
             )
         places = places_of_layers(model, optimizer, options)
+        rebaser, length = (
+            Rebaser(places, options, moments),
+            StepCalibration(options.calibration_steps),
+        )
+        owner = object()
         # As torch's own unpickling does it: sets up hooks without copying groups and state.
         self.__setstate__(
             {
                 "inner": optimizer,
                 "model": model,
                 "options": options,
-                "rebase_count": 0,
-                "_steps": 0,
-                "_asked": 0,
                 "_skipped": None,
                 "_checked": False,
                 "_sharded": [],
-                "_expected": ExpectedWeights(),
                 "state_is_in_file": False,
-                "_rebaser": Rebaser(places, options, moments),
-                "_calibration": StepCalibration(options.calibration_steps),
-                "_owner": (owner := object()),
+                "_rebaser": rebaser,
+                "_calibration": length,
+                "_run": RunState(options, rebaser, length),
+                "_owner": owner,
             }
         )
         for pair in places:
@@ -228,6 +222,11 @@ class ScaLoRA(torch.optim.Optimizer):
     @defaults.setter
     def defaults(self, defaults: dict[str, Any]) -> None:
         self.inner.defaults = defaults
+
+    @property
+    def rebase_count(self) -> int:
+        """How often layers were re-based, or had columns renewed; one step is one time at most."""
+        return self._run.rebase_count
 
     @property
     def last_scaling(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -277,8 +276,8 @@ class ScaLoRA(torch.optim.Optimizer):
         self._reshard()
         factors = checked_factors(self._rebaser.pairs, self.inner, self._owner)
         self._check_processes()
-        self._expected.check(self._rebaser.pairs)
-        self._expected, self.state_is_in_file = ExpectedWeights(), False
+        self._run.expected.check(self._rebaser.pairs)
+        self._run.expected, self.state_is_in_file = ExpectedWeights(), False
         overflow = not_finite(self.param_groups)
         if overflow is None:
             warn_without_gradients(self.param_groups)
@@ -291,15 +290,15 @@ class ScaLoRA(torch.optim.Optimizer):
             )
             return loss
         self._calibration.observe(factors, self._learning_rate())
-        due = bool(self._rebaser.pairs) and (self._steps + 1) % self.options.interval == 0
+        due = bool(self._rebaser.pairs) and (self._run.steps + 1) % self.options.interval == 0
         renews = self.options.resolved_rule == "renew"
         if due and not renews:
             if self.rebase_count == 0:
                 peft_layers.warn_when_saved_alone(self.model)
             # Counted first: a step that is tried again after a failure draws other noise.
-            self.rebase_count += 1
+            self._run.rebase_count += 1
             self._rebaser.rebase(self.inner, self.rebase_count)
-        self._steps += 1
+        self._run.steps += 1
         with self._calibration.scaled(factors):
             self._step_inner(overflow)
         if due and renews:
@@ -326,8 +325,8 @@ class ScaLoRA(torch.optim.Optimizer):
         kind of run it is of.
         """
         state = self.inner.state_dict()
-        if self.state_is_in_file or self._expected.in_file:
-            return {**state, "scalora": {**self._kind_of_run(), "in_file": True}}
+        if self.state_is_in_file or self._run.expected.in_file:
+            return {**state, "scalora": {**self._run.kind(), "in_file": True}}
         own = self.rebasing_state()
         if not torch.distributed.is_initialized():
             return {**state, "scalora": own}
@@ -357,30 +356,16 @@ class ScaLoRA(torch.optim.Optimizer):
                 stacklevel=level_of_caller(),
             )
         self.inner.load_state_dict(state)
-        self._steps = self._asked = self.rebase_count = 0
-        self._rebaser.forget()
-        self._load_calibration(None)
-        self._expected = ExpectedWeights.of(own)
-        if own is not None and not self._expected.in_file:
+        self._reshard()
+        self._run.forget()
+        self._run.expected = ExpectedWeights.of(own)
+        if own is not None and not self._run.expected.in_file:
             self.load_rebasing_state(own)
 
     def rebasing_state(self) -> dict[str, Any]:
         """What re-basing itself remembers: numbers and small tensors."""
         self._reshard()
-        pairs = self._rebaser.pairs
-        return {
-            **self._kind_of_run(),
-            "steps": self._steps,
-            "asked": self._asked,
-            "rebase_count": self.rebase_count,
-            # What a loaded state still expects is not forgotten by saving it again.
-            "base": peft_layers.base_checksums([p for p in pairs if p.was_rebased])
-            | dict(self._expected.base),
-            "adapter": peft_layers.adapter_checksums([p for p in pairs if p.carry is not None])
-            | dict(self._expected.adapter),
-            "layers": self._rebaser.layer_states(),
-            "step_length": self._calibration.state(self._factors_to_calibrate()),
-        }
+        return self._run.saved()
 
     def load_rebasing_state(self, own: dict[str, Any]) -> None:
         """Take up what `rebasing_state` returned.
@@ -389,12 +374,8 @@ class ScaLoRA(torch.optim.Optimizer):
             ValueError: another version, rule, lifetime, calibration, rounding, seed,
                 accumulator, set of layers or rank; nothing is loaded then.
         """
-        self.check_rebasing_state(own)
-        self._steps, self.rebase_count = own["steps"], own["rebase_count"]
-        self._asked = own["asked"]
-        self._expected = ExpectedWeights.of(own)
-        self._rebaser.remember(own["layers"], rebased=own["base"])
-        self._load_calibration(own["step_length"])
+        self._reshard()
+        self._run.load(own)
         if self.rebase_count:
             peft_layers.warn_when_saved_alone(self.model)
 
@@ -407,55 +388,29 @@ class ScaLoRA(torch.optim.Optimizer):
 
     def check_rebasing_state(self, own: dict[str, Any]) -> None:
         """Raise a ValueError, which says what differs, if ``own`` is not of this kind of run."""
-        check_same_kind(own, self._kind_of_run())
-
-    def _kind_of_run(self) -> dict[str, Any]:
-        """What must agree for one run to continue another."""
-        return {
-            "version": STATE_VERSION,
-            "rule": self.options.rule,
-            "lifetime": self.options.lifetime,
-            "calibration": self.options.calibration_steps,
-            "rounding": self.options.rounding,
-            "seed": self.options.seed,
-            "ranks": {pair.name: pair.rank for pair in self._rebaser.pairs},
-            "shapes": {pair.name: list(pair.shape) for pair in self._rebaser.pairs},
-            "places": self._rebaser.places,
-        }
+        self._run.check(own)
 
     def _renew(self) -> None:
         """After a step: let the columns whose time is over begin anew, if they can still learn."""
-        before, self._asked = self._asked, self._steps
+        run = self._run
+        before, run.asked = run.asked, run.steps
         rate = self._learning_rate()
         if rate is not None and rate < LATEST * self._calibration.peak:
             return
         renewed = True  # some layers may be, if this raises
         try:
-            renewed = self._rebaser.renew(self.inner, before, self._steps, self.rebase_count + 1)
+            renewed = self._rebaser.renew(self.inner, before, run.steps, run.rebase_count + 1)
         finally:
             if renewed:
-                if self.rebase_count == 0:
+                if run.rebase_count == 0:
                     peft_layers.warn_when_saved_alone(self.model)
-                self.rebase_count += 1
-
-    def _factors_to_calibrate(self) -> list[Tensor]:
-        """All layers' factors, whose steps share one factor."""
-        if not self.options.calibration_steps:
-            return []
-        return [p for pair in self._rebaser.pairs for p in (pair.P_parameter, pair.Q_parameter)]
+                run.rebase_count += 1
 
     def _learning_rate(self) -> float | None:
         """The highest of all groups; None where one is on a device."""
         rates = [host_rate(group["lr"]) for group in self.param_groups]
         known = [rate for rate in rates if not isinstance(rate, Tensor)]
         return max(known) if len(known) == len(rates) else None
-
-    def _load_calibration(self, state: dict[str, Any] | None) -> None:
-        pairs = self._rebaser.pairs
-        if pairs:
-            self._reshard()
-            factors = self._factors_to_calibrate()
-            self._calibration.load(state, pairs[0].P_parameter.device, factors)
 
     def _reshard(self) -> None:
         """Let a sharded model hold its shards, whatever a forward pass left whole."""

@@ -176,10 +176,10 @@ def test_failure_at_any_operation_of_a_step_leaves_the_effective_weight_whole(na
         if any(pair.was_rebased for pair in optimizer.rebased_pairs):
             assert optimizer.rebase_count and "save_pretrained" in vars(model), where
         if k % 50 == 0:  # and it can go on
-            steps = optimizer._steps
+            steps = optimizer._run.steps
             losses = models.train(model, optimizer, case.inputs, 2)
             assert all(map(math.isfinite, losses))
-            assert optimizer._steps == steps + 2
+            assert optimizer._run.steps == steps + 2
     assert left >= {"nothing", "all"}
 
 

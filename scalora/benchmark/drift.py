@@ -53,12 +53,11 @@ def _measure(dtype: torch.dtype, rounding: str, device: torch.device) -> list[st
     target = torch.randn(_SIZE, _SIZE, device=device) * 0.02
     start = pair.base_weight.double()
     exact = start + _delta(pair)
-    for _ in range(_REBASINGS):
+    for count in range(_REBASINGS):
         gradient = pair.effective_weight().float() - target + 0.02 * torch.randn_like(target)
         P, Q = pair.P_parameter, pair.Q_parameter
         P.grad, Q.grad = gradient @ Q.T, P.T @ gradient
-        optimizer._rebaser.rebase(inner, optimizer.rebase_count)
-        optimizer.rebase_count += 1
+        optimizer._rebaser.rebase(inner, count)
         before = _delta(pair)
         inner.step()
         exact += _delta(pair) - before
