@@ -14,6 +14,7 @@ from scalora.calibration import StepCalibration
 from scalora.callers import level_of_caller
 from scalora.layer_batches import host_rate
 from scalora.moments import moments_of
+from scalora.optimizer_wrapper import OptimizerWrapper
 from scalora.options import RebasingOptions
 from scalora.overflow import can_skip, not_finite, step_unless
 from scalora.peft_layers import LoRAPair
@@ -26,7 +27,7 @@ from scalora.selection import check_engine, check_processes, places_of_layers
 from scalora.stale import checked_factors, warn_without_gradients
 
 
-class ScaLoRA(torch.optim.Optimizer):
+class ScaLoRA(OptimizerWrapper):
     """Steps an optimizer over LoRA parameters and re-bases the LoRA layers while it trains.
 
     By default one column of a layer at a time is frozen, once it has learned for a while, and
@@ -172,12 +173,9 @@ class ScaLoRA(torch.optim.Optimizer):
                 "register it with a direction, or use rule='exact'."
             )
         places = places_of_layers(model, optimizer, options)
-        rebaser, length = (
-            Rebaser(places, options, moments),
-            StepCalibration(options.calibration_steps),
-        )
+        rebaser = Rebaser(places, options, moments)
+        length = StepCalibration(options.calibration_steps)
         owner = object()
-        # As torch's own unpickling does it: sets up hooks without copying groups and state.
         self.__setstate__(
             {
                 "inner": optimizer,
@@ -195,33 +193,6 @@ class ScaLoRA(torch.optim.Optimizer):
         )
         for pair in places:
             pair.claim(owner)
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The inner optimizer's."""
-        return self.inner.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.inner.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The inner optimizer's."""
-        return self.inner.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.inner.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The inner optimizer's."""
-        return self.inner.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.inner.defaults = defaults
 
     @property
     def rebase_count(self) -> int:
@@ -304,14 +275,6 @@ class ScaLoRA(torch.optim.Optimizer):
         if due and renews:
             self._renew()
         return loss
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """The inner optimizer's."""
-        self.inner.zero_grad(set_to_none=set_to_none)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """The inner optimizer's."""
-        self.inner.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's, and under ``"scalora"`` what a resumed run needs besides.
