@@ -73,7 +73,7 @@ ablation-smoke: $(STAMP) ## that it runs
 		--output ablation-smoke
 
 benchmark: $(STAMP) ## step time and memory against the inner optimizer alone
-	$(BIN)/python -m scalora.benchmark step
+	$(BIN)/python -m scalora.benchmark step overhead
 
 benchmark-miub: $(STAMP) ## MIUB's estimators on known answers, and the monitor's cost
 	$(BIN)/python -m miub.benchmark
