@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import scalora
 from scalora.calibration import StepCalibration
@@ -218,6 +219,35 @@ def test_parameters_of_any_layout_are_scaled_as_one_row_of_their_elements() -> N
     expected, whole = stepped([nn.Parameter(torch.zeros(84))])
     assert factor == expected > 1
     assert torch.equal(row, whole)
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations that compute something, which views do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_more_parameters_take_no_more_operations(dtype: torch.dtype) -> None:
+    def operations(count: int) -> int:
+        parameters = [nn.Parameter(torch.ones(2, 3, dtype=dtype)) for _ in range(count)]
+        calibration = StepCalibration(steps=10)
+        for _ in range(3):
+            for p in parameters:
+                p.grad = torch.ones_like(p)
+            with Operations() as counted:
+                calibration.observe(parameters, 1.0)
+                with calibration.scaled(parameters):
+                    pass
+        return counted.count
+
+    assert 10 < operations(3) == operations(30)
 
 
 def test_only_the_lora_factors_are_scaled_and_not_the_head() -> None:
