@@ -210,7 +210,7 @@ def _copy(tensor: Tensor, device: torch.device) -> Tensor:
 
 def _over_shards(sums: Sequence[Tensor], like: Tensor) -> Sequence[Tensor]:
     """Sums over all elements, from those over the elements that this process holds."""
-    return sharding.summed(torch.stack(list(sums)), like).unbind()
+    return sharding.rows_of(like).sum(torch.stack(list(sums))).unbind()
 
 
 def _gathered(rows: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -226,7 +226,8 @@ def _gathered(rows: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tens
     wholes: dict[int, Tensor] = {}
     for indices in alike.values():
         stacked = torch.cat([pieces[i].reshape(len(rows), *own[i].shape) for i in indices])
-        whole = sharding.whole(stacked, parameters[indices[0]])
+        like = parameters[indices[0]]
+        whole = sharding.rows_of(like).whole(stacked, 1, like.shape[0])
         wholes |= zip(indices, whole.flatten(1).split(len(rows)), strict=True)
     return [torch.cat([wholes[i][k] for i in range(len(own))]) for k in range(len(rows))]
 

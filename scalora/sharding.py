@@ -129,16 +129,6 @@ def own_rows(tensor: Tensor) -> slice:
     return rows_of(tensor).own(tensor.shape[0])
 
 
-def whole(stack: Tensor, like: Tensor) -> Tensor:
-    """(layers, rows of ``like``, ...), on every process, from its own rows, stacked."""
-    return rows_of(like).whole(stack, 1, like.shape[0])
-
-
-def summed(part: Tensor, like: Tensor) -> Tensor:
-    """A sum over all rows, from every process's sum over its own: as ``part``, on every process."""
-    return rows_of(like).sum(part)
-
-
 def everywhere(flags: Tensor, like: Tensor) -> Tensor:
     """Whether flags, bool of any shape, are true on every process that holds rows."""
     rows = rows_of(like)

@@ -43,7 +43,7 @@ def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
         alike = [
             i for i, t in enumerate(tensors.values()) if sharding.layout(t) == sharding.layout(like)
         ]
-        total = sharding.summed(torch.stack([sums[i] for i in alike]), like)
+        total = sharding.rows_of(like).sum(torch.stack([sums[i] for i in alike]))
         for i, value in zip(alike, total.unbind(), strict=True):
             sums[i] = value
     return dict(
