@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from processes import run_processes
 from torch import Tensor, nn
@@ -27,6 +28,18 @@ def test_two_processes_receive_what_the_formula_says(tmp_path: Path) -> None:
         assert max(counts[name] for counts, _ in found) == formula, name
     # All layers of one shape travel together, so compare with what those would weigh.
     assert max(largest for _, largest in found) < min(m * n for m, n in plan.adapted)
+
+
+def received_with_replicas(rank: int) -> dict[str, float]:
+    return measured(PROCESSES, replicas=2)[0]
+
+
+@pytest.mark.distributed
+def test_rebasing_moves_nothing_between_replicas(tmp_path: Path) -> None:
+    found = run_processes(received_with_replicas, tmp_path, 2 * PROCESSES)
+    formula = planned(small_plan(PROCESSES))
+    for name in ("a step", "a renewal", "exact", "exact, carry"):
+        assert max(counts[name] for counts in found) == formula[name], name
 
 
 class Factors(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,6 +32,9 @@ _PLANNED = (8, 64, 512)
 
 class ReceivedBytes(TorchDispatchMode):
     """Counts what this process receives in collectives while it is entered.
+
+    Args:
+        processes: of a collective; with replicas these are the processes of one, side by side.
 
     Attributes:
         collectives: how many.
@@ -60,7 +65,7 @@ class ReceivedBytes(TorchDispatchMode):
         elif name.startswith("c10d::_reduce_scatter_base_"):
             self._count(others * args[0].nbytes, args[0].numel())
         elif name.startswith("c10d::alltoall_base_"):
-            incoming, own = args[0], args[3][dist.get_rank()]
+            incoming, own = args[0], args[3][dist.get_rank() % self.processes]
             self._count((incoming.numel() - own) * incoming.itemsize, incoming.numel())
         elif name.startswith(("c10d::", "_c10d_functional::")) and not _passes(name):
             raise RuntimeError(f"the collective {name} is not counted.")
@@ -121,23 +126,31 @@ def planned(plan: Plan) -> dict[str, float]:
     }
 
 
-def measured(processes: int) -> tuple[dict[str, float], int]:
-    """Bytes this process of a group receives, and elements of the largest tensor of ScaLoRA's."""
+def measured(processes: int, replicas: int = 1) -> tuple[dict[str, float], int]:
+    """Bytes this process receives, and elements of the largest tensor of ScaLoRA's.
+
+    Args:
+        processes: that the model is sharded over.
+        replicas: of the sharded model; with several, what training itself moves is not counted.
+    """
+    mesh = init_device_mesh("cpu", (replicas, processes), mesh_dim_names=("replicas", "shards"))
+    mesh = mesh if replicas > 1 else mesh["shards"]
     found: dict[str, float] = {}
     largest = 0
     for rule, accumulator in (("auto", "dense"), ("exact", "dense"), ("exact", "carry")):
         model: Any = small_model()
         model.enable_input_require_grads()  # else the first layers' backward pass gathers less
         for block in model.get_base_model().model.layers:
-            fully_shard(block)
-        fully_shard(model)
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
         trainable = [p for p in model.parameters() if p.requires_grad]
         inner = torch.optim.AdamW(trainable, lr=1e-3)
         options: dict[str, Any] = {"accumulator": accumulator, "carry_rank": _COLUMNS}
         optimizer = ScaLoRA(inner, model, rule=rule, lifetime=_LIFETIME, **options)
         for step in range(1, _LIFETIME + 1):
             optimizer.zero_grad()
-            with ReceivedBytes(processes) as training:
+            training = ReceivedBytes(processes)
+            with training if replicas == 1 else nullcontext():
                 ids = torch.arange(16).view(2, 8)
                 model(input_ids=ids, labels=ids).loss.backward()
             with ReceivedBytes(processes) as stepping:
