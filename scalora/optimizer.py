@@ -21,10 +21,11 @@ from scalora.peft_layers import LoRAPair
 from scalora.rebasing import Rebaser
 from scalora.renewal import LATEST
 from scalora.report import RebasingReport, rebasing_report
-from scalora.resuming import ExpectedWeights, packed, unpacked
+from scalora.resuming import ExpectedWeights
 from scalora.run_state import RunState
 from scalora.selection import check_engine, check_processes, places_of_layers
 from scalora.stale import checked_factors, warn_without_gradients
+from scalora.state_encoding import packed, unpacked
 
 
 class ScaLoRA(OptimizerWrapper):

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-import torch
 
 from scalora import peft_layers
 from scalora.peft_layers import LoRAPair
@@ -24,26 +21,6 @@ def check_version(found: Any) -> None:
             f"this one's {STATE_VERSION}): resume or export it with the version that wrote it. "
             "Nothing was loaded."
         )
-
-
-def packed(own: Mapping[str, Any]) -> bytes:
-    """A state of re-basing as one value, which a distributed checkpoint writes as it is."""
-    buffer = io.BytesIO()
-    torch.save(dict(own), buffer)
-    return buffer.getvalue()
-
-
-def unpacked(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """An optimizer's state dict -> the state of re-basing, if it holds one, and the inner one's."""
-    own = state_dict.get("scalora")
-    groups = []
-    for group in state_dict["param_groups"]:
-        held = group.get("scalora")
-        if own is None and held is not None:
-            own = torch.load(io.BytesIO(held), map_location="cpu", weights_only=True)
-        groups.append({name: value for name, value in group.items() if name != "scalora"})
-    inner = {name: value for name, value in state_dict.items() if name != "scalora"}
-    return own, {**inner, "param_groups": groups}
 
 
 def check_same_kind(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:

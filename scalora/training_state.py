@@ -6,11 +6,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from scalora import peft_layers, sharding, transformers_models
 from scalora.optimizer import ScaLoRA
 from scalora.peft_layers import LoRAPair
+from scalora.state_encoding import flattened
 from scalora.training_state_file import TrainingStateFile, pretrained_weights
 
 
@@ -33,15 +34,7 @@ def save_training_state(
         The file's path.
     """
     sharding.require_whole(optimizer.model, "save_training_state")
-    state = optimizer.rebasing_state()
-    tensors: dict[str, Tensor] = {}
-    for name, memory in state.pop("layers").items():
-        memory |= {f"carry.{key}": value for key, value in (memory.pop("carry") or {}).items()}
-        tensors |= {f"{key}:{name}": value for key, value in memory.items() if value is not None}
-    length = state["step_length"]
-    found = {key: value for key, value in length.items() if isinstance(value, Tensor)}
-    tensors |= {f"step_length:{key}": value for key, value in found.items()}
-    state["step_length"] = {key: None if key in found else length[key] for key in length}
+    tensors, state = flattened(optimizer.rebasing_state())
     pairs = optimizer.rebased_pairs
     # All but those with a carry that is kept.
     folded = [p for p in pairs if state["places"][p.name] == "dense" or p.was_rebased]
@@ -70,15 +63,10 @@ def load_training_state(optimizer: ScaLoRA, folder: str | PathLike[str]) -> None
     sharding.require_whole(optimizer.model, "load_training_state")
     file = TrainingStateFile.read(folder)
     pairs = optimizer.rebased_pairs
-    state = {
-        **file.values,
-        "layers": {pair.name: file.memory(pair.name) for pair in pairs},
-        "step_length": file.step_length(),
-    }
-    optimizer.check_rebasing_state(state)
+    optimizer.check_rebasing_state(file.values)
     file.check(pairs)
     file.put_weights(pairs)
-    optimizer.load_rebasing_state(state)
+    optimizer.load_rebasing_state(file.state)
 
 
 def load_rebased_weights(

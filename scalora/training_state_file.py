@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -16,14 +14,9 @@ from torch import Tensor
 from scalora import peft_layers
 from scalora.files import read_tensors, write_tensors
 from scalora.peft_layers import LoRAPair
-from scalora.resuming import check_version
+from scalora.state_encoding import carry_of, opened, restored, sealed
 
 STATE_FILE = "scalora.safetensors"
-_KEYS = (
-    *("version", "steps", "asked", "rebase_count", "ranks", "shapes", "places", "base"),
-    *("pretrained", "adapter", "step_length"),
-)
-_CARRY = ("up", "down", "cut", "capacity")
 
 
 @dataclass(frozen=True)
@@ -35,9 +28,8 @@ class TrainingStateFile:
 
     Attributes:
         path: of the file.
-        tensors: ``base:``, ``carry.up:``, ``carry.down:``, ``carry.cut:``, ``product:`` or
-            ``residual:`` and the layer's name, or ``step_length:`` and a name -> the tensor, on the
-            CPU.
+        tensors: on the CPU; ``base:`` and a layer's name -> its base weight, and those of
+            `scalora.state_encoding.flattened`.
         values: what `scalora.ScaLoRA.rebasing_state` gave besides; ``adapter``, the checksums of
             the factors; and ``pretrained``, of the base weights that are not here because nothing
             has been folded into them: layer name -> dtype and checksum.
@@ -53,9 +45,7 @@ class TrainingStateFile:
     ) -> Path:
         """Write one, whole or not at all, and return its path; the arguments are the attributes."""
         path = Path(folder) / STATE_FILE
-        text = json.dumps(values)
-        here = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        write_tensors(path, here, {"scalora": text, "sha256": _sha256(here, text)})
+        write_tensors(path, *sealed(tensors, values))
         return path
 
     @classmethod
@@ -68,21 +58,9 @@ class TrainingStateFile:
         """
         path = Path(folder) / STATE_FILE
         tensors, metadata = read_tensors(path)
-        try:
-            text = metadata["scalora"]
-            values = json.loads(text)
-            version = values["version"]
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} was not written by scalora.save_training_state.") from error
-        check_version(version)
-        if metadata.get("sha256") != _sha256(tensors, text):
-            raise ValueError(
-                f"{path} is damaged: it is not what was written. Nothing was loaded; take an "
-                "earlier checkpoint."
-            )
-        missing = [key for key in _KEYS if key not in values]
-        if missing:
-            raise ValueError(f"{path} is damaged: its entry {missing[0]!r} is missing.")
+        values = opened(tensors, metadata, path)
+        if "pretrained" not in values:
+            raise ValueError(f"{path} is damaged: its entry 'pretrained' is missing.")
         return cls(path, tensors, values)
 
     @property
@@ -101,24 +79,14 @@ class TrainingStateFile:
         others = (getattr(torch, dtype) for dtype, _ in self.values["pretrained"].values())
         return here or next(others, None)
 
+    @property
+    def state(self) -> dict[str, Any]:
+        """What `scalora.ScaLoRA.rebasing_state` gave."""
+        return restored(self.tensors, self.values)
+
     def carry(self, layer: str) -> dict[str, Tensor] | None:
         """A layer's ``up`` (m, c), ``down`` (c, n), ``cut`` and ``capacity``; None without one."""
-        carry = {key: self.tensors.get(f"carry.{key}:{layer}") for key in _CARRY}
-        found = {key: tensor for key, tensor in carry.items() if tensor is not None}
-        return found if len(found) == len(_CARRY) else None
-
-    def memory(self, layer: str) -> dict[str, Any]:
-        """What re-basing remembers of a layer."""
-        return {
-            "product": self.tensors.get(f"product:{layer}"),
-            "residual": self.tensors.get(f"residual:{layer}"),
-            "carry": self.carry(layer),
-        }
-
-    def step_length(self) -> dict[str, Any]:
-        """What the calibration of the step remembers."""
-        values = self.values["step_length"]
-        return {key: self.tensors.get(f"step_length:{key}", values[key]) for key in values}
+        return carry_of(self.tensors, layer)
 
     def check(self, pairs: Sequence[LoRAPair]) -> None:
         """Raise a ValueError if the file was not saved with these layers' adapter and base.
@@ -201,13 +169,3 @@ def pretrained_weights(pairs: Sequence[LoRAPair]) -> dict[str, list[Any]]:
     dtypes = {pair.name: str(pair.base_weight.dtype).removeprefix("torch.") for pair in pairs}
     sums = peft_layers.base_checksums(pairs)
     return {name: [dtypes[name], sums[name]] for name in dtypes}
-
-
-def _sha256(tensors: Mapping[str, Tensor], text: str) -> str:
-    """Of contiguous tensors on the CPU, with names, dtypes and shapes, and of the text."""
-    found = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
