@@ -20,11 +20,10 @@ from transformers import PreTrainedModel
 
 from scalora import peft_layers, transformers_models
 from scalora.files import folder_written_whole
-from scalora.saving import merged_model, save_adapter
+from scalora.saving import ADAPTER_CONFIG, MODEL_CONFIG, merged_model, save_adapter
 from scalora.training_state import load_rebased_weights
 from scalora.training_state_file import STATE_FILE, TrainingStateFile
 
-_CONFIG_FILE = "adapter_config.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 # What tokenizers of transformers save; each has some of them.
 _TOKENIZER_FILES = (
@@ -77,9 +76,9 @@ class _Checkpoint:
             )
         state = TrainingStateFile.read(folder)
         named = folder / str(state.values.get("adapter_name", "default"))
-        adapter_folder = named if (named / _CONFIG_FILE).is_file() else folder
-        if not (adapter_folder / _CONFIG_FILE).is_file():
-            raise ValueError(f"{folder} has no {_CONFIG_FILE}: it holds no adapter.")
+        adapter_folder = named if (named / ADAPTER_CONFIG).is_file() else folder
+        if not (adapter_folder / ADAPTER_CONFIG).is_file():
+            raise ValueError(f"{folder} has no {ADAPTER_CONFIG}: it holds no adapter.")
         with _loading(f"the adapter in {adapter_folder}"):
             adapter = PeftConfig.from_pretrained(str(adapter_folder))
         return cls(folder, state, adapter, adapter_folder)
@@ -149,15 +148,15 @@ def export_checkpoint(
     with torch.no_grad():
         if merged:
             model, errors = _merged(read, base, full_precision_base, dtype)
-            with folder_written_whole(folder) as staged:
+            with folder_written_whole(folder, MODEL_CONFIG) as staged:
                 model.save_pretrained(staged)
                 _copy_tokenizer(read.folder, staged)
             return Export(folder, True, errors, None, _bytes(folder))
         wrapped, start = _adapted(read, base)
-        with folder_written_whole(folder) as staged:
+        with folder_written_whole(folder, ADAPTER_CONFIG) as staged:
             errors = save_adapter(wrapped, staged, rank, start)
             _copy_tokenizer(read.folder, staged)
-        written = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
+        written = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         return Export(folder, False, errors, int(written["r"]), _bytes(folder))
 
 

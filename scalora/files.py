@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -41,34 +41,77 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 @contextmanager
-def folder_written_whole(folder: Path) -> Iterator[Path]:
-    """Another folder to write to, which takes the place of ``folder`` if nothing is raised.
+def folder_written_whole(folder: Path, last: str, instead_of: Sequence[str] = ()) -> Iterator[Path]:
+    """Another folder to write to; if nothing is raised, what is in it is then in ``folder``.
+
+    A folder that is not there appears whole.  One that is there (it may be a mount point) keeps its
+    other files, and its own are put back if anything is raised.  A process that is killed while
+    files are exchanged leaves it without ``last``, and the old files in a hidden folder in it.
 
     Args:
-        folder: a path where nothing is, or an empty folder.
+        folder: where to.
+        last: the name of the file without which nothing loads the others: it is taken away first
+            and put there last.
+        instead_of: patterns of files that go if they are not written again, such as the shards of
+            an earlier model.
+
+    Raises:
+        ValueError: there is a file of that name.
     """
     folder = folder.absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".scalora-", dir=folder.parent) as beside:
-        staged = Path(beside) / folder.name
+    there = folder.is_dir()
+    if folder.exists() and not there:
+        raise ValueError(f"{folder} is a file, and a folder is to be written there.")
+    around = folder if there else folder.parent
+    around.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".scalora-", dir=around) as beside:
+        staged = Path(beside, "new")
         staged.mkdir()
         yield staged
         for path in (*staged.rglob("*"), staged):
             _force_to_disk(path)
-        if folder.exists():
-            folder.rmdir()
-        os.replace(staged, folder)
-    _force_to_disk(folder.parent)
+        if there:
+            _exchange(folder, staged, Path(beside, "old"), last, instead_of)
+        else:
+            os.replace(staged, folder)
+        _force_to_disk(around)
+
+
+def _exchange(folder: Path, staged: Path, old: Path, last: str, instead_of: Sequence[str]) -> None:
+    """Move what is in ``staged`` to ``folder``, and what it replaces to ``old``."""
+    old.mkdir()
+    new = sorted((path.name for path in staged.iterdir()), key=lambda name: name == last)
+    stale = {path.name for pattern in instead_of for path in folder.glob(pattern)}
+    replaced = sorted(
+        (name for name in stale.union(new) if (folder / name).exists()),
+        key=lambda name: name != last,
+    )
+    moves = [(folder / name, old / name) for name in replaced]
+    moves += [(staged / name, folder / name) for name in new]
+    try:
+        for source, target in moves:
+            os.replace(source, target)
+    except BaseException:
+        for source, target in reversed(moves):
+            if target.exists() and not source.exists():
+                os.replace(target, source)
+        raise
 
 
 def _force_to_disk(path: Path) -> None:
     """A file's content, or a folder's entries: a rename may survive a power cut that they do not.
 
-    Where folders cannot be opened (Windows), nothing is done for them.
+    Some systems cannot do that for folders (Windows, some network mounts); nothing is done then.
     """
-    if path.is_dir() and os.name == "nt":
+    if not path.is_dir():
+        _sync(path, os.O_RDWR)
         return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    with suppress(OSError):
+        _sync(path, os.O_RDONLY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:

@@ -13,10 +13,14 @@ from transformers import PreTrainedModel
 
 from scalora import peft_layers, sharding
 from scalora.carry import compress
-from scalora.files import write_tensors
+from scalora.files import folder_written_whole, write_tensors
 from scalora.pretrained import Base, base_has_moved, full_precision_base, weight_changes
 
+# Without them nothing loads the other files.
+ADAPTER_CONFIG = "adapter_config.json"
+MODEL_CONFIG = "config.json"
 _ADAPTER_FILE = "adapter_model.safetensors"
+_MODEL_FILES = ("model.safetensors*", "model-*-of-*.safetensors")
 _TOLERANCE = 1e-4
 
 _Factors = tuple[Tensor, Tensor, float]  # P (m, k), Q (n, k), and what they miss, relative
@@ -33,15 +37,18 @@ def save_merged(model: nn.Module, path: str | PathLike[str], base: Base | None =
 
     Args:
         model: the fine-tuned PEFT model (or a module around it).
-        path: folder, created if need be.
+        path: folder, created if need be.  It takes in all files or none, and keeps others.
         base: for a quantized model: the pretrained one in full precision (a model, a state dict, a
             folder or a hub id) to merge onto instead.
 
     Raises:
         ValueError: not a PEFT model around a transformers model, or a base for one that is not
             quantized.
+        OSError: the files cannot be written; what was in the folder is still there.
     """
-    merged_model(model, base).save_pretrained(path)
+    merged = merged_model(model, base)
+    with folder_written_whole(Path(path), MODEL_CONFIG, _MODEL_FILES) as staged:
+        merged.save_pretrained(staged)
 
 
 def merged_model(model: nn.Module, base: Base | None = None) -> PreTrainedModel:
@@ -93,7 +100,7 @@ def save_adapter(
 
     Args:
         model: the fine-tuned PEFT model (or a module around it).
-        path: folder, created if need be.
+        path: folder, created if need be.  It takes in both files or neither, and keeps others.
         rank: of every layer; None for all of it, and for what was folded the smallest rank that
             keeps a layer's error at most 1e-4.
         base: the pretrained model, its state dict, or a folder or hub id to load it from; may be
@@ -109,6 +116,7 @@ def save_adapter(
     Raises:
         ValueError: a rank below 1, a base that is missing or belongs to another model, or one that
             is quantized and was changed by the adapter's initialisation.
+        OSError: the files cannot be written; what was in the folder is still there.
     """
     if rank is not None and rank < 1:
         raise ValueError(f"rank={rank} must be at least 1.")
@@ -150,9 +158,9 @@ def _write_adapter(
     tensors, config = peft_layers.adapter_with_factors(
         model, adapter, products, keep_dora=keep_dora
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / _ADAPTER_FILE, tensors, {"format": "pt"})
-    config.save_pretrained(str(folder))
+    with folder_written_whole(folder, ADAPTER_CONFIG, ("adapter_model.bin",)) as staged:
+        write_tensors(staged / _ADAPTER_FILE, tensors, {"format": "pt"})
+        config.save_pretrained(str(staged))
     return {layer: error for layer, (_, _, error) in factors.items()}
 
 

@@ -189,5 +189,5 @@ def test_a_bit_that_flips_anywhere_is_noticed() -> None:
     for place in range(len(held)):
         flipped = bytearray(held)
         flipped[place] ^= 1 << place % 8
-        with pytest.raises(ValueError, match="damaged|not written by|another version"):
+        with pytest.raises(ValueError, match=r"damaged|not written by|another version"):
             unpacked({"state": {}, "param_groups": [{"scalora": bytes(flipped)}]})
