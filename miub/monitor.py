@@ -23,6 +23,7 @@ from miub.paths import adapter_code, learned_since
 from miub.processes import gathered, process_rank
 from miub.record import LayerRecord
 from miub.report import MIUBReport
+from scalora.callers import level_of_caller
 from scalora.peft_layers import (
     LoRAPair,
     adapter_names,
@@ -270,7 +271,7 @@ class MIUBMonitor:
                 f"{layer!r} had {rows} tokens in a forward pass; {_FEWEST} are needed, so it was "
                 "not measured.",
                 UserWarning,
-                stacklevel=2,
+                stacklevel=level_of_caller(),
             )
 
 
@@ -361,7 +362,7 @@ def _measured_pairs(model: nn.Module, adapter_name: str | None) -> list[LoRAPair
         warnings.warn(
             f"{len(left_out)} LoRA layers are not measured, {name!r} for one: {reason}.",
             UserWarning,
-            stacklevel=3,
+            stacklevel=level_of_caller(),
         )
     return pairs
 

@@ -11,6 +11,7 @@ from torch import nn
 from scalora import peft_layers, sharding
 from scalora.accumulators import increment_columns
 from scalora.bitsandbytes_states import BitsandbytesMoments
+from scalora.callers import level_of_caller
 from scalora.moments import Moments
 from scalora.options import RebasingOptions
 from scalora.peft_layers import LoRAPair
@@ -41,7 +42,7 @@ def places_of_layers(
             f"{type(model).__name__} is not a PeftModel: it trains, but scalora.save_merged and "
             "save_adapter need one. Make it with peft.get_peft_model.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=level_of_caller(),
         )
     users = peft_layers.sharing_modules(model)
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -61,7 +62,7 @@ def places_of_layers(
         warnings.warn(
             f"{len(left)} LoRA layers stay plain LoRA, they are not re-based: {listed}.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=level_of_caller(),
         )
     return places
 

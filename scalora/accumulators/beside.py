@@ -11,6 +11,7 @@ from torch import Tensor
 from scalora.accumulators.commit import write_all
 from scalora.accumulators.increment import increment_columns
 from scalora.accumulators.into_base import DenseAccumulator
+from scalora.callers import level_of_caller
 from scalora.carry import Carry, compress, relative_cut
 from scalora.layer_batches import Write, thin_factors
 from scalora.options import RebasingOptions
@@ -166,7 +167,7 @@ class CarryAccumulator:
             f"(carry_tolerance={self.options.carry_tolerance:g}): so much the model's function was "
             "moved. Pass a larger carry_rank or interval; optimizer.report() has every layer.",
             UserWarning,
-            stacklevel=6,
+            stacklevel=level_of_caller(),
         )
 
 

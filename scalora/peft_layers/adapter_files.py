@@ -13,6 +13,7 @@ from typing import Any
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
+from scalora.callers import level_of_caller
 from scalora.peft_layers.finding import PREFIX, all_lora_pairs, lora_pairs, peft_model
 from scalora.peft_layers.misleading import warn_of_changed_base
 from scalora.peft_layers.pair import LoRAPair
@@ -140,7 +141,7 @@ class _SavePretrained:
                 "scalora.save_merged(model, path) or scalora.save_adapter(model, path, base=...) "
                 "instead.",
                 UserWarning,
-                stacklevel=2,
+                stacklevel=level_of_caller(),
             )
         with completed:
             return type(self.model).save_pretrained(self.model, *args, **kwargs)
