@@ -13,6 +13,7 @@ from scalora import peft_layers, sharding
 from scalora.calibration import StepCalibration
 from scalora.callers import level_of_caller
 from scalora.layer_batches import host_rate
+from scalora.made_state import only_makes_state
 from scalora.moments import moments_of
 from scalora.optimizer_wrapper import OptimizerWrapper
 from scalora.options import RebasingOptions
@@ -116,6 +117,7 @@ class ScaLoRA(OptimizerWrapper):
     _skipped: Tensor | None
     _checked: bool
     _sharded: list[Any]
+    _made_state: Any
     state_is_in_file: bool
     _rebaser: Rebaser
     _calibration: StepCalibration
@@ -185,6 +187,7 @@ class ScaLoRA(OptimizerWrapper):
                 "_skipped": None,
                 "_checked": False,
                 "_sharded": [],
+                "_made_state": None,
                 "state_is_in_file": False,
                 "_rebaser": rebaser,
                 "_calibration": length,
@@ -245,8 +248,13 @@ class ScaLoRA(OptimizerWrapper):
                 loss = closure()
         if not self._checked:
             check_engine(self.model)
+        self._drop_made_state()
         self._reshard()
         factors = checked_factors(self._rebaser.pairs, self.inner, self._owner)
+        if only_makes_state(self.inner, self._learning_rate()):
+            self.inner.step()
+            self._made_state = self.inner.state
+            return loss
         self._check_processes()
         self._run.expected.check(self._rebaser.pairs)
         self._run.expected, self.state_is_in_file = ExpectedWeights(), False
@@ -407,6 +415,12 @@ class ScaLoRA(OptimizerWrapper):
             if first:
                 self.inner.state.clear()
             raise
+
+    def _drop_made_state(self) -> None:
+        """Begin without the state that a step of zeros made, which counts that step."""
+        made, self._made_state = self._made_state, None
+        if made is not None and made is self.inner.state:  # none was loaded since
+            made.clear()
 
     def _count_skipped(self, overflow: Tensor) -> None:
         one = overflow.to(torch.int64)
