@@ -19,6 +19,7 @@ from torch import Tensor
 
 import scalora
 from scalora.fold import fold
+from scalora.peft_layers import LoRAPair
 
 LIFETIME = 4
 PACKAGE = Path(scalora.__file__).parent
@@ -94,7 +95,7 @@ class WholeStep:
 
     Attributes:
         operations: how many.
-        inner: which of them is the first of the inner optimizer's.
+        inner: which of them is the first of the inner optimizer's; ``taken``: after its last.
         before, after: layer -> effective weight.
         between: layer -> the weights with one factor stepped by the inner optimizer, or both.
     """
@@ -103,9 +104,10 @@ class WholeStep:
         _, optimizer = copied(template)
         found: list[int] = []
         optimizer.inner.register_step_pre_hook(lambda *_: found.append(counter.count))
+        optimizer.inner.register_step_post_hook(lambda *_: found.append(counter.count))
         with FailAt(-1, RuntimeError) as counter:
             optimizer.step()
-        self.operations, [self.inner] = counter.count, found
+        self.operations, (self.inner, self.taken) = counter.count, found
 
         _, optimizer = copied(template)
         self.before = weights(optimizer)
@@ -154,6 +156,18 @@ def check(case: Case, step: WholeStep, optimizer: scalora.ScaLoRA, where: str) -
     return "part"
 
 
+def took_in(before: scalora.ScaLoRA, after: scalora.ScaLoRA) -> bool:
+    """Whether a base weight or a carry is another."""
+
+    def columns(pair: LoRAPair) -> int:
+        return 0 if pair.carry is None else pair.carry.columns
+
+    return any(
+        not torch.equal(one.base_weight, other.base_weight) or columns(one) != columns(other)
+        for one, other in zip(before.rebased_pairs, after.rebased_pairs, strict=True)
+    )
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if "compensated" not in name])
 def test_failure_at_any_operation_of_a_step_leaves_the_effective_weight_whole(name: str) -> None:
     case = CASES[name]
@@ -173,8 +187,10 @@ def test_failure_at_any_operation_of_a_step_leaves_the_effective_weight_whole(na
             optimizer.step()
         where = f"after operation {k} of {step.operations}"
         left.add(check(case, step, optimizer, where))
-        if any(pair.was_rebased for pair in optimizer.rebased_pairs):
-            assert optimizer.rebase_count and "save_pretrained" in vars(model), where
+        if took_in(template[1], optimizer):
+            # The attempt counts: the next one must not draw the same noise.
+            assert optimizer.rebase_count == template[1].rebase_count + 1, where
+            assert "save_pretrained" in vars(model), where
         if k % 50 == 0:  # and it can go on
             steps = optimizer._run.steps
             losses = models.train(model, optimizer, case.inputs, 2)
@@ -234,6 +250,39 @@ def test_first_step_that_fails_anywhere_can_be_followed_by_others() -> None:
             optimizer.step()
         losses = models.train(model, optimizer, case.inputs, 3)
         assert losses[-1] < losses[0], k
+
+
+def test_renewal_that_failed_is_not_made_up_for() -> None:
+    case = CASES["renewal"]
+    template = case.prepared()
+    step = WholeStep(template)
+    attempted = set()
+    for k in range(step.taken, step.operations + 1, 4):
+        model, optimizer = copied(template)
+        with pytest.raises(torch.OutOfMemoryError), FailAt(k, torch.OutOfMemoryError):
+            optimizer.step()
+        count = optimizer.rebase_count
+        attempted.add(count)
+        due = LIFETIME // 2  # a column of two is due so often
+        models.train(model, optimizer, case.inputs, due - 1)
+        if count:  # else it failed before, and this is its turn
+            assert optimizer.rebase_count == count, k
+        models.train(model, optimizer, case.inputs, 1)
+        assert optimizer.rebase_count > count, k
+    assert attempted == {0, 1}
+
+
+def test_step_that_fails_keeps_the_moments_of_those_before() -> None:
+    template = CASES["renewal"].prepared()
+    step = WholeStep(template)
+    for k in range(step.inner, step.operations + 1, 3):
+        _, optimizer = copied(template)
+        with pytest.raises(torch.OutOfMemoryError), FailAt(k, torch.OutOfMemoryError):
+            optimizer.step()
+        for pair in optimizer.rebased_pairs:
+            for factor in (pair.P_parameter, pair.Q_parameter):
+                assert optimizer.state[factor]["step"] >= LIFETIME - 1, k
+                assert optimizer.state[factor]["exp_avg_sq"].any(), k
 
 
 def test_compensation_that_fails_anywhere_belongs_to_the_weight() -> None:

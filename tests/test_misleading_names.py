@@ -6,11 +6,13 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import models
 import pytest
 import torch
+from peft import PeftModel
 
 import scalora
 
@@ -116,6 +118,23 @@ def test_warning_is_given_once_a_model_and_survives_its_copies(clone: Callable[.
         for _ in range(3):
             disable(model)
     assert len(messages(caught)) == 1
+
+
+@pytest.mark.parametrize("rule", ["renew", "exact"])
+def test_model_that_took_up_a_checkpoint_warns_as_the_one_in_training(
+    rule: str, tmp_path: Path
+) -> None:
+    model, optimizer = rebased("dense", rule)
+    with pytest.warns(UserWarning, match="writes the adapter alone"):
+        model.save_pretrained(tmp_path, selected_adapters=["default"])
+    scalora.save_training_state(optimizer, tmp_path)
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(models.Perceptron(), tmp_path)
+    scalora.load_rebased_weights(loaded, tmp_path)
+    with pytest.warns(UserWarning, match="writes the adapter alone"):
+        loaded.save_pretrained(tmp_path / "alone")
+    with pytest.warns(UserWarning, match="this is not the pretrained model"):
+        disable(loaded)
 
 
 def test_model_that_was_not_re_based_yet_says_nothing() -> None:
