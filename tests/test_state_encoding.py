@@ -129,9 +129,22 @@ def pickled(held: bytes) -> bytes:
     return buffer.getvalue()
 
 
+def metadata_of(held: bytes) -> dict[str, str]:
+    return json.loads(held[8 : 8 + int.from_bytes(held[:8], "little")])["__metadata__"]
+
+
+def other_dtypes(held: bytes) -> bytes:
+    """The same bytes, taken for other numbers."""
+    tensors = {
+        name: tensor.view(torch.int32) if tensor.dtype == torch.float32 else tensor
+        for name, tensor in load(held).items()
+    }
+    return save(tensors, metadata_of(held))
+
+
 def one_step_more(held: bytes) -> bytes:
     """What one who does not know of the checksum may do."""
-    header = json.loads(held[8 : 8 + int.from_bytes(held[:8], "little")])["__metadata__"]
+    header = metadata_of(held)
     values = json.loads(header["scalora"])
     values["steps"] += 1
     return save(load(held), {**header, "scalora": json.dumps(values)})
@@ -149,6 +162,7 @@ DAMAGES: dict[str, tuple[Callable[[bytes], Any], str]] = {
         "not written by this package",
     ),
     "another step count": (one_step_more, "damaged"),
+    "other dtypes": (other_dtypes, "damaged"),
     "another version": (
         lambda held: repacked(held, lambda _, values: values.update(version=99)),
         "another version",
