@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 test: $(STAMP) ## the fast tests
-	$(PYTEST) -m "not slow and not distributed"
+	$(PYTEST) -m "not slow"
 
 test-all: $(STAMP) ## every test
 	$(PYTEST)

@@ -25,8 +25,6 @@ KINDS = {
     "exact, carry": Kind({**SCALED, **CARRIED}),
     "exact, bfloat16": Kind({**SCALED, "rounding": "stochastic"}, torch.bfloat16),
 }
-# These bring every part together; in one process test_training_state.py has many more.
-FAST = ("default rule", "default rule, carry", "exact, bfloat16")
 WAYS = {
     "bare": killed_run.bare,
     "accelerate": killed_run.accelerated,
@@ -63,10 +61,7 @@ def _killed_and_resumed(way: str, kind: Kind, folder: Path, begin: int, whole: L
     assert set(found) == set(whole)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in KINDS],
-)
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("way", WAYS)
 def test_killed_after_a_step(
     way: str, name: str, tmp_path: Path, whole: Callable[[str, str], Losses]
