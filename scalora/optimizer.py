@@ -20,6 +20,7 @@ from scalora.options import RebasingOptions
 from scalora.overflow import can_skip, not_finite, step_unless
 from scalora.peft_layers import LoRAPair
 from scalora.rebasing import Rebaser
+from scalora.reference_models import check_reference
 from scalora.renewal import LATEST
 from scalora.report import RebasingReport, rebasing_report
 from scalora.resuming import ExpectedWeights
@@ -123,6 +124,7 @@ class ScaLoRA(OptimizerWrapper):
     _calibration: StepCalibration
     _run: RunState
     _owner: object
+    _watched: list[peft_layers.OutspokenMethod]
 
     def __init__(
         self,
@@ -193,6 +195,7 @@ class ScaLoRA(OptimizerWrapper):
                 "_calibration": length,
                 "_run": RunState(options, rebaser, length),
                 "_owner": owner,
+                "_watched": peft_layers.watch_base(model) if rebaser.folds else [],
             }
         )
         for pair in places:
@@ -255,6 +258,7 @@ class ScaLoRA(OptimizerWrapper):
             self.inner.step()
             self._made_state = self.inner.state
             return loss
+        check_reference(self._watched, self.options.adapter_name, first=not self._checked)
         self._check_processes()
         self._run.expected.check(self._rebaser.pairs)
         self._run.expected, self.state_is_in_file = ExpectedWeights(), False

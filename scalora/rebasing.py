@@ -64,6 +64,12 @@ class Rebaser:
         self._last: list[tuple[list[str], Tensor, Tensor]] = []
 
     @property
+    def folds(self) -> bool:
+        """Whether increments go into base weights, of any layer."""
+        full = self.options.when_full == "fold" and bool(self.pairs)
+        return full or "dense" in self.places.values()
+
+    @property
     def last_scaling(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Layer name -> (alpha, beta), each (r,), of the newest re-basing."""
         return {

@@ -7,9 +7,11 @@ base.  Increments must stay out of the base then.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from scalora.options import RebasingOptions
+from scalora.peft_layers import OutspokenMethod
 
 # TRL's arguments by the name of their class, so that TRL need not be installed: of trainers that
 # always have a reference model, of those that may compute its answers before training, of those
@@ -45,6 +47,29 @@ def refers_to_base(arguments: Any) -> bool:
     if names & _UNLESS_PRECOMPUTED:
         return not getattr(arguments, "precompute_ref_log_probs", False)
     return bool(names & _WITH_PENALTY) and getattr(arguments, "beta", 0.0) != 0.0
+
+
+def check_reference(watched: Iterable[OutspokenMethod], adapter: str, first: bool) -> None:
+    """Raise a ValueError if an adapter was switched off between two steps of training.
+
+    Its base is a reference then, which increments must not change.
+
+    Args:
+        watched: what `scalora.peft_layers.watch_base` returned.
+        adapter: whose increments go into the base.
+        first: whether this is before the first step, where a look at the base does no harm.
+    """
+    shown = [method for method in watched if adapter in method.referred]
+    for method in watched:
+        method.referred.clear()
+    if shown and not first:
+        raise ValueError(
+            f"the adapter {adapter!r} was switched off while the model was in training mode, as it "
+            "is for the reference model of DPO. ScaLoRA folds increments into the base weights, so "
+            "that reference would move. Use accumulator='carry', which is switched off with the "
+            "adapter (in TRL's trainers ScaLoRACallback takes it by itself). To look at the base "
+            "for another purpose, call model.eval() before. Nothing was changed in this step."
+        )
 
 
 def options_beside_base(options: RebasingOptions) -> RebasingOptions:

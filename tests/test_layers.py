@@ -434,7 +434,7 @@ def test_rebased_model_merges_and_unmerges_as_any_other() -> None:
 
 def test_rebasing_within_disable_adapter_keeps_the_function_outside() -> None:
     model, optimizer, inputs = _trained(CASES["linear"], torch.float32)
-    before = models.answers(model, inputs)
+    before = models.answers(model.eval(), inputs)
     with model.disable_adapter():
         without = models.answers(model, inputs)
         _rebase_alone(optimizer)

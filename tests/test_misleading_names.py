@@ -176,3 +176,69 @@ def test_merging_gives_the_model_that_was_trained_and_says_nothing(
         )
         beside = torch.equal(alone, weight) or (alone - weight).abs().max() < 1e-6
         assert beside == (accumulator == "dense")  # the carry is in it
+
+
+def refer(model: Any) -> None:
+    """As a trainer that compares the model with its own base."""
+    with torch.no_grad():
+        disable(model)
+
+
+def one_step(model: Any, optimizer: scalora.ScaLoRA) -> None:
+    models.train(model, optimizer, INPUTS, 1)
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulator": "carry", "when_full": "fold"}])
+def test_base_that_is_referred_to_in_training_is_not_folded_into(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = models.with_lora(models.Perceptron(), target_modules=["first", "second"])
+    inner = torch.optim.AdamW(models.trainable(model), lr=1e-2)
+    optimizer = scalora.ScaLoRA(inner, model, lifetime=3, **options)
+    refer(model)  # before training it tells nothing
+    one_step(model, optimizer)
+    model.eval()
+    refer(model)
+    model.train()
+    one_step(model, optimizer)
+    refer(model)
+    before = models.bits(model)
+    with pytest.raises(ValueError, match=r"(?s)switched off.*accumulator='carry'.*model.eval"):
+        one_step(model, optimizer)
+    models.assert_same_bits(model, before)
+    one_step(model, optimizer)  # it goes on without
+
+
+def test_base_that_is_referred_to_beside_a_carry_stays() -> None:
+    model, optimizer = rebased("carry")
+    for _ in range(4):
+        refer(model)
+        one_step(model, optimizer)
+    assert torch.equal(disable(model), pretrained())
+
+
+@pytest.mark.parametrize("accumulator", ["dense", "carry"])
+def test_loading_another_adapter_over_a_re_based_one_warns_and_names_what_is_missing(
+    accumulator: str, tmp_path: Path
+) -> None:
+    model, optimizer = rebased(accumulator)
+    earlier = models.answers(model, INPUTS)
+    with pytest.warns(UserWarning, match="writes the adapter alone"):
+        model.save_pretrained(tmp_path, selected_adapters=["default"])
+    scalora.save_training_state(optimizer, tmp_path, all_base_weights=True)
+    models.train(model, optimizer, INPUTS, 6)
+    with pytest.warns(UserWarning, match="scalora.load_training_state.*ScaLoRACallback") as caught:
+        model.load_adapter(tmp_path, "default")
+    [warning] = [w for w in caught if "ScaLoRA" in str(w.message)]
+    assert warning.filename == __file__
+    assert not torch.allclose(models.answers(model, INPUTS), earlier, atol=1e-5)  # it is so
+    scalora.load_training_state(optimizer, tmp_path)
+    torch.testing.assert_close(models.answers(model, INPUTS), earlier, rtol=0, atol=1e-6)
+
+
+def test_loading_an_adapter_of_another_name_says_nothing(tmp_path: Path) -> None:
+    model, _ = rebased("dense")
+    with pytest.warns(UserWarning, match="writes the adapter alone"):
+        model.save_pretrained(tmp_path, selected_adapters=["default"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_adapter(tmp_path, "third")

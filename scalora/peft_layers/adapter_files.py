@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from scalora.callers import level_of_caller
 from scalora.peft_layers.finding import PREFIX, all_lora_pairs, lora_pairs, peft_model
-from scalora.peft_layers.misleading import warn_of_changed_base
+from scalora.peft_layers.misleading import OutspokenMethod, warn_of_changed_base
 from scalora.peft_layers.pair import LoRAPair
 
 
@@ -80,6 +80,12 @@ def adapter_with_factors(
     return tensors, config
 
 
+def watch_base(model: nn.Module) -> list[OutspokenMethod]:
+    """The methods that show the base of a PEFT model, which note from now on what they showed."""
+    wrapped = peft_model(model)
+    return [] if wrapped is None else warn_of_changed_base(wrapped)
+
+
 def warn_when_saved_alone(model: nn.Module) -> None:
     """Make ``save_pretrained`` of a re-based PeftModel say what it leaves out.
 
@@ -89,6 +95,7 @@ def warn_when_saved_alone(model: nn.Module) -> None:
     if wrapped is None or "save_pretrained" in vars(wrapped):
         return
     wrapped.save_pretrained = _SavePretrained(wrapped)
+    wrapped.load_adapter = _LoadAdapter(wrapped)
     warn_of_changed_base(wrapped)
 
 
@@ -145,3 +152,26 @@ class _SavePretrained:
             )
         with completed:
             return type(self.model).save_pretrained(self.model, *args, **kwargs)
+
+
+class _LoadAdapter:
+    """``PeftModel.load_adapter`` with a warning where increments belong to what it replaces."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        pairs = all_lora_pairs(self.model)
+        replaced = any(pair.adapter == adapter_name and _is_rebased(pair) for pair in pairs)
+        # A callback that completes checkpoints brings back what belongs to the one it loads.
+        if replaced and self.model.save_pretrained.completing is None:
+            warnings.warn(
+                f"load_adapter replaces the adapter {adapter_name!r} alone: what ScaLoRA has put "
+                "into the base weights, or into a carry beside them, belongs to the one that was "
+                f"there, and this is neither model. Call scalora.load_training_state(optimizer, "
+                f"{str(model_id)!r}) after it; in a Trainer (load_best_model_at_end) pass a "
+                "scalora.ScaLoRACallback, which does that.",
+                UserWarning,
+                stacklevel=level_of_caller(),
+            )
+        return type(self.model).load_adapter(self.model, model_id, adapter_name, *args, **kwargs)
