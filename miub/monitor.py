@@ -303,7 +303,7 @@ class _ForwardPass:
         leading = output.shape[:-1] if rows.shape[-1] == output.shape[-1] else rows.shape[:1]
         drawn = self.draw(leading, output.device)
         index = drawn.index
-        if len(index) < _FEWEST:
+        if not pair.on_all_processes(len(index) >= _FEWEST):
             monitor._warn_unmeasured(pair.name, len(index))
             return
         since = monitor._reference is not None and pair.was_rebased

@@ -14,11 +14,18 @@ from torch import Tensor
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file under a temporary name, force it to disk, then rename it."""
-    temporary = path.with_name(path.name + ".partial")
+    """Write a safetensors file, whole or not at all."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
+    with file_written_whole(path) as temporary:
         save_file(contiguous, temporary, metadata=dict(metadata))
+
+
+@contextmanager
+def file_written_whole(path: Path) -> Iterator[Path]:
+    """A temporary name to write to; if nothing is raised, that is forced to disk and renamed."""
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        yield temporary
         _force_to_disk(temporary)
         os.replace(temporary, path)
     finally:
@@ -43,6 +50,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 @contextmanager
 def folder_written_whole(folder: Path, last: str, instead_of: Sequence[str] = ()) -> Iterator[Path]:
     """Another folder to write to; if nothing is raised, what is in it is then in ``folder``.
+
+    For one process: of several that write the same folder at once the files are mixed.
 
     A folder that is not there appears whole.  One that is there (it may be a mount point) keeps its
     other files, and its own are put back if anything is raised.  A process that is killed while
@@ -70,7 +79,7 @@ def folder_written_whole(folder: Path, last: str, instead_of: Sequence[str] = ()
         yield staged
         for path in (*staged.rglob("*"), staged):
             _force_to_disk(path)
-        if there:
+        if folder.is_dir():  # perhaps only now
             _exchange(folder, staged, Path(beside, "old"), last, instead_of)
         else:
             os.replace(staged, folder)

@@ -118,7 +118,7 @@ def _layout(state: dict[str, Any]) -> tuple[Any, ...]:
 
 def host_rate(lr: float | Tensor) -> float | Tensor:
     """A learning rate; one kept in a host tensor can be read without waiting."""
-    return float(lr) if isinstance(lr, Tensor) and lr.device.type == "cpu" else lr
+    return lr if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr)
 
 
 def _is_zero(lr: float | Tensor) -> bool:

@@ -16,8 +16,8 @@ def only_makes_state(optimizer: torch.optim.Optimizer, learning_rate: float | No
     """Whether a coming step is such a one; alike on every process that parameters are sharded over.
 
     Args:
-        optimizer: with the gradients of the step.  Where it has no state and the rate is 0, which
-            is once at most, they are looked at, and the device is waited for.
+        optimizer: with the gradients of the step.  Where it has no state and the rate is 0 they are
+            looked at, and the device is waited for: once at most, but for one that never has any.
         learning_rate: the highest; None if it is on a device.
     """
     if optimizer.state or learning_rate != 0:

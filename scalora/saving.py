@@ -37,7 +37,8 @@ def save_merged(model: nn.Module, path: str | PathLike[str], base: Base | None =
 
     Args:
         model: the fine-tuned PEFT model (or a module around it).
-        path: folder, created if need be.  It takes in all files or none, and keeps others.
+        path: folder, created if need be.  It takes in all files or none, and keeps others.  In
+            many processes (DDP) call this in one of them.
         base: for a quantized model: the pretrained one in full precision (a model, a state dict, a
             folder or a hub id) to merge onto instead.
 

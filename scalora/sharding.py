@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -162,6 +164,11 @@ def why_not_understood(tensor: Tensor) -> str | None:
     return None
 
 
+def is_sharded_alone(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was called on this very module."""
+    return isinstance(module, FSDPModule)
+
+
 def class_under_sharding(module: nn.Module) -> type[nn.Module]:
     """A module's class before ``fully_shard`` gave it one of its own."""
     return type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
@@ -191,4 +198,14 @@ def why_not_sharded_so(model: nn.Module) -> str | None:
     # ZeRO-3 leaves the one attribute on every parameter, ZeRO-1 and ZeRO-2 the other.
     if any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in model.parameters()):
         return "DeepSpeed's ZeRO has taken its parameters apart"
+    if _accelerate_uses_zero():
+        # With an optimizer that it offloads, accelerate would even put another in place of ours.
+        return "accelerate gives it to DeepSpeed's ZeRO, which takes its parameters apart"
     return None
+
+
+def _accelerate_uses_zero() -> bool:
+    if AcceleratorState._shared_state.get("distributed_type") != DistributedType.DEEPSPEED:
+        return False
+    config = AcceleratorState().deepspeed_plugin.deepspeed_config
+    return config.get("zero_optimization", {}).get("stage", 0) != 0

@@ -80,10 +80,23 @@ class ScaLoRACallback(TrainerCallback):
         self._everything = args.load_best_model_at_end
         self._completed = ""
         self._sharded = any(map(sharding.is_sharded, self.optimizer.model.parameters()))
-        if not self._sharded:
-            complete_checkpoints(self.optimizer.model, self._completing)
+        completing = _completed_elsewhere if self._sharded else self._completing
+        complete_checkpoints(self.optimizer.model, completing)
         if state.global_step > 0:
             self._resume(self._checkpoint(args, state))
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Of a sharded model: complete the checkpoint before the Trainer deletes older ones."""
+        if self._sharded and control.should_save:
+            self._complete_sharded(_checkpoint_folder(args, state))
+
+    on_epoch_end = on_step_end
 
     def on_save(
         self,
@@ -97,8 +110,8 @@ class ScaLoRACallback(TrainerCallback):
         Of a sharded model it saves the adapter alone, so all else is written here.
         """
         folder = _checkpoint_folder(args, state)
-        if self._sharded and self.optimizer is not None:
-            save_sharded(self.optimizer, folder)
+        if self._sharded:
+            self._complete_sharded(folder)
         elif args.should_save and self.optimizer is not None:
             self.optimizer.state_is_in_file = False
             if self._completed != folder.name:
@@ -137,6 +150,12 @@ class ScaLoRACallback(TrainerCallback):
     def _complete(self, folder: Path) -> None:
         assert self.optimizer is not None
         save_training_state(self.optimizer, folder, all_base_weights=self._everything)
+
+    def _complete_sharded(self, folder: Path) -> None:
+        assert self.optimizer is not None
+        if self._completed != folder.name:
+            save_sharded(self.optimizer, folder)
+            self._completed = folder.name
 
     def _checkpoint(self, args: TrainingArguments, state: TrainerState) -> Path:
         candidates = [
@@ -186,6 +205,12 @@ def _check_places(optimizer: ScaLoRA) -> None:
     folding = any(row.accumulator == "dense" for row in optimizer.report())
     place = "dense" if folding else "carry"
     options_beside_base(replace(optimizer.options, accumulator=place))
+
+
+@contextmanager
+def _completed_elsewhere(folder: Path) -> Iterator[None]:
+    """Around the writing of an adapter to a checkpoint that is completed by other means."""
+    yield
 
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:

@@ -91,7 +91,6 @@ def refused_runs(rank: int) -> dict[str, str]:
                 _assert_same(model, before)
         else:
             _assert_same(model, before)
-    said["accelerate"] = _error(accelerated_run, rank, run, 2)
     half = Run(dtype=torch.bfloat16)
     model, optimizer = begin(half, sharded=False)
     before = bits(model)
@@ -106,14 +105,21 @@ def refused_runs(rank: int) -> dict[str, str]:
     said["stage 3, made so"] = _error(
         lambda: scalora.ScaLoRA(torch.optim.AdamW(trainable(model)), model)
     )
+    said["accelerate"] = _error(accelerated_run, rank, run, zero_stage=2)
     return said
 
 
-def accelerated_run(rank: int, run: Run, stage: int = 0) -> list[float]:
+def replaced_run(rank: int) -> str:
+    """What is said where accelerate would put an optimizer of its own in place of a ScaLoRA."""
+    run = Run(dtype=torch.float32)
+    return _error(accelerated_run, rank, run, zero_stage=2, offload_optimizer_device="cpu")
+
+
+def accelerated_run(rank: int, run: Run, **options: Any) -> list[float]:
     """This process's losses in a run of accelerate's own plugin."""
     _deepspeed()
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    plugin = DeepSpeedPlugin(zero_stage=stage)
+    plugin = DeepSpeedPlugin(**{"zero_stage": 0, **options})
     accelerator = Accelerator(
         deepspeed_plugin=plugin, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")]
     )
@@ -151,9 +157,9 @@ def trained_by_trainer(rank: int, folder: Path) -> dict[str, str]:
     return said
 
 
-def _error(call: Callable[..., Any], *args: Any) -> str:
+def _error(call: Callable[..., Any], *args: Any, **options: Any) -> str:
     try:
-        call(*args)
+        call(*args, **options)
     except (ValueError, TypeError) as error:
         return str(error)
     return "nothing was raised"

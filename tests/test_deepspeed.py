@@ -15,6 +15,7 @@ from deepspeed_runs import (
     accelerated_run,
     engine_run,
     refused_runs,
+    replaced_run,
     resumed_engine_run,
     trained_by_trainer,
 )
@@ -54,9 +55,15 @@ def test_checkpoint_of_the_engine_resumes_at_stage_0(tmp_path: Path) -> None:
 def test_zero_is_refused_before_anything_is_changed(tmp_path: Path) -> None:
     for said in run_processes(refused_runs, tmp_path, 2):
         assert "in half precision: use FSDP2" in said.pop("stage 0, bfloat16")
+        assert "accelerate gives it to DeepSpeed's ZeRO" in said["accelerate"]
         for case, text in said.items():
-            assert "DeepSpeed's ZeRO has taken its parameters apart" in text, (case, text)
+            assert "DeepSpeed's ZeRO" in text, (case, text)
             assert "fully_shard (accelerate: fsdp_version=2)" in text, (case, text)
+
+
+def test_optimizer_that_accelerate_would_replace_is_refused(tmp_path: Path) -> None:
+    for said in run_processes(replaced_run, tmp_path, 2):
+        assert "accelerate gives it to DeepSpeed's ZeRO" in said
 
 
 def test_callback_refuses_a_trainer_under_deepspeed(tmp_path: Path) -> None:

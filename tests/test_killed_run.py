@@ -21,6 +21,7 @@ KINDS = {
     "default rule": Kind({**RENEWED}),
     "default rule, carry": Kind({**RENEWED, **CARRIED}),
     "default rule, bfloat16": Kind({**RENEWED, "rounding": "stochastic"}, torch.bfloat16),
+    "default rule, carry, bfloat16": Kind({**RENEWED, **CARRIED}, torch.bfloat16),
     "exact": Kind({**SCALED}),
     "exact, carry": Kind({**SCALED, **CARRIED}),
     "exact, bfloat16": Kind({**SCALED, "rounding": "stochastic"}, torch.bfloat16),

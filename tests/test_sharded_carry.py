@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +19,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+import miub
 import scalora
+from scalora.accumulators import beside
 from scalora.carry import compress
 from scalora.sharding import rows_of
 
@@ -85,6 +90,105 @@ def test_a_carry_that_was_whole_is_dealt_out(tmp_path: Path) -> None:
     expected += train(CARRIED, model, again, range(8, 16))
     for losses in run_processes(begun_whole, tmp_path, 2):
         assert losses == pytest.approx(expected, rel=1e-8)
+
+
+class Fan(nn.Module):
+    """Layers of one shape, whose carries are full at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(12, 17) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([layer(x) for layer in self.layers]).sum(0)[:, :7]
+
+
+FULL = Run(rank=1, options={"accumulator": "carry", "carry_rank": 4, "lifetime": 2})
+
+
+def fan(sharded: bool) -> tuple[nn.Module, scalora.ScaLoRA]:
+    torch.manual_seed(0)
+    model = with_lora(Fan().to(FULL.dtype), r=1, target_modules=["0", "1", "2"])
+    if sharded:
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    inner = torch.optim.AdamW(trainable(model), lr=1e-2)
+    return model, scalora.ScaLoRA(inner, model, **FULL.options)
+
+
+def fan_run(rank: int) -> list[float]:
+    """So little at once that it would be two of the smaller shares, and one of the larger."""
+    few = mock.patch.object(beside, "_NUMBERS_AT_ONCE", 116)
+    with few, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return train(FULL, *fan(sharded=True), range(16), rank, dist.get_world_size())
+
+
+def test_processes_compress_the_same_carries_at_once(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = train(FULL, *fan(sharded=False), range(16))
+    for losses in run_processes(fan_run, tmp_path, 2):
+        assert losses == pytest.approx(expected, rel=1e-8)
+
+
+def copied_run(rank: int) -> list[float]:
+    """A copy of a model with carries, which is sharded and trained on."""
+    model, optimizer = begin(CARRIED, sharded=False)
+    train(CARRIED, model, optimizer, range(4))
+    copied = copy.deepcopy(model)
+    fully_shard(copied)
+    inner = torch.optim.AdamW(trainable(copied), lr=1e-2)
+    again = scalora.ScaLoRA(inner, copied, **CARRIED.options)
+    return train(CARRIED, copied, again, range(4, 8), rank, dist.get_world_size())
+
+
+def test_a_copied_carry_is_dealt_out(tmp_path: Path) -> None:
+    model, optimizer = begin(CARRIED, sharded=False)
+    train(CARRIED, model, optimizer, range(4))
+    inner = torch.optim.AdamW(trainable(model), lr=1e-2)
+    again = scalora.ScaLoRA(inner, model, **CARRIED.options)
+    expected = train(CARRIED, model, again, range(4, 8))
+    for losses in run_processes(copied_run, tmp_path, 2):
+        assert losses == pytest.approx(expected, rel=1e-8)
+
+
+def alone_run(rank: int) -> str:
+    """What is said where ``fully_shard`` was called on every linear layer, also of the adapter."""
+    model, _ = begin(CARRIED, sharded=False)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            fully_shard(module)
+    fully_shard(model)
+    inner = torch.optim.AdamW(trainable(model), lr=1e-2)
+    with pytest.raises(ValueError) as error:
+        scalora.ScaLoRA(inner, model, **CARRIED.options)
+    return str(error.value)
+
+
+def test_factors_that_are_sharded_alone_are_refused_at_once(tmp_path: Path) -> None:
+    for said in run_processes(alone_run, tmp_path, 2):
+        assert "call it on the layer or block" in said
+
+
+def measured_run(rank: int) -> list[int]:
+    """How many layers are measured: with tokens enough, and with too few in one process."""
+    model, optimizer = begin(CARRIED, sharded=True)
+    train(CARRIED, model, optimizer, range(2), rank, dist.get_world_size())
+    found = []
+    for few in (32, 8):
+        monitor = miub.MIUBMonitor(model, every=1)
+        with monitor, warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            model(torch.randn(few if rank else 32, 12, dtype=CARRIED.dtype))
+        try:
+            found.append(len(monitor.report().layers))
+        except ValueError:
+            found.append(0)
+    return found
+
+
+def test_too_few_tokens_in_one_process_keep_no_other_waiting(tmp_path: Path) -> None:
+    assert run_processes(measured_run, tmp_path, 2) == [[2, 0], [2, 0]]
 
 
 class Needle(nn.Module):

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
-from accelerated_runs import best_run, exported_run, logged, make_trainer, trainer_run
+import torch
+import torch.distributed.checkpoint as dcp
+from accelerated_runs import (
+    best_run,
+    exported_run,
+    logged,
+    make_accelerator,
+    make_trainer,
+    trainer_run,
+)
 from processes import run_processes
+from sharded_runs import Run, begin
+
+from scalora import sharding, transformers_callback
+from scalora.sharded_checkpoint import load_sharded, save_sharded
 
 SHARDED = {"state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": False}
 FULL = {**SHARDED, "state_dict_type": "FULL_STATE_DICT"}
@@ -49,6 +64,90 @@ def test_checkpoint_without_what_the_callback_wrote_is_refused(tmp_path: Path) -
     shutil.rmtree(tmp_path / "checkpoint-10" / "scalora_sharded")
     [found] = run_processes(trainer_run, tmp_path, 1, tmp_path, {}, SHARDED, True)
     assert "is incomplete" in found["error"]
+
+
+def damaged(folder: Path, how: str) -> None:
+    """A checkpoint of which one file is not what was written."""
+    [file] = folder.glob("scalora_sharded/__0_0.distcp")
+    content = bytearray(file.read_bytes())
+    if how == "a bit":
+        content[len(content) // 2] ^= 1
+    file.write_bytes(content[: -100 if how == "truncated" else None])
+    if how == "a file":
+        file.unlink()
+
+
+@pytest.mark.parametrize("how", ["a bit", "truncated", "a file"])
+def test_damaged_checkpoint_is_refused_by_all_processes(tmp_path: Path, how: str) -> None:
+    run_processes(trainer_run, tmp_path, 2, tmp_path, {}, SHARDED, False)
+    damaged(tmp_path / "checkpoint-10", how)
+    for found in run_processes(trainer_run, tmp_path, 2, tmp_path, {}, SHARDED, True):
+        assert "is damaged: ['__0_0.distcp']" in found["error"]
+
+
+def other_rank_run(rank: int, folder: Path) -> dict[str, Any]:
+    model, optimizer = begin(Run(rank=2), sharded=True)
+    before = [sharding.local(p).detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"belongs to another model.*Nothing was loaded") as error:
+        load_sharded(optimizer, folder)
+    now = [sharding.local(p) for p in model.parameters()]
+    return {"error": str(error.value), "same": all(map(torch.equal, before, now))}
+
+
+def rewritten_run(rank: int, folder: Path) -> str:
+    """What loading says of a checkpoint that one process failed to write a second time."""
+    _, optimizer = begin(Run(), sharded=True)
+    save_sharded(optimizer, folder)
+    load_sharded(optimizer, folder)
+    failing = mock.patch.object(dcp, "save", side_effect=OSError("no space is left"))
+    with failing, pytest.raises(OSError, match="no space"):
+        save_sharded(optimizer, folder)
+    with pytest.raises(ValueError) as error:
+        load_sharded(optimizer, folder)
+    save_sharded(optimizer, folder)
+    return str(error.value)
+
+
+def test_checkpoint_of_another_rank_or_half_rewritten_is_refused(tmp_path: Path) -> None:
+    for said in run_processes(rewritten_run, tmp_path, 2, tmp_path):
+        assert "is incomplete" in said
+    for found in run_processes(other_rank_run, tmp_path, 2, tmp_path):
+        assert found["same"]
+        assert "lora_A" in found["error"] or "lora_B" in found["error"]
+
+
+def failing_run(rank: int, folder: Path) -> list[str]:
+    """Warnings of a Trainer that keeps one checkpoint, and fails to write the second."""
+    make_accelerator(**FULL)
+    trainer = make_trainer(
+        folder,
+        {},
+        accelerator_config={"use_configured_state": True},
+        save_strategy="steps",
+        save_steps=6,
+        save_total_limit=1,
+    )
+    real, calls = transformers_callback.save_sharded, []
+
+    def save(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError("no space is left")
+        real(*args)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        failing = mock.patch.object(transformers_callback, "save_sharded", save)
+        with failing, pytest.raises(OSError, match="no space"):
+            trainer.train()
+    return [str(w.message) for w in caught if "ScaLoRA" in str(w.message)]
+
+
+def test_checkpoint_is_whole_before_an_older_one_is_deleted(tmp_path: Path) -> None:
+    for said in run_processes(failing_run, tmp_path, 2, tmp_path):
+        assert said == []  # its adapter is not saved alone
+    assert (tmp_path / "checkpoint-6" / "scalora_sharded" / "sha256.json").exists()
+    assert (tmp_path / "checkpoint-6" / "trainer_state.json").exists()
 
 
 def test_checkpoint_of_another_rule_is_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -164,6 +165,16 @@ def test_saving_does_not_change_the_run(tmp_path: Path) -> None:
     run = RUNS["bfloat16, compensated"]
     model = run.model()
     assert run.losses(model, run.optimizer_of(model)) == run.checkpoint(tmp_path)
+
+
+def test_schedule_in_numbers_of_numpy_can_be_saved(tmp_path: Path) -> None:
+    run = Run(options=(("rule", "auto"),))
+    model = run.model()
+    optimizer = run.optimizer_of(model)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: np.float32(0.5))
+    run.losses(model, optimizer, 0, STOP)
+    scalora.save_training_state(optimizer, tmp_path)
+    scalora.load_training_state(optimizer, tmp_path)
 
 
 def test_state_of_a_resumed_run_can_be_saved_again(tmp_path: Path) -> None:

@@ -65,7 +65,8 @@ class CarryAccumulator:
                 full.setdefault(key, []).append(pair)
         for alike in full.values():
             carry = _carry(alike[0])
-            at_once = max(1, _NUMBERS_AT_ONCE // (carry.up.numel() + carry.down.numel()))
+            # Of whole carries, so that all processes that share them cut at the same places.
+            at_once = max(1, _NUMBERS_AT_ONCE // (carry.capacity * (carry.m + carry.n)))
             for start in range(0, len(alike), at_once):
                 part = alike[start : start + at_once]
                 if self._folds:

@@ -16,7 +16,8 @@ class Carry:
     that are not used yet are zero.
 
     Of a sharded layer every process keeps its rows of ``up`` and its share of the columns of
-    ``down`` alone; a forward or backward pass gathers both for as long as it computes with them.
+    ``down`` alone.  A linear layer's forward and backward pass gather both for as long as they
+    compute with them; a convolution's and an embedding's are whole until the backward pass.
 
     Args:
         m, n: of the layer's weight.
@@ -73,19 +74,19 @@ class Carry:
 
     def among(self, rows: Rows) -> Carry:
         """Itself, dealt out if its layer was sharded since; never put together again."""
-        if rows != self.rows and self.rows is HERE:
+        if rows.processes > 1 and self.rows.processes == 1:
             self.up = self.up[rows.own(self.m)].clone()
             self.down = self.down[:, rows.own(self.n)].clone()
             self.rows = rows
         return self
 
-    def whole_up(self) -> Tensor:
-        """(m, capacity), on every process."""
-        return self.rows.whole(self.up, 0, self.m)
+    def whole_up(self, dtype: torch.dtype | None = None) -> Tensor:
+        """(m, capacity), on every process that has a share, all of which must call this."""
+        return self.rows.whole(self.up.to(dtype or self.up.dtype), 0, self.m)
 
-    def whole_down(self) -> Tensor:
-        """(capacity, n), on every process."""
-        return self.rows.whole(self.down, 1, self.n)
+    def whole_down(self, dtype: torch.dtype | None = None) -> Tensor:
+        """(capacity, n), likewise."""
+        return self.rows.whole(self.down.to(dtype or self.down.dtype), 1, self.n)
 
     def grow(self, capacity: int) -> None:
         """Make room for ``capacity`` columns in all; nothing that is there changes."""

@@ -97,18 +97,16 @@ class UpLinear(_Carrying, nn.Linear):
 class _DownConv(_Carrying):
     def forward(self, input: Tensor) -> Tensor:
         this: Any = self
-        down = self.carry.whole_down().to(this.weight).view(-1, *this.weight.shape[1:])
+        down = self.carry.whole_down(this.weight.dtype).to(this.weight.device)
+        down = down.view(-1, *this.weight.shape[1:])
         return this._conv_forward(input, torch.cat([this.weight, down]), None)
 
 
 class _UpConv(_Carrying):
     def forward(self, input: Tensor) -> Tensor:
         this: Any = self
-        up = (
-            self.carry.whole_up()
-            .to(this.weight)
-            .view(-1, self.carry.capacity, *this.weight.shape[2:])
-        )
+        up = self.carry.whole_up(this.weight.dtype).to(this.weight.device)
+        up = up.view(-1, self.carry.capacity, *this.weight.shape[2:])
         weight = torch.cat([this.weight, up], dim=1)
         return this._conv_forward(input, weight, this.bias)
 

@@ -51,6 +51,13 @@ class LoRAPair:
         return _weight(self.module._modules["lora_A"]._modules[self.adapter])
 
     @property
+    def factor_modules(self) -> list[nn.Module]:
+        """Those that hold and compute with the factors; an embedding has none of its own."""
+        if self.is_embedding:
+            return []
+        return [self.module.lora_A[self.adapter], self.module.lora_B[self.adapter]]
+
+    @property
     def carry(self) -> Carry | None:
         """The frozen increments beside the base, where the factors are; None before the first."""
         carry = carry_of(self.module, self.adapter)
@@ -74,7 +81,10 @@ class LoRAPair:
 
     @property
     def learned_P(self) -> Tensor:
-        """(m, r + columns of the carry): all that is learned beside the base, float32 at least."""
+        """(m, r + columns of the carry): all that is learned beside the base, float32 at least.
+
+        Of a carry that is dealt out, call it on every process.
+        """
         P, carry = _wide(self.P_parameter).flatten(1), self.carry
         if carry is None:
             return P
@@ -87,6 +97,13 @@ class LoRAPair:
         if carry is None:
             return Q
         return torch.cat([Q, carry.whole_down()[: carry.columns].to(Q.dtype)])
+
+    def on_all_processes(self, flag: bool) -> bool:
+        """Whether a flag is true on all processes that share the carry; they must all ask."""
+        carry = self.carry
+        if carry is None or carry.rows.processes == 1:
+            return flag
+        return bool(carry.rows.sum(torch.tensor(float(not flag), device=carry.cut.device)) == 0)
 
     @property
     def base_weight(self) -> Tensor:

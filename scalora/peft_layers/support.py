@@ -66,6 +66,8 @@ def why_no_carry(pair: LoRAPair) -> str | None:
     module = pair.module
     if _class_of(pair) not in _PLAIN and not is_quantized(pair):
         return f"{type(module).__name__} layers are not supported"
+    if any(map(sharding.is_sharded_alone, pair.factor_modules)):
+        return "fully_shard was called on its factors' own modules: call it on the layer or block"
     return _why_not_rebased(pair, _CARRIED_VARIANTS)
 
 
