@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -136,6 +137,19 @@ def sharded_run(rank: int, runs: dict[str, Run]) -> dict[str, Any]:
 def plain_run(run: Run) -> dict[str, Any]:
     model, optimizer = begin(run, sharded=False)
     return outcome(model, optimizer, train(run, model, optimizer, range(run.steps)))
+
+
+def assert_as_in_one_process(found: dict[str, Any], run: Run) -> None:
+    """What `sharded_run` found of a run is what `plain_run` does."""
+    expected = plain_run(run)
+    assert found["rebased"] == expected["rebased"] > 0
+    assert found["skipped"] == expected["skipped"] == (run.spoiled is not None)
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-8, nan_ok=True)
+    assert found["weights"].keys() == expected["weights"].keys()
+    for weight, value in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][weight], value, rtol=1e-6, atol=1e-8)
+    for layer, value in expected["carries"].items():
+        torch.testing.assert_close(found["carries"][layer], value, rtol=1e-6, atol=1e-8)
 
 
 def _state(model: nn.Module, optimizer: scalora.ScaLoRA) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from processes import run_processes
-from sharded_runs import Run, plain_run, resumed_run, saved_run, sharded_run
+from sharded_runs import Run, assert_as_in_one_process, resumed_run, saved_run, sharded_run
 
 pytestmark = pytest.mark.distributed
 
@@ -32,14 +32,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_replicas_of_shards_train_as_one_process(outcomes: list[dict[str, Any]], name: str) -> None:
-    found, expected = outcomes[0][name], plain_run(RUNS[name])
-    assert found["rebased"] == expected["rebased"] > 0
-    assert found["skipped"] == expected["skipped"] == (RUNS[name].spoiled is not None)
-    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-8, nan_ok=True)
-    for weight, value in expected["weights"].items():
-        torch.testing.assert_close(found["weights"][weight], value, rtol=1e-6, atol=1e-8)
-    for layer, value in expected["carries"].items():
-        torch.testing.assert_close(found["carries"][layer], value, rtol=1e-6, atol=1e-8)
+    assert_as_in_one_process(outcomes[0][name], RUNS[name])
 
 
 @pytest.mark.parametrize("name", [*RUNS, *HALF])

@@ -11,8 +11,8 @@ from models import assert_same_bits, bits
 from processes import run_processes
 from sharded_runs import (
     Run,
+    assert_as_in_one_process,
     begin,
-    plain_run,
     resumed_run,
     saved_run,
     sharded_run,
@@ -55,15 +55,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_train_as_one(sharded: list[dict[str, Any]], name: str) -> None:
-    found, expected = sharded[0][name], plain_run(RUNS[name])
-    assert found["rebased"] == expected["rebased"] > 0
-    assert found["skipped"] == expected["skipped"] == (RUNS[name].spoiled is not None)
-    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-8, nan_ok=True)
-    assert found["weights"].keys() == expected["weights"].keys()
-    for weight, value in expected["weights"].items():
-        torch.testing.assert_close(found["weights"][weight], value, rtol=1e-6, atol=1e-8)
-    for layer, value in expected["carries"].items():
-        torch.testing.assert_close(found["carries"][layer], value, rtol=1e-6, atol=1e-8)
+    assert_as_in_one_process(sharded[0][name], RUNS[name])
 
 
 @pytest.mark.parametrize("name", [*RUNS, *HALF])
