@@ -124,7 +124,7 @@ class ScaLoRA(OptimizerWrapper):
     _calibration: StepCalibration
     _run: RunState
     _owner: object
-    _watched: list[peft_layers.OutspokenMethod]
+    _watch: peft_layers.BaseWatch | None
 
     def __init__(
         self,
@@ -195,7 +195,7 @@ class ScaLoRA(OptimizerWrapper):
                 "_calibration": length,
                 "_run": RunState(options, rebaser, length),
                 "_owner": owner,
-                "_watched": peft_layers.watch_base(model) if rebaser.folds else [],
+                "_watch": peft_layers.watch_base(rebaser.pairs[0]) if rebaser.folds else None,
             }
         )
         for pair in places:
@@ -258,7 +258,7 @@ class ScaLoRA(OptimizerWrapper):
             self.inner.step()
             self._made_state = self.inner.state
             return loss
-        check_reference(self._watched, self.options.adapter_name, first=not self._checked)
+        check_reference(self._watch)
         self._check_processes()
         self._run.expected.check(self._rebaser.pairs)
         self._run.expected, self.state_is_in_file = ExpectedWeights(), False

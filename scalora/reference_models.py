@@ -7,11 +7,10 @@ base.  Increments must stay out of the base then.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
 from scalora.options import RebasingOptions
-from scalora.peft_layers import OutspokenMethod
+from scalora.peft_layers import BaseWatch
 
 # TRL's arguments by the name of their class, so that TRL need not be installed: of trainers that
 # always have a reference model, of those that may compute its answers before training, of those
@@ -49,26 +48,20 @@ def refers_to_base(arguments: Any) -> bool:
     return bool(names & _WITH_PENALTY) and getattr(arguments, "beta", 0.0) != 0.0
 
 
-def check_reference(watched: Iterable[OutspokenMethod], adapter: str, first: bool) -> None:
-    """Raise a ValueError if an adapter was switched off between two steps of training.
-
-    Its base is a reference then, which increments must not change.
+def check_reference(watch: BaseWatch | None) -> None:
+    """Raise a ValueError if training refers to the base that increments go into.
 
     Args:
-        watched: what `scalora.peft_layers.watch_base` returned.
-        adapter: whose increments go into the base.
-        first: whether this is before the first step, where a look at the base does no harm.
+        watch: of the adapter whose increments these are, or None.
     """
-    shown = [method for method in watched if adapter in method.referred]
-    for method in watched:
-        method.referred.clear()
-    if shown and not first:
+    if watch is not None and watch.refers_to_base():
         raise ValueError(
-            f"the adapter {adapter!r} was switched off while the model was in training mode, as it "
-            "is for the reference model of DPO. ScaLoRA folds increments into the base weights, so "
-            "that reference would move. Use accumulator='carry', which is switched off with the "
-            "adapter (in TRL's trainers ScaLoRACallback takes it by itself). To look at the base "
-            "for another purpose, call model.eval() before. Nothing was changed in this step."
+            f"before this step and the one before it the model computed in training mode without "
+            f"its adapter {watch.pair.adapter!r}, as for the reference model of DPO. ScaLoRA folds "
+            "increments into the base weights, so that reference would move. Use "
+            "accumulator='carry', which is switched off with the adapter (in TRL's trainers "
+            "ScaLoRACallback takes it by itself). To look at the base for another purpose, call "
+            "model.eval() before. Nothing was changed in this step."
         )
 
 

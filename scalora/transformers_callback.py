@@ -62,6 +62,7 @@ class ScaLoRACallback(TrainerCallback):
         self._everything = False
         self._sharded = False
         self._completed = ""
+        self._completed_sharded: tuple[str, list[float]] | None = None
 
     def on_train_begin(
         self,
@@ -78,7 +79,7 @@ class ScaLoRACallback(TrainerCallback):
             _check_places(self.optimizer)
         # At the end the model in training goes back to the best, and its base with it.
         self._everything = args.load_best_model_at_end
-        self._completed = ""
+        self._completed, self._completed_sharded = "", None
         self._sharded = any(map(sharding.is_sharded, self.optimizer.model.parameters()))
         completing = _completed_elsewhere if self._sharded else self._completing
         complete_checkpoints(self.optimizer.model, completing)
@@ -92,11 +93,25 @@ class ScaLoRACallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Of a sharded model: complete the checkpoint before the Trainer deletes older ones."""
-        if self._sharded and control.should_save:
+        """Of a sharded model: complete the checkpoint before the Trainer deletes older ones.
+
+        It is going to save now, unless it evaluates before: then that may still fail.
+        """
+        if self._sharded and control.should_save and not control.should_evaluate:
             self._complete_sharded(_checkpoint_folder(args, state))
 
     on_epoch_end = on_step_end
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """As `on_step_end`, which has waited for this."""
+        if self._sharded and control.should_save:
+            self._complete_sharded(_checkpoint_folder(args, state))
 
     def on_save(
         self,
@@ -153,9 +168,11 @@ class ScaLoRACallback(TrainerCallback):
 
     def _complete_sharded(self, folder: Path) -> None:
         assert self.optimizer is not None
-        if self._completed != folder.name:
+        # A schedule may have looked at the evaluation since.
+        completed = folder.name, [float(group["lr"]) for group in self.optimizer.param_groups]
+        if self._completed_sharded != completed:
             save_sharded(self.optimizer, folder)
-            self._completed = folder.name
+            self._completed_sharded = completed
 
     def _checkpoint(self, args: TrainingArguments, state: TrainerState) -> Path:
         candidates = [

@@ -107,7 +107,7 @@ def make_trainer(folder: Path, options: dict[str, Any], **arguments: Any) -> Tra
             per_device_train_batch_size=8 // world,
             per_device_eval_batch_size=8 // world,
             learning_rate=3e-3,
-            lr_scheduler_type="constant",
+            lr_scheduler_type=arguments.pop("lr_scheduler_type", "constant"),
             train_sampling_strategy="sequential",
             logging_steps=1,
             report_to=[],
@@ -144,6 +144,7 @@ def trainer_run(
         return {"error": str(error)}
     assert all(isinstance(p, DTensor) for p in trainer.model.parameters())
     found = {"losses": logged(trainer), "evaluated": logged(trainer, "eval_loss")}
+    found["rates"] = [group["lr"] for group in trainer.optimizer.param_groups]
     return found | {"at the end": trainer.evaluate()["eval_loss"]}
 
 

@@ -180,32 +180,87 @@ def test_merging_gives_the_model_that_was_trained_and_says_nothing(
 
 def refer(model: Any) -> None:
     """As a trainer that compares the model with its own base."""
-    with torch.no_grad():
-        disable(model)
+    with torch.no_grad(), model.disable_adapter():
+        model(INPUTS)
 
 
 def one_step(model: Any, optimizer: scalora.ScaLoRA) -> None:
     models.train(model, optimizer, INPUTS, 1)
 
 
-@pytest.mark.parametrize("options", [{}, {"accumulator": "carry", "when_full": "fold"}])
-def test_base_that_is_referred_to_in_training_is_not_folded_into(options: dict[str, Any]) -> None:
+def dense(**options: Any) -> tuple[Any, scalora.ScaLoRA]:
     torch.manual_seed(0)
     model = models.with_lora(models.Perceptron(), target_modules=["first", "second"])
     inner = torch.optim.AdamW(models.trainable(model), lr=1e-2)
-    optimizer = scalora.ScaLoRA(inner, model, lifetime=3, **options)
-    refer(model)  # before training it tells nothing
-    one_step(model, optimizer)
-    model.eval()
+    return model, scalora.ScaLoRA(inner, model, lifetime=3, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulator": "carry", "when_full": "fold"}])
+@pytest.mark.parametrize("clone", [lambda pair: pair, copy.deepcopy], ids=["itself", "a copy"])
+def test_base_that_is_referred_to_before_every_step_is_not_folded_into(
+    options: dict[str, Any], clone: Callable[[Any], Any]
+) -> None:
+    model, optimizer = clone(dense(**options))
     refer(model)
-    model.train()
     one_step(model, optimizer)
     refer(model)
     before = models.bits(model)
-    with pytest.raises(ValueError, match=r"(?s)switched off.*accumulator='carry'.*model.eval"):
+    with pytest.raises(ValueError, match=r"(?s)'default'.*accumulator='carry'.*model.eval"):
         one_step(model, optimizer)
     models.assert_same_bits(model, before)
     one_step(model, optimizer)  # it goes on without
+
+
+def test_adapter_that_is_the_reference_is_seen_as_well() -> None:
+    model, optimizer = dense()
+    model.add_adapter("ref", copy.deepcopy(model.peft_config["default"]))
+    for refused in (False, True):
+        with torch.no_grad():
+            model.set_adapter("ref")
+            model(INPUTS)
+            model.set_adapter("default")
+        if refused:
+            with pytest.raises(ValueError, match="as for the reference model"):
+                one_step(model, optimizer)
+        else:
+            one_step(model, optimizer)
+
+
+def look_in_evaluation(model: Any) -> None:
+    with model.disable_adapter():
+        model.eval()
+        model(INPUTS)
+        model.train()
+
+
+def train_another(model: Any) -> None:
+    model.set_adapter("other")
+    model(INPUTS).sum().backward()
+    model.set_adapter("default")
+
+
+def switch_without_computing(model: Any) -> None:
+    with torch.no_grad(), model.disable_adapter():
+        pass
+
+
+@pytest.mark.parametrize("look", [look_in_evaluation, train_another, switch_without_computing])
+def test_other_looks_at_the_base_refuse_nothing(look: Callable[[Any], None]) -> None:
+    model, optimizer = dense()
+    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+    for _ in range(2):
+        look(model)
+        one_step(model, optimizer)
+
+
+def test_a_look_at_the_base_now_and_then_refuses_nothing() -> None:
+    model, optimizer = dense()
+    for step in range(6):
+        if step % 2:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                refer(model)
+        one_step(model, optimizer)
 
 
 def test_base_that_is_referred_to_beside_a_carry_stays() -> None:
@@ -233,6 +288,17 @@ def test_loading_another_adapter_over_a_re_based_one_warns_and_names_what_is_mis
     assert not torch.allclose(models.answers(model, INPUTS), earlier, atol=1e-5)  # it is so
     scalora.load_training_state(optimizer, tmp_path)
     torch.testing.assert_close(models.answers(model, INPUTS), earlier, rtol=0, atol=1e-6)
+
+
+def test_resuming_a_model_that_was_re_based_before_says_nothing(tmp_path: Path) -> None:
+    """As a Trainer does, whose callback brings the rest back afterwards."""
+    model, optimizer = rebased("dense")
+    with pytest.warns(UserWarning, match="writes the adapter alone"):
+        model.save_pretrained(tmp_path, selected_adapters=["default"])
+    scalora.save_training_state(optimizer, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_adapter(tmp_path, "default", is_trainable=True)
 
 
 def test_loading_an_adapter_of_another_name_says_nothing(tmp_path: Path) -> None:

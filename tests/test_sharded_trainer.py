@@ -150,6 +150,47 @@ def test_checkpoint_is_whole_before_an_older_one_is_deleted(tmp_path: Path) -> N
     assert (tmp_path / "checkpoint-6" / "trainer_state.json").exists()
 
 
+def test_rate_that_an_evaluation_changed_is_in_the_checkpoint(tmp_path: Path) -> None:
+    plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}
+    plateau |= {"eval_steps": 5, "lr_scheduler_kwargs": {"patience": 0, "threshold": 0.9}}
+    whole, resumed = (
+        run_processes(plateau_run, tmp_path, 2, tmp_path, plateau, resume)[0]
+        for resume in (False, True)
+    )
+    assert resumed == whole
+
+
+def plateau_run(rank: int, folder: Path, plateau: dict[str, Any], resume: bool) -> list[float]:
+    """Losses of a run whose rate falls at step 10, between the evaluation and the checkpoint."""
+    found = trainer_run(rank, folder, {}, SHARDED, resume, **plateau)
+    assert max(found["rates"]) < 1e-3
+    return found["losses"]
+
+
+def evaluating_run(rank: int, folder: Path) -> None:
+    """A Trainer that fails in its second evaluation."""
+    make_accelerator(**SHARDED)
+    often = {"save_strategy": "steps", "save_steps": 6, "eval_strategy": "steps", "eval_steps": 6}
+    trainer = make_trainer(folder, {}, accelerator_config={"use_configured_state": True}, **often)
+    evaluate, calls = trainer.evaluate, []
+
+    def second_fails(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return evaluate(*args, **options)
+
+    failing = mock.patch.object(trainer, "evaluate", second_fails)
+    with failing, pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+
+
+def test_evaluation_that_fails_leaves_no_checkpoint_behind(tmp_path: Path) -> None:
+    run_processes(evaluating_run, tmp_path, 2, tmp_path)
+    assert (tmp_path / "checkpoint-6" / "scalora_sharded" / "sha256.json").exists()
+    assert not (tmp_path / "checkpoint-12").exists()
+
+
 def test_checkpoint_of_another_rule_is_refused(tmp_path: Path) -> None:
     run_processes(trainer_run, tmp_path, 1, tmp_path, {}, SHARDED, False)
     [found] = run_processes(trainer_run, tmp_path, 1, tmp_path, {"rule": "exact"}, SHARDED, True)

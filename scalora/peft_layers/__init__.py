@@ -10,8 +10,8 @@ from scalora.peft_layers.adapter_files import (
     adapter_with_factors,
     complete_checkpoints,
     warn_when_saved_alone,
-    watch_base,
 )
+from scalora.peft_layers.base_watch import BaseWatch, watch_base
 from scalora.peft_layers.carried import attach_carry
 from scalora.peft_layers.checksums import adapter_checksums, base_checksums, checksums
 from scalora.peft_layers.finding import (
@@ -30,13 +30,12 @@ from scalora.peft_layers.finding import (
     storage_address,
     untie_adapted_weights,
 )
-from scalora.peft_layers.misleading import OutspokenMethod
 from scalora.peft_layers.pair import LoRAPair, dequantized
 from scalora.peft_layers.support import is_quantized, why_no_carry, why_not_dense, why_not_measured
 
 __all__ = [
+    "BaseWatch",
     "LoRAPair",
-    "OutspokenMethod",
     "PeftModel",
     "active_adapter",
     "adapter_checksums",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from scalora.callers import level_of_caller
 from scalora.peft_layers.finding import PREFIX, all_lora_pairs, lora_pairs, peft_model
-from scalora.peft_layers.misleading import OutspokenMethod, warn_of_changed_base
+from scalora.peft_layers.misleading import warn_of_changed_base
 from scalora.peft_layers.pair import LoRAPair
 
 
@@ -78,12 +78,6 @@ def adapter_with_factors(
     config.use_dora = config.use_dora and keep_dora
     config.init_lora_weights = config.inference_mode = True
     return tensors, config
-
-
-def watch_base(model: nn.Module) -> list[OutspokenMethod]:
-    """The methods that show the base of a PEFT model, which note from now on what they showed."""
-    wrapped = peft_model(model)
-    return [] if wrapped is None else warn_of_changed_base(wrapped)
 
 
 def warn_when_saved_alone(model: nn.Module) -> None:
@@ -163,8 +157,11 @@ class _LoadAdapter:
     def __call__(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         pairs = all_lora_pairs(self.model)
         replaced = any(pair.adapter == adapter_name and _is_rebased(pair) for pair in pairs)
-        # A callback that completes checkpoints brings back what belongs to the one it loads.
-        if replaced and self.model.save_pretrained.completing is None:
+        # A callback that completes checkpoints brings back what belongs to the one it loads; that
+        # of a run that is resumed comes later.
+        completing = getattr(self.model.save_pretrained, "completing", None)
+        resumed = kwargs.get("is_trainable", False) and any(Path(model_id).glob("scalora*"))
+        if replaced and completing is None and not resumed:
             warnings.warn(
                 f"load_adapter replaces the adapter {adapter_name!r} alone: what ScaLoRA has put "
                 "into the base weights, or into a carry beside them, belongs to the one that was "

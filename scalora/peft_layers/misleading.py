@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import torch
 from peft import PeftModel
 from peft.tuners.lora import layer as lora_layers
 from torch import nn
@@ -37,44 +36,30 @@ _MESSAGES = {
 }
 
 
-def warn_of_changed_base(model: PeftModel) -> list[OutspokenMethod]:
+def warn_of_changed_base(model: PeftModel) -> None:
     """Make the methods that show the base say so, once each, where its weights were changed."""
     tuner: Any = model.base_model
     for method in _MESSAGES:
         if method not in vars(tuner):
-            setattr(tuner, method, OutspokenMethod(tuner, method))
-    return [vars(tuner)[method] for method in _MESSAGES]
+            setattr(tuner, method, _Outspoken(tuner, method))
 
 
-class OutspokenMethod:
+class _Outspoken:
     """A method of PEFT's model with a warning.
 
     An object, not a bound method: pickle would restore that as the method of the class.
-
-    Attributes:
-        referred: the names of adapters whose base was shown in the middle of training, as that of a
-            reference model is.
     """
 
     def __init__(self, tuner: Any, method: str) -> None:
         self.tuner = tuner
         self.method = method
         self.warned = False
-        self.referred: set[str] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call PEFT's, once it is noted or said what that shows."""
         folded = _folded_adapters(self.tuner)
-        active = set(self.tuner.active_adapters)
         if self.method == "set_adapter":
             names = args[0] if args else kwargs.get("adapter_name", [])
-            shown = {names} if isinstance(names, str) else set(names)
-            folded, active = folded - shown, active - shown
-        reading = self.method == "disable_adapter_layers" or (
-            self.method == "set_adapter" and not torch.is_grad_enabled()
-        )
-        if reading and self.tuner.training:
-            self.referred |= active
+            folded -= {names} if isinstance(names, str) else set(names)
         if folded and not self.warned:
             self.warned = True
             adapters = ", ".join(map(repr, sorted(folded)))
