@@ -117,21 +117,21 @@ def test_checkpoint_of_another_rank_or_half_rewritten_is_refused(tmp_path: Path)
 
 
 def failing_run(rank: int, folder: Path) -> list[str]:
-    """Warnings of a Trainer that keeps one checkpoint, and fails to write the second."""
+    """Warnings of a Trainer that keeps one checkpoint, re-based by then, and fails at the next."""
     make_accelerator(**FULL)
     trainer = make_trainer(
         folder,
         {},
         accelerator_config={"use_configured_state": True},
         save_strategy="steps",
-        save_steps=6,
+        save_steps=5,
         save_total_limit=1,
     )
     real, calls = transformers_callback.save_sharded, []
 
     def save(*args: Any) -> None:
         calls.append(args)
-        if len(calls) == 2:
+        if len(calls) == 3:
             raise OSError("no space is left")
         real(*args)
 
@@ -146,8 +146,8 @@ def failing_run(rank: int, folder: Path) -> list[str]:
 def test_checkpoint_is_whole_before_an_older_one_is_deleted(tmp_path: Path) -> None:
     for said in run_processes(failing_run, tmp_path, 2, tmp_path):
         assert said == []  # its adapter is not saved alone
-    assert (tmp_path / "checkpoint-6" / "scalora_sharded" / "sha256.json").exists()
-    assert (tmp_path / "checkpoint-6" / "trainer_state.json").exists()
+    assert (tmp_path / "checkpoint-10" / "scalora_sharded" / "sha256.json").exists()
+    assert (tmp_path / "checkpoint-10" / "trainer_state.json").exists()
 
 
 def test_rate_that_an_evaluation_changed_is_in_the_checkpoint(tmp_path: Path) -> None:
