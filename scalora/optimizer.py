@@ -21,7 +21,6 @@ from scalora.overflow import can_skip, not_finite, step_unless
 from scalora.peft_layers import LoRAPair
 from scalora.rebasing import Rebaser
 from scalora.reference_models import check_reference
-from scalora.renewal import LATEST
 from scalora.report import RebasingReport, rebasing_report
 from scalora.resuming import ExpectedWeights
 from scalora.run_state import RunState
@@ -131,7 +130,7 @@ class ScaLoRA(OptimizerWrapper):
         optimizer: torch.optim.Optimizer,
         model: nn.Module,
         *,
-        interval: int = 1,
+        interval: int | str = "auto",
         rule: str = "auto",
         lipschitz: float | str | None = None,
         accumulator: str = "auto",
@@ -143,7 +142,7 @@ class ScaLoRA(OptimizerWrapper):
         when_full: str = "compress",
         carry_tolerance: float = RebasingOptions.carry_tolerance,
         calibration: int | str = "auto",
-        lifetime: int = RebasingOptions.lifetime,
+        memory: float | str = "auto",
     ) -> None:
         options = RebasingOptions(
             interval=interval,
@@ -158,7 +157,7 @@ class ScaLoRA(OptimizerWrapper):
             when_full=when_full,
             carry_tolerance=carry_tolerance,
             calibration=calibration,
-            lifetime=lifetime,
+            memory=memory,
         )
         if isinstance(optimizer, ScaLoRA):
             raise TypeError("optimizer is a ScaLoRA already; pass the optimizer it wraps.")
@@ -172,10 +171,10 @@ class ScaLoRA(OptimizerWrapper):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model={model!r} is not a torch.nn.Module.")
         moments = moments_of(optimizer)
-        if options.resolved_rule == "direction" and moments.direction is None:
+        if options.resolved_rule in ("direction", "age") and moments.direction is None:
             raise ValueError(
-                f"rule='direction' needs to know which way {type(optimizer).__name__} will step; "
-                "register it with a direction, or use rule='exact'."
+                f"rule={options.rule!r} needs to know which way {type(optimizer).__name__} will "
+                "step; register it with a direction, or use rule='auto'."
             )
         places = places_of_layers(model, optimizer, options)
         rebaser = Rebaser(places, options, moments)
@@ -274,9 +273,8 @@ class ScaLoRA(OptimizerWrapper):
             )
             return loss
         self._calibration.observe(factors, self._learning_rate())
-        due = bool(self._rebaser.pairs) and (self._run.steps + 1) % self.options.interval == 0
-        renews = self.options.resolved_rule == "renew"
-        if due and not renews:
+        due = (self._run.steps + 1) % self.options.interval_steps == 0
+        if due and self._rebaser.pairs:
             if self.rebase_count == 0:
                 peft_layers.warn_when_saved_alone(self.model)
             # Counted first: a step that is tried again after a failure draws other noise.
@@ -285,8 +283,7 @@ class ScaLoRA(OptimizerWrapper):
         self._run.steps += 1
         with self._calibration.scaled(factors):
             self._step_inner(overflow)
-        if due and renews:
-            self._renew()
+        self._rebaser.remembered.learned.count(self.param_groups)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -318,7 +315,7 @@ class ScaLoRA(OptimizerWrapper):
         begins anew.
 
         Raises:
-            ValueError: another version, rule, lifetime, calibration, rounding, seed,
+            ValueError: another version, rule, memory, calibration, rounding, seed,
                 accumulator, set of layers or rank; nothing is loaded then.
         """
         own, state = unpacked(state_dict)
@@ -347,7 +344,7 @@ class ScaLoRA(OptimizerWrapper):
         """Take up what `rebasing_state` returned.
 
         Raises:
-            ValueError: another version, rule, lifetime, calibration, rounding, seed,
+            ValueError: another version, rule, memory, calibration, rounding, seed,
                 accumulator, set of layers or rank; nothing is loaded then.
         """
         self._reshard()
@@ -365,22 +362,6 @@ class ScaLoRA(OptimizerWrapper):
     def check_rebasing_state(self, own: dict[str, Any]) -> None:
         """Raise a ValueError, which says what differs, if ``own`` is not of this kind of run."""
         self._run.check(own)
-
-    def _renew(self) -> None:
-        """After a step: let the columns whose time is over begin anew, if they can still learn."""
-        run = self._run
-        before, run.asked = run.asked, run.steps
-        rate = self._learning_rate()
-        if rate is not None and rate < LATEST * self._calibration.peak:
-            return
-        renewed = True  # some layers may be, if this raises
-        try:
-            renewed = self._rebaser.renew(self.inner, before, run.steps, run.rebase_count + 1)
-        finally:
-            if renewed:
-                if run.rebase_count == 0:
-                    peft_layers.warn_when_saved_alone(self.model)
-                run.rebase_count += 1
 
     def _learning_rate(self) -> float | None:
         """The highest of all groups; None where one is on a device."""

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from scalora.fold import ROUNDINGS
 from scalora.scaling import DEFAULT_BOUND
 
-RULES = ("auto", "renew", "paper", "exact", "direction", "scalar", "none")
+RULES = ("auto", "leak", "age", "paper", "exact", "direction", "scalar", "none")
 ACCUMULATORS = ("auto", "dense", "carry")
 WHEN_FULL = ("compress", "hold", "fold")
-_WITHOUT_LIPSCHITZ = ("auto", "renew", "direction", "none")
+_WITH_MEMORY = ("auto", "leak", "age")
+_WITHOUT_LIPSCHITZ = (*_WITH_MEMORY, "direction", "none")
 
 _AUTO_CALIBRATION = 100
+_AUTO_MEMORY = {"leak": 100.0, "age": 15.0}  # steps
+_AUTO_INTERVALS = 10  # re-basings in one memory
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class RebasingOptions:
         TypeError: a value of the wrong type.
     """
 
-    interval: int = 1
+    interval: int | str = "auto"
     rule: str = "auto"
     lipschitz: float | str | None = None
     accumulator: str = "auto"
@@ -37,13 +40,10 @@ class RebasingOptions:
     when_full: str = "compress"
     carry_tolerance: float = 1e-4
     calibration: int | str = "auto"
-    lifetime: int = 200
+    memory: float | str = "auto"
 
     def __post_init__(self) -> None:
-        if isinstance(self.interval, bool) or not isinstance(self.interval, int):
-            raise TypeError(f"interval={self.interval!r} must be an integer, 1 or more.")
-        if self.interval < 1:
-            raise ValueError(f"interval={self.interval} must be 1 (every step) or more.")
+        self._check_interval()
         if self.rule not in RULES:
             raise ValueError(f"rule={self.rule!r} is not one of {list(RULES)}.")
         if self.accumulator not in ACCUMULATORS:
@@ -57,10 +57,25 @@ class RebasingOptions:
         self._check_lipschitz()
         self._check_carry()
         self._check_calibration()
-        if isinstance(self.lifetime, bool) or not isinstance(self.lifetime, int):
-            raise TypeError(f"lifetime={self.lifetime!r} must be a number of steps.")
-        if self.lifetime < 1:
-            raise ValueError(f"lifetime={self.lifetime} must be 1 step or more.")
+        self._check_memory()
+
+    def _check_interval(self) -> None:
+        interval = self.interval
+        if isinstance(interval, bool) or not isinstance(interval, (int, str)):
+            raise TypeError(f"interval={interval!r} must be an integer, 1 or more, or 'auto'.")
+        if interval != "auto" and (isinstance(interval, str) or interval < 1):
+            raise ValueError(f"interval={interval!r} must be 'auto', 1 (every step) or more.")
+
+    def _check_memory(self) -> None:
+        memory = self.memory
+        if isinstance(memory, bool) or not isinstance(memory, (int, float, str)):
+            raise TypeError(f"memory={memory!r} must be a number of steps or 'auto'.")
+        if memory == "auto":
+            return
+        if isinstance(memory, str) or not (math.isfinite(memory) and memory > 1):
+            raise ValueError(f"memory={memory!r} must be 'auto' or more than 1 step.")
+        if self.rule not in _WITH_MEMORY:
+            raise ValueError(f"rule={self.rule!r} has no memory; leave it out, or use rule='auto'.")
 
     def _check_carry(self) -> None:
         rank = self.carry_rank
@@ -104,4 +119,21 @@ class RebasingOptions:
     @property
     def resolved_rule(self) -> str:
         """The rule behind ``"auto"``."""
-        return "renew" if self.rule == "auto" else self.rule
+        return "leak" if self.rule == "auto" else self.rule
+
+    @property
+    def scales_P_alone(self) -> bool:
+        """Whether the rule leaves Q as it is."""
+        return self.rule in _WITH_MEMORY
+
+    @property
+    def memory_steps(self) -> float:
+        """For how many steps the adapter remembers, by the rules that scale P alone."""
+        return _AUTO_MEMORY[self.resolved_rule] if self.memory == "auto" else float(self.memory)
+
+    @property
+    def interval_steps(self) -> int:
+        """Steps from one re-basing to the next."""
+        if self.interval != "auto":
+            return int(self.interval)
+        return max(1, int(self.memory_steps) // _AUTO_INTERVALS) if self.scales_P_alone else 1

@@ -8,14 +8,13 @@ from scalora.ablation.tasks.domain_shift import DomainShift
 class Capacity(DomainShift):
     """The domain shift at r = 1 for 2,400 steps: more to learn than one column can hold.
 
-    An adapter is full when it has few columns for the steps that it is trained for.  Here plain LoRA
-    stops learning well before the end, and twice its rank learns on: the task shows what a method
-    does where the rank is what is missing, on real text.  Data, splits, pretraining and scores are
-    those of `DomainShift`.
+    An adapter is full when it has few columns for the steps that it is trained for: then the rank
+    is what is missing, here on real text.  Data, splits, pretraining and scores are those of
+    `DomainShift`.
     """
 
     name = "capacity"
     steps = 2400
     short_steps = 240
-    learning_rates = (5e-3, 1e-2, 2e-2)
+    learning_rates: ClassVar[tuple[float, ...]] = (5e-3, 1e-2, 2e-2)
     rank = 1
