@@ -117,7 +117,7 @@ def make_trainer(folder: Path, options: dict[str, Any], **arguments: Any) -> Tra
         ),
         train_dataset=rows,
         eval_dataset=rows[:8],
-        callbacks=[scalora.ScaLoRACallback(**{"lifetime": 8, **options})],
+        callbacks=[scalora.ScaLoRACallback(**{"interval": 8, **options})],
     )
 
 
@@ -169,7 +169,7 @@ def exported_run(rank: int, folder: Path, options: dict[str, Any]) -> float:
     tiny = script().tiny
     model = tiny.lora_model()
     inner = torch.optim.AdamW(trainable(model))
-    optimizer = scalora.ScaLoRA(inner, model, **{"lifetime": 8, **options})
+    optimizer = scalora.ScaLoRA(inner, model, **{"interval": 8, **options})
     kept = StateDictOptions(
         ignore_frozen_params=options.get("accumulator") == "carry", strict=False
     )

@@ -61,7 +61,7 @@ def begin(run: Run, sharded: bool, seed: int = 0) -> tuple[nn.Module, scalora.Sc
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
     inner = run.optimizer(trainable(model), lr=1e-2)
-    return model, scalora.ScaLoRA(inner, model, **{"lifetime": 6, **run.options})
+    return model, scalora.ScaLoRA(inner, model, **{"interval": 6, **run.options})
 
 
 def _mesh(replicas: int) -> DeviceMesh:

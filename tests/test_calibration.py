@@ -32,7 +32,7 @@ def make_model(dtype: torch.dtype = torch.float32) -> Any:
 
 def calibrated(model: Any, lr: float | Tensor = RATE, **options: Any) -> scalora.ScaLoRA:
     inner = torch.optim.AdamW(models.trainable(model), lr=lr)
-    options = {"rule": "renew", "calibration": WINDOW, **options}
+    options = {"rule": "leak", "calibration": WINDOW, **options}
     return scalora.ScaLoRA(inner, model, **options)
 
 
@@ -362,14 +362,15 @@ def test_a_learning_rate_in_a_host_tensor_is_read() -> None:
     assert found(torch.tensor(1e-3)) == pytest.approx(found(1e-3), rel=1e-5)
 
 
-@pytest.mark.parametrize("rule", ["auto", "renew", "exact"])
+@pytest.mark.parametrize("rule", ["auto", "leak", "exact"])
 def test_calibration_0_is_no_calibration_to_the_bit(rule: str) -> None:
     model, other = make_model(), make_model()
-    optimizer = calibrated(model, rule=rule, calibration=0, lifetime=1000)
+    optimizer = calibrated(model, rule=rule, calibration=0, interval=1000)
     plain = scalora.ScaLoRA(
         torch.optim.AdamW(models.trainable(other), lr=RATE),
         other,
         rule="exact" if rule == "exact" else "none",
+        interval=1000,
     )
     train(model, optimizer, range(12))
     train(other, plain, range(12))
@@ -385,7 +386,9 @@ def test_auto_alone_calibrates_unless_asked_for() -> None:
 
     assert steps() == 100
     assert steps(rule="auto", calibration=7) == 7
-    assert {steps(rule=rule) for rule in ("renew", "exact", "paper", "direction", "none")} == {0}
+    assert {
+        steps(rule=rule) for rule in ("leak", "age", "exact", "paper", "direction", "none")
+    } == {0}
     assert steps(rule="exact", calibration=7) == 7
 
 
@@ -493,13 +496,13 @@ def _fail() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_gpu_calibration_and_renewal_never_wait_for_the_device(
+def test_gpu_calibration_and_rebasing_never_wait_for_the_device(
     dtype: torch.dtype, fused: bool
 ) -> None:
     torch.manual_seed(0)
     model = make_model(dtype).to("cuda")
     inner = torch.optim.AdamW(models.trainable(model), lr=1e-3, fused=fused)
-    optimizer = scalora.ScaLoRA(inner, model, lifetime=3)
+    optimizer = scalora.ScaLoRA(inner, model, interval=3)
     for step in range(9):
         for p in models.trainable(model):
             p.grad = torch.randn_like(p)

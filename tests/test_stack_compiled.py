@@ -35,7 +35,7 @@ def make(*, compile_inner=False, **options):
     inner = torch.optim.AdamW(trainable(model), lr=1e-2)
     if compile_inner:
         inner.step = torch.compile(inner.step, backend="eager")
-    return model, scalora.ScaLoRA(inner, model, **{"lifetime": 3, **options})
+    return model, scalora.ScaLoRA(inner, model, **{"interval": 3, **options})
 
 
 @pytest.mark.parametrize("rule", ["auto", "exact"])

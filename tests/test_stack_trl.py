@@ -53,7 +53,7 @@ def reference_log_probabilities(trainer):
 
 @pytest.mark.parametrize("options", [{}, {"rule": "exact"}], ids=["auto", "exact"])
 def test_reference_of_dpo_stays_the_model_before_training(tmp_path, dpo, tiny, options):
-    callback = scalora.ScaLoRACallback(**{"lifetime": 5, **options})
+    callback = scalora.ScaLoRACallback(**{"interval": 5, **options})
     trainer = dpo.make_trainer(str(tmp_path), callback, max_steps=8)
     before = reference_log_probabilities(trainer)
     trainer.train()
@@ -86,7 +86,7 @@ def test_optimizer_passed_to_dpo_is_refused_if_it_folds_into_the_base(tmp_path, 
 
 
 def test_reference_computed_before_training_leaves_the_choice(tmp_path, dpo):
-    callback = scalora.ScaLoRACallback(lifetime=2)
+    callback = scalora.ScaLoRACallback(interval=2)
     trainer = dpo.make_trainer(str(tmp_path), callback, max_steps=3, precompute_ref_log_probs=True)
     trainer.train()
     assert {row.accumulator for row in callback.optimizer.report()} == {"dense"}

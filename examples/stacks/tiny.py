@@ -33,7 +33,7 @@ TEXT = [
 LENGTH = 32  # tokens of an example
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 # A column lives for 200 steps by default; these runs are over before that.
-LIFETIME = 20
+INTERVAL = 20
 
 
 @dataclass

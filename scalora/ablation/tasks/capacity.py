@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from scalora.ablation.tasks.domain_shift import DomainShift
 
 
