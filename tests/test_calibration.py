@@ -336,7 +336,7 @@ def test_zero_learning_rate_at_the_first_step_is_no_part_of_the_window() -> None
     def factors(warm_up: bool) -> list[float]:
         model = make_model(torch.float64)
         inner = torch.optim.SGD(models.trainable(model), lr=0.0 if warm_up else 0.1)
-        optimizer = scalora.ScaLoRA(inner, model, calibration=WINDOW)
+        optimizer = scalora.ScaLoRA(inner, model, calibration=WINDOW, interval=1000)
         if warm_up:
             train(model, optimizer, range(1))
             assert factor_of(optimizer) == 1
@@ -469,7 +469,7 @@ def test_a_step_that_raises_leaves_the_parameters_and_can_be_taken_again(
 ) -> None:
     def stepped(fails: int) -> tuple[dict[str, Tensor], float]:
         model = make_model()
-        optimizer = calibrated(model)
+        optimizer = calibrated(model, interval=1000)
         train(model, optimizer, range(4))
         optimizer.zero_grad()
         backward(model, 4)
