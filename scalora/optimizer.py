@@ -281,7 +281,8 @@ class ScaLoRA(OptimizerWrapper):
             self._run.rebase_count += 1
             self._rebaser.rebase(self.inner, self.rebase_count)
         self._run.steps += 1
-        with self._calibration.scaled(factors):
+        linear = self._rebaser.moments.linear_in_rate
+        with self._calibration.scaled(factors, self.param_groups, linear):
             self._step_inner(overflow)
         self._rebaser.remembered.learned.count(self.param_groups)
         return loss

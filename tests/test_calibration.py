@@ -11,6 +11,7 @@ import models
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from reference import OPTIMIZERS, OptimizerCase
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -514,3 +515,49 @@ def test_gpu_calibration_and_rebasing_never_wait_for_the_device(
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert optimizer.rebase_count >= 6
+
+
+@pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.name)
+def test_held_factor_moves_every_optimizer_by_as_much_as_a_scaled_step(case: OptimizerCase) -> None:
+    """Given in the learning rate, where the step is proportional to it, or applied to the step."""
+
+    def trained(head_apart: bool) -> tuple[dict[str, Tensor], float]:
+        model = make_model(torch.float64)
+        factors = [p for n, p in model.named_parameters() if "lora_" in n]
+        head = [p for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
+        groups = [{"params": factors}, {"params": head}] if head_apart else [*factors, *head]
+        inner = case.cls(groups, lr=1e-3, weight_decay=0.1, **case.options)
+        optimizer = scalora.ScaLoRA(inner, model, calibration=3, interval=1000)
+        train(model, optimizer, range(4))
+        assert optimizer.step_factor is not None
+        optimizer.step_factor.fill_(1.75)
+        train(model, optimizer, range(4, 10))
+        assert {group["lr"] for group in inner.param_groups} == {1e-3}
+        return snapshot(model), factor_of(optimizer)
+
+    (apart, factor), (together, same) = trained(True), trained(False)
+    assert factor == same == 1.75
+    for name, value in apart.items():
+        torch.testing.assert_close(value, together[name], rtol=1e-9, atol=1e-12)
+
+
+def test_rates_are_put_back_when_a_step_with_a_held_factor_raises(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = make_model()
+    factors = [p for n, p in model.named_parameters() if "lora_" in n]
+    optimizer = scalora.ScaLoRA(torch.optim.AdamW(factors, lr=1e-3), model, calibration=2)
+    train(model, optimizer, range(4))
+    seen = []
+
+    def fail() -> None:
+        seen.append(optimizer.param_groups[0]["lr"])
+        raise RuntimeError("injected")
+
+    assert optimizer.step_factor is not None
+    optimizer.step_factor.fill_(2.0)
+    monkeypatch.setattr(optimizer.inner, "step", fail)
+    with pytest.raises(RuntimeError, match="injected"):
+        optimizer.step()
+    assert seen == [2e-3]
+    assert optimizer.param_groups[0]["lr"] == 1e-3
