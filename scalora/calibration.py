@@ -228,12 +228,14 @@ def _groups_of_these_alone(
 
     On the host alone: reading the factor from a device would wait for it.
     """
-    these = set(map(id, parameters))
-    if any(p.device.type != "cpu" for p in parameters):
+    if parameters[0].device.type != "cpu":
         return None
-    found = [group for group in groups if any(id(p) in these for p in group["params"])]
-    if sum(len(group["params"]) for group in found) != len(these):
-        return None
+    found = list(groups)
+    if sum(len(group["params"]) for group in found) != len(parameters):  # a head is trained as well
+        these = set(map(id, parameters))
+        found = [group for group in groups if any(id(p) in these for p in group["params"])]
+        if sum(len(group["params"]) for group in found) != len(these):
+            return None
     numbers = all(isinstance(group["lr"], (int, float)) for group in found)
     return found if numbers else None
 
