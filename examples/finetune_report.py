@@ -94,10 +94,11 @@ def print_table(results: dict[str, dict[str, list[float]]], console: Console) ->
     console.print(table)
     console.print(
         "±: what another seed alone changes; a smaller gap between two methods may be chance.\n"
+        f"Loss: cross-entropy in nats; in training, mean of the last {SMOOTHING} steps.\n"
         "Effective rank: over how many directions the change of a weight spreads (exp of the\n"
-        "entropy of its singular values), mean of the layers.\n"
+        "entropy of its singular values), mean of the layers. Seconds: median.\n"
         "Peak memory: weights, optimizer state and the most that torch allocates on top of them\n"
-        "in a step that re-bases, from one seed; the process itself holds more.",
+        "in a step that re-bases; the process itself holds more.",
         style="dim",
     )
 
@@ -108,12 +109,12 @@ def across(seeds: Sequence[float]) -> tuple[float, float]:
 
 
 ROWS = (  # a form that leaves out the second number: one that no seed changes
-    ("held-out loss, nats", "held_out_loss", "{:.4f} ± {:.4f}"),
+    ("held-out loss", "held_out_loss", "{:.4f} ± {:.4f}"),
     ("held-out accuracy", "held_out_accuracy", "{:.1%} ± {:.1%}"),
-    (f"training loss, last {SMOOTHING} steps", "training_loss", "{:.4f} ± {:.4f}"),
-    ("times each layer was re-based", "rebased", "{:.0f}"),
-    ("effective rank of the change", "effective_rank", "{:.1f} ± {:.1f}"),
-    ("seconds per step (median)", "seconds_per_step", "{:.3f} ± {:.3f}"),
+    ("training loss", "training_loss", "{:.4f} ± {:.4f}"),
+    ("times re-based", "rebased", "{:.0f}"),
+    ("effective rank", "effective_rank", "{:.1f} ± {:.1f}"),
+    ("seconds per step", "seconds_per_step", "{:.3f} ± {:.3f}"),
     ("peak memory, MiB", "peak_mebibytes", "{:.1f}"),
 )
 

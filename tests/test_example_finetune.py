@@ -102,7 +102,7 @@ def test_the_demo_compares_saves_and_reloads(finetune, encoder, sentences, tmp_p
     for reloaded in content["reloaded"].values():
         assert reloaded["logit_difference"] <= finetune.LOGIT_BOUND
 
-    for row in ("training loss", "held-out loss", "held-out accuracy", "times each layer was"):
+    for row in ("training loss", "held-out loss", "held-out accuracy", "times re-based"):
         assert row in printed
     for row in ("effective rank", "seconds per step", "peak memory", "MIUB"):
         assert row in printed
