@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from scalora import peft_layers, sharding
 from scalora.calibration import StepCalibration
 from scalora.callers import level_of_caller
-from scalora.layer_batches import host_rate
+from scalora.layer_batches import highest_rate
 from scalora.made_state import only_makes_state
 from scalora.moments import moments_of
 from scalora.optimizer_wrapper import OptimizerWrapper
@@ -254,7 +254,7 @@ class ScaLoRA(OptimizerWrapper):
         self._drop_made_state()
         self._reshard()
         factors = checked_factors(self._rebaser.pairs, self.inner, self._owner)
-        if only_makes_state(self.inner, self._learning_rate()):
+        if only_makes_state(self.inner):
             self.inner.step()
             self._made_state = self.inner.state
             return loss
@@ -273,7 +273,7 @@ class ScaLoRA(OptimizerWrapper):
                 stacklevel=level_of_caller(),
             )
             return loss
-        self._calibration.observe(factors, self._learning_rate())
+        self._calibration.observe(factors, highest_rate(self.param_groups, factors))
         due = bool(self._rebaser.pairs) and (self._run.steps + 1) % self.options.interval == 0
         renews = self.options.resolved_rule == "renew"
         if due and not renews:
@@ -286,7 +286,7 @@ class ScaLoRA(OptimizerWrapper):
         with self._calibration.scaled(factors):
             self._step_inner(overflow)
         if due and renews:
-            self._renew()
+            self._renew(factors)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -366,11 +366,11 @@ class ScaLoRA(OptimizerWrapper):
         """Raise a ValueError, which says what differs, if ``own`` is not of this kind of run."""
         self._run.check(own)
 
-    def _renew(self) -> None:
+    def _renew(self, factors: Sequence[nn.Parameter]) -> None:
         """After a step: let the columns whose time is over begin anew, if they can still learn."""
         run = self._run
         before, run.asked = run.asked, run.steps
-        rate = self._learning_rate()
+        rate = highest_rate(self.param_groups, factors)
         if rate is not None and rate < LATEST * self._calibration.peak:
             return
         renewed = True  # some layers may be, if this raises
@@ -381,12 +381,6 @@ class ScaLoRA(OptimizerWrapper):
                 if run.rebase_count == 0:
                     peft_layers.warn_when_saved_alone(self.model)
                 run.rebase_count += 1
-
-    def _learning_rate(self) -> float | None:
-        """The highest of all groups; None where one is on a device."""
-        rates = [host_rate(group["lr"]) for group in self.param_groups]
-        known = [rate for rate in rates if not isinstance(rate, Tensor)]
-        return max(known) if len(known) == len(rates) else None
 
     def _reshard(self) -> None:
         """Let a sharded model hold its shards, whatever a forward pass left whole."""
