@@ -26,7 +26,7 @@ from scalora.report import RebasingReport, rebasing_report
 from scalora.resuming import ExpectedWeights
 from scalora.run_state import RunState
 from scalora.selection import check_engine, check_processes, places_of_layers
-from scalora.stale import checked_factors, warn_without_gradients
+from scalora.stale import checked_factors, warn_without_gradients, watched_factors
 from scalora.state_encoding import packed, unpacked
 
 
@@ -125,6 +125,7 @@ class ScaLoRA(OptimizerWrapper):
     _run: RunState
     _owner: object
     _watch: peft_layers.BaseWatch | None
+    _factors: peft_layers.FactorWatch | None
 
     def __init__(
         self,
@@ -196,6 +197,7 @@ class ScaLoRA(OptimizerWrapper):
                 "_run": RunState(options, rebaser, length),
                 "_owner": owner,
                 "_watch": peft_layers.watch_base(rebaser.pairs[0]) if rebaser.folds else None,
+                "_factors": watched_factors(places),
             }
         )
         for pair in places:
@@ -235,7 +237,8 @@ class ScaLoRA(OptimizerWrapper):
 
     def kept_tensors(self) -> list[Tensor]:
         """Tensors that re-basing keeps between steps, besides the inner optimizer's state."""
-        return [*self._rebaser.kept_tensors(), *self._calibration.kept_tensors()]
+        watched = [] if self._factors is None else self._factors.kept_tensors()
+        return [*self._rebaser.kept_tensors(), *self._calibration.kept_tensors(), *watched]
 
     # Traced by torch.compile, what a step leaves in this object would be lost without a word.
     @torch.compiler.disable
@@ -273,6 +276,9 @@ class ScaLoRA(OptimizerWrapper):
                 stacklevel=level_of_caller(),
             )
             return loss
+        if self._factors is not None:
+            self._factors.check(wait=False)
+            self._factors.forget()
         self._calibration.observe(factors, highest_rate(self.param_groups, factors))
         due = bool(self._rebaser.pairs) and (self._run.steps + 1) % self.options.interval == 0
         renews = self.options.resolved_rule == "renew"
@@ -287,6 +293,8 @@ class ScaLoRA(OptimizerWrapper):
             self._step_inner(overflow)
         if due and renews:
             self._renew(factors)
+        if self._factors is not None:
+            self._factors.note(self.rebase_count)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -333,6 +341,8 @@ class ScaLoRA(OptimizerWrapper):
             )
         self.inner.load_state_dict(state)
         self._reshard()
+        if self._factors is not None:
+            self._factors.forget()
         self._run.forget()
         self._run.expected = ExpectedWeights.of(own)
         if own is not None and not self._run.expected.in_file:
@@ -341,6 +351,8 @@ class ScaLoRA(OptimizerWrapper):
     def rebasing_state(self) -> dict[str, Any]:
         """What re-basing itself remembers: numbers and small tensors."""
         self._reshard()
+        if self._factors is not None:
+            self._factors.check(wait=True)
         return self._run.saved()
 
     def load_rebasing_state(self, own: dict[str, Any]) -> None:
@@ -352,6 +364,8 @@ class ScaLoRA(OptimizerWrapper):
         """
         self._reshard()
         self._run.load(own)
+        if self._factors is not None:
+            self._factors.forget()
         if self.rebase_count:
             peft_layers.warn_when_saved_alone(self.model)
 
