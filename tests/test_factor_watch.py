@@ -436,3 +436,46 @@ def test_copy_is_trained_by_itself(accumulator: str, train: str) -> None:
         set_peft_model_state_dict(twin, kept)
         with pytest.warns(UserWarning, match=MESSAGE):
             models.answers(twin, INPUTS)
+
+
+@accumulators
+def test_lightnings_average_is_right_if_dense_and_said_to_be_wrong_beside_a_carry(
+    accumulator: str, tmp_path: Path
+) -> None:
+    """It is exchanged with the model's parameters around every validation."""
+    lightning = pytest.importorskip("lightning", reason="PyTorch Lightning is not installed")
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    torch.manual_seed(0)
+    lora = models.with_lora(models.Perceptron(), target_modules=["first", "second"])
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lora = lora
+
+        def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+            return models.loss(self.lora, batch[0])
+
+        def validation_step(self, batch: list[Tensor], index: int) -> Tensor:
+            return models.loss(self.lora, batch[0])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            inner = torch.optim.AdamW(models.trainable(self), lr=1e-2)
+            return scalora.ScaLoRA(inner, self, rule="exact", accumulator=accumulator)
+
+    batches = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(INPUTS), batch_size=8)
+    trainer = lightning.Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        callbacks=[EMAWeightAveraging(decay=0.5)],
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(Module(), batches, batches)
+    assert said(caught) == (accumulator == "carry")
