@@ -278,7 +278,7 @@ class ScaLoRA(OptimizerWrapper):
             return loss
         if self._factors is not None:
             self._factors.check(wait=False)
-            self._factors.forget()
+            self._factors.suspend()
         self._calibration.observe(factors, highest_rate(self.param_groups, factors))
         due = bool(self._rebaser.pairs) and (self._run.steps + 1) % self.options.interval == 0
         renews = self.options.resolved_rule == "renew"

@@ -313,6 +313,56 @@ def test_every_kind_of_inner_optimizer_says_nothing(
         models.train(model, optimizer, INPUTS, 4)
 
 
+def late(optimizer: scalora.ScaLoRA) -> None:
+    """Let the watch defer what it finds, as it does where a look would wait for the device."""
+    watch: Any = optimizer._factors
+    watch._seen, watch._arrived = (torch.zeros((), dtype=torch.bool) for _ in range(2))
+
+
+@accumulators
+def test_what_an_accelerator_finds_is_said_one_look_later(accumulator: str, tmp_path: Path) -> None:
+    model, optimizer = make(accumulator)
+    late(optimizer)
+    kept, back = adapter_of(model), whole_state(model, optimizer)
+    with nothing_said():
+        models.train(model, optimizer, INPUTS, 4)
+        by_data(model, kept, tmp_path)
+        models.train(model, optimizer, INPUTS, 1)
+        back()  # what was found is of no account then
+        models.train(model, optimizer, INPUTS, 1)
+        late(optimizer)
+        models.train(model, optimizer, INPUTS, 4)
+        by_data(model, kept, tmp_path)
+        models.train(model, optimizer, INPUTS, 1)
+    with pytest.warns(UserWarning, match=MESSAGE):
+        models.train(model, optimizer, INPUTS, 1)
+
+
+@pytest.mark.gpu
+@accumulators
+def test_gpu_factors_put_back_are_noticed(accumulator: str, tmp_path: Path) -> None:
+    model, optimizer = make(accumulator, steps=0)
+    model.cuda()
+    optimizer.load_state_dict(optimizer.state_dict())
+    inputs = INPUTS.cuda()
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(inputs).square().mean().backward()
+            optimizer.step()
+
+    train(4)
+    kept = adapter_of(model)
+    with nothing_said():
+        train(4)
+    by_data(model, kept, tmp_path)
+    with pytest.warns(UserWarning, match=MESSAGE):
+        train(1)
+        torch.cuda.synchronize()
+        train(1)
+
+
 # Copies and averages
 
 

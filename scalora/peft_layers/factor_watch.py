@@ -91,8 +91,12 @@ class FactorWatch:
         found = () if left is None else (left.factors, left.tolerance, left.base)
         return [tensor for tensor in found if tensor is not None]
 
+    def suspend(self) -> None:
+        """Expect nothing until the step is done that begins now; it may fail half way."""
+        self._left = None
+
     def forget(self) -> None:
-        """Expect nothing until the next step is done, in which the factors change."""
+        """Expect nothing until the next step is done: another state was loaded."""
         self._left = self._seen = self._arrived = None
 
     @torch.no_grad()
