@@ -28,7 +28,7 @@ INPUTS = models.vectors(16, 12)
 STEPS = 5
 KINDS: dict[str, dict[str, Any]] = {
     "default": {"interval": 3},
-    "default, shortest lifetime": {"interval": 1},
+    "default, every step": {"interval": 1},
     "exact": {"rule": "exact"},
     "none": {"rule": "none"},
 }

@@ -81,7 +81,7 @@ def test_compiled_model_with_a_carry_is_traced_anew_once():
     compiled = torch.compile(model, backend=counter)
     assert train(compiled, optimizer, vectors(16, 12), 7) == expected
     assert optimizer.rebase_count > 1
-    # As it is at first, and with carries in it; later renewals change no shape.
+    # As it is at first, and with carries in it; later re-basings change no shape.
     assert counter.frame_count == 2
 
 

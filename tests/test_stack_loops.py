@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import scalora
 
 STACKS = Path(__file__).parents[1] / "examples" / "stacks"
-STEPS = 27  # two renewals, at steps 20 and 25
+STEPS = 27  # re-based twice, at steps 10 and 20
 
 pytestmark = pytest.mark.filterwarnings("ignore:save_pretrained writes the adapter alone")
 
