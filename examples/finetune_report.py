@@ -11,12 +11,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
 from miub import MIUBReport
 
-COLORS = ("#7f7f7f", "#c2410c", "#1d4ed8")  # of the methods, in turn
+# Color and line width of each method in turn; the first shows beneath one that equals it.
+STROKES = (("#7f7f7f", 4.5), ("#c2410c", 2), ("#1d4ed8", 2))
 SMOOTHING = 20  # steps: the window of the training loss in the table and in the plot
 
 
@@ -163,19 +165,21 @@ def plot_losses(
 ) -> None:
     """Draw each method's training curve, its seeds behind it, and the held-out loss at the end."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for (name, seeds), color in zip(losses.items(), COLORS, strict=True):
+    for (name, seeds), (color, width) in zip(losses.items(), STROKES, strict=True):
         curves = [smoothed(values) for values in seeds]
         steps = np.arange(1, len(curves[0]) + 1)
         for curve in curves:
             axes.plot(steps, curve, color=color, alpha=0.3, linewidth=0.8)
-        axes.plot(steps, np.mean(curves, axis=0), color=color, linewidth=2, label=name)
-        axes.plot(steps[-1], np.mean(held_out[name]), "o", color=color, clip_on=False)
+        axes.plot(steps, np.mean(curves, axis=0), color=color, linewidth=width, label=name)
+        end = np.mean(held_out[name])
+        axes.plot(steps[-1], end, "o", color=color, markersize=4 + 1.5 * width, clip_on=False)
     axes.plot([], [], color="black", alpha=0.3, linewidth=0.8, label="each of two seeds")
     axes.plot([], [], "o", color="black", label="held out, at the end")
     axes.set_xlabel("step")
     axes.set_ylabel("cross-entropy (nats)")
     axes.set_title(f"Training loss, mean of {SMOOTHING} steps and of two seeds", loc="left")
     axes.set_xlim(1, len(steps))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(frameon=False)
