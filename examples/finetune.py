@@ -287,6 +287,8 @@ def main(argv: list[str] | None = None) -> int:
             rank=args.rank,
         )
     )
+    if args.short:
+        console.print("A short run shows that everything works, not which method is better.\n")
 
     drawn = {
         seed: data.training_batches(
