@@ -43,7 +43,7 @@ def tasks() -> list[Pair]:
 
 
 def paired(dimension: int) -> tuple[float, Sampler]:
-    """I of, and samples of, Gaussian u and v whose first two coordinates are correlated in pairs."""
+    """I of, and samples of, Gaussian u and v whose first two coordinates are correlated."""
     rho = torch.zeros(dimension)
     rho[:2] = _PAIRED
 
@@ -64,9 +64,7 @@ def dense(dimension: int) -> tuple[float, Sampler]:
     def sample(shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
         shared = normal((*shape, 1), generator)
         u, v = (normal((*shape, dimension), generator) for _ in range(2))
-        return tuple(
-            math.sqrt(_DENSE) * shared + math.sqrt(1 - _DENSE) * own for own in (u, v)
-        )  # type: ignore[return-value]
+        return tuple(math.sqrt(_DENSE) * shared + math.sqrt(1 - _DENSE) * own for own in (u, v))  # type: ignore[return-value]
 
     return log_determinant(dimension) - log_determinant(2 * dimension) / 2, sample
 
