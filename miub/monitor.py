@@ -143,6 +143,7 @@ class MIUBMonitor:
         self._pending: list[_Measurement] = []
         self._records: list[tuple[int, LayerRecord]] = []
         self._unmeasured: set[str] = set()
+        self._heavy: set[str] = set()
 
     def __enter__(self) -> MIUBMonitor:
         self.attach()
@@ -280,6 +281,8 @@ class MIUBMonitor:
 
     def _warn_heavy(self, records: Sequence[LayerRecord]) -> None:
         layers = list(dict.fromkeys(record.layer for record in records))
+        layers = [layer for layer in layers if layer not in self._heavy]
+        self._heavy.update(layers)
         if layers:
             warnings.warn(
                 f"in {len(layers)} layers, {layers[0]!r} for one, a single token holds more than a "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,9 +48,21 @@ class _Cell:
         return f"{self.mean:.2f}{mark}"
 
 
-def run(device: torch.device, samples: int = _SAMPLES, repetitions: int = _REPETITIONS) -> str:
-    """A line for each task, and for each family how many of its tasks are covered."""
-    pairs = tasks()
+def run(
+    device: torch.device,
+    samples: int = _SAMPLES,
+    repetitions: int = _REPETITIONS,
+    pairs: Sequence[Pair] | None = None,
+) -> str:
+    """A line for each task, and for each family how many of its tasks are covered.
+
+    Args:
+        device: of the samples.
+        samples: of each task.
+        repetitions: with other samples.
+        pairs: None: all forty tasks.
+    """
+    pairs = tasks() if pairs is None else pairs
     results = [
         (pair, _cells(pair, number, samples, repetitions, device))
         for number, pair in enumerate(track(pairs, "tasks", transient=True))
