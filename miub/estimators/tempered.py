@@ -57,7 +57,8 @@ def tempered(
         TypeError, ValueError: an order out of range; input that is not samples, see
             `samples.prepare`.
 
-    Cost: N d_u min(N, d_u) + (1 + len(penalties)) min(N, d_u)^3, the latter on at most 512 samples.
+    Cost: N d_u min(N, d_u), and min(N, d_u)^3 + N d_u d_v for each penalty; up to 512 samples
+        N d_u^2 for each penalty.
     """
     with full_precision():
         return tempered_moments(regress(prepare(u, v, noise), penalties), order)
