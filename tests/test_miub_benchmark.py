@@ -115,7 +115,8 @@ def test_covered_is_on_its_side_of_the_truth_or_less_than_a_hundredth_off():
 
 def test_the_table_has_every_task_and_marks_what_is_not_covered():
     chosen = ["swiss roll, 2 x 1", "Student-t, nu=1, 2 x 2", "normal, 2-pair, 3 x 3"]
-    table = families.run(torch.device("cpu"), 400, 2, [TASKS[name] for name in chosen])
+    pairs = [TASKS[name] for name in chosen]
+    table = families.run(torch.device("cpu"), 400, 2, pairs=pairs)
     lines = [line for line in table.splitlines() if line.startswith("| ")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     by_task = {f"{row[0]}, {row[1]}": row for row in rows if f"{row[0]}, {row[1]}" in TASKS}

@@ -55,6 +55,7 @@ def run(
     device: torch.device,
     samples: int = _SAMPLES,
     repetitions: int = _REPETITIONS,
+    *,
     pairs: Sequence[Pair] | None = None,
 ) -> str:
     """A line for each task, and for each family how many of its tasks are covered.
