@@ -123,3 +123,36 @@ def pretrained_model(
     )
     mismatched = {name for name, *_ in loading["mismatched_keys"]}
     return model, set(loading["missing_keys"]) | mismatched
+
+
+def decoder_of(model: nn.Module) -> nn.Module | None:
+    """The decoder of the encoder-decoder model in ``model``; None where there is no such model."""
+    whole = _encoder_decoder(model)
+    if whole is None:
+        return None
+    decoder: Any = whole.get_decoder()
+    # A model of several kinds of input gives its language model, which may have both again.
+    while (inner := _encoder_decoder(decoder)) is decoder and inner.get_decoder() is not inner:
+        decoder = inner.get_decoder()
+    return None if decoder is whole else decoder
+
+
+def padding_of(model: nn.Module) -> int | None:
+    """The token that pads what a decoder reads, and nothing else; None where there is none."""
+    config: Any = getattr(_encoder_decoder(model), "config", None)
+    padding = getattr(config, "pad_token_id", None)
+    end = getattr(config, "eos_token_id", None)
+    ends = end if isinstance(end, list) else [end]
+    return None if padding in ends else padding
+
+
+def _encoder_decoder(model: nn.Module) -> Any:
+    """The outermost model of transformers in ``model`` that says that it is both."""
+    return next(
+        (
+            module
+            for module in model.modules()
+            if isinstance(module, PreTrainedModel) and module.config.is_encoder_decoder
+        ),
+        None,
+    )
