@@ -119,7 +119,7 @@ class ScaLoRA(OptimizerWrapper):
     _checked: bool
     _sharded: list[Any]
     _made_state: Any
-    state_is_in_file: bool
+    state_is_in_file: Any
     _rebaser: Rebaser
     _calibration: StepCalibration
     _run: RunState
@@ -278,7 +278,7 @@ class ScaLoRA(OptimizerWrapper):
         renews = self.options.resolved_rule == "renew"
         if due and not renews:
             if self.rebase_count == 0:
-                peft_layers.warn_when_saved_alone(self.model)
+                peft_layers.complete_what_is_saved(self.model)
             # Counted first: a step that is tried again after a failure draws other noise.
             self._run.rebase_count += 1
             self._rebaser.rebase(self.inner, self.rebase_count)
@@ -302,7 +302,8 @@ class ScaLoRA(OptimizerWrapper):
         """
         state = self.inner.state_dict()
         if self.state_is_in_file or self._run.expected.in_file:
-            return {**state, "scalora": {**self._run.kind(), "in_file": True}}
+            in_file = self.state_is_in_file or True
+            return {**state, "scalora": {**self._run.kind(), "in_file": in_file}}
         own = self.rebasing_state()
         if not torch.distributed.is_initialized():
             return {**state, "scalora": own}
@@ -353,7 +354,7 @@ class ScaLoRA(OptimizerWrapper):
         self._reshard()
         self._run.load(own)
         if self.rebase_count:
-            peft_layers.warn_when_saved_alone(self.model)
+            peft_layers.complete_what_is_saved(self.model)
 
     def __getstate__(self) -> dict[str, Any]:
         # Not all of __dict__: schedulers and accelerate leave methods bound to this object there.
@@ -379,7 +380,7 @@ class ScaLoRA(OptimizerWrapper):
         finally:
             if renewed:
                 if run.rebase_count == 0:
-                    peft_layers.warn_when_saved_alone(self.model)
+                    peft_layers.complete_what_is_saved(self.model)
                 run.rebase_count += 1
 
     def _learning_rate(self) -> float | None:

@@ -304,16 +304,6 @@ def test_trained_model_saves_merged_and_answers_the_same(tmp_path):
     assert twin.save_pretrained.model is twin
 
 
-@pytest.mark.filterwarnings("always:save_pretrained writes the adapter alone")
-def test_only_what_the_callback_does_not_complete_is_warned_of(tmp_path):
-    trainer = make_trainer(tmp_path)
-    with pytest.warns(UserWarning) as caught:
-        trainer.train()
-        trainer.save_model(str(tmp_path / "final"))
-    alone = [str(w.message) for w in caught if "adapter alone" in str(w.message)]
-    assert len(alone) == 1 and "final" in alone[0]
-
-
 @pytest.mark.parametrize("options", [{"rule": "exact", "interval": 6}, {"lifetime": 6}])
 def test_best_model_from_before_the_first_rebasing_has_its_base_again(tmp_path, options):
     callback = scalora.ScaLoRACallback(**options)
