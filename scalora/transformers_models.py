@@ -22,19 +22,24 @@ _BY_TASK = {
 _QUANTIZATION = "quantization_config"
 
 
-def model_class(adapter: PeftConfig) -> Any:
+def model_class(adapter: PeftConfig, recorded: str | None = None) -> Any:
     """The class that loads the model an adapter was put on: by its task type.
 
     Where it has none, PEFT has noted the class itself; failing that, a model without a head.
+
+    Args:
+        adapter: its config.
+        recorded: the class's name, where there is a better note than PEFT's: a task type says
+            nothing of the model that ``add_adapter`` was called on.
     """
     task = getattr(adapter, "task_type", None)
     by_task = _BY_TASK.get(str(getattr(task, "value", task)))
-    if by_task is not None:
-        return getattr(transformers, by_task)
     noted = getattr(adapter, "auto_mapping", None) or {}
-    named = getattr(transformers, str(noted.get("base_model_class")), None)
-    is_model = isinstance(named, type) and issubclass(named, PreTrainedModel)
-    return named if is_model else transformers.AutoModel
+    named = recorded or (None if by_task else noted.get("base_model_class"))
+    found = getattr(transformers, str(named), None)
+    if isinstance(found, type) and issubclass(found, PreTrainedModel):
+        return found
+    return getattr(transformers, by_task or "AutoModel")
 
 
 def recorded_config(model: nn.Module) -> dict[str, Any] | None:
