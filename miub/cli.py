@@ -11,10 +11,13 @@ import torch
 import transformers
 from peft import PeftConfig, PeftModel
 from rich.progress import track
+from torch import Tensor
 
 from miub.estimators import ESTIMATORS
 from miub.monitor import MIUBMonitor
 from miub.report import MIUBReport
+from scalora import load_rebased_weights, peft_layers
+from scalora.training_state_file import STATE_FILE
 from scalora.transformers_models import model_class
 
 
@@ -57,13 +60,14 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _report(args: argparse.Namespace) -> MIUBReport:
-    model = _load(args)
+    model, pretrained = _load(args)
     monitor = MIUBMonitor(
         model,
         every=1,
         tokens=args.tokens,
         estimator=args.estimator,
         noise=args.noise,
+        reference=pretrained,
         seed=args.seed,
     )
     with monitor, torch.inference_mode():
@@ -74,10 +78,34 @@ def _report(args: argparse.Namespace) -> MIUBReport:
     return monitor.report().averaged()
 
 
-def _load(args: argparse.Namespace) -> PeftModel:
-    kind = model_class(PeftConfig.from_pretrained(args.adapter))
-    base = kind.from_pretrained(args.model, dtype=args.dtype)
-    return PeftModel.from_pretrained(base, args.adapter).to(args.device).eval()
+def _load(args: argparse.Namespace) -> tuple[PeftModel, dict[str, Tensor] | None]:
+    """The whole that was trained, and the pretrained weights if some of the base are others."""
+    whole = (Path(args.adapter) / STATE_FILE).is_file()
+    if not whole and peft_layers.is_without_carry(args.adapter):
+        raise ValueError(
+            f"{args.adapter} has an adapter to which a carry belongs, and no {STATE_FILE} with it: "
+            "measure what `scalora export` or scalora.save_adapter wrote."
+        )
+    with peft_layers.without_notes():
+        config = PeftConfig.from_pretrained(args.adapter)
+        base = model_class(config).from_pretrained(args.model, dtype=args.dtype)
+        start = {name: weight.clone() for name, weight in base.state_dict().items()}
+        model = PeftModel.from_pretrained(base, args.adapter)
+    if whole:
+        load_rebased_weights(model, args.adapter)
+    moved = [pair for pair in peft_layers.all_lora_pairs(model) if _has_moved(pair, start)]
+    for pair in moved:
+        pair.mark_rebased()
+    return model.to(args.device).eval(), start if moved else None
+
+
+def _has_moved(pair: peft_layers.LoRAPair, start: dict[str, Tensor]) -> bool:
+    weight = start.get(f"{pair.name}.weight")
+    return (
+        weight is not None
+        and peft_layers.why_not_dense(pair) is None
+        and not torch.equal(pair.base_weight, weight)
+    )
 
 
 def _batches(args: argparse.Namespace) -> Iterator[transformers.BatchEncoding]:

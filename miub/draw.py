@@ -94,16 +94,17 @@ def draw_uncounted(is_token: Tensor, score: Tensor, k: int) -> Draw:
     return Draw(index, valid, valid.sum())
 
 
-def mask_of(mask: Tensor | None, leading: torch.Size) -> Tensor | None:
+def mask_of(mask: Tensor | None, leading: torch.Size, *, cached: bool = False) -> Tensor | None:
     """The attention mask of a layer's positions, flattened; None where it says nothing of them.
 
     Args:
         mask: (batch, sequence) or None.
         leading: shape of the layer's outputs without the last axis: (batch, sequence), the two the
-            other way round or flattened, or (batch, part of the sequence) when a cache holds what
-            came before.  Any other, such as a pooled (batch,), the tokens routed to one expert, or
-            an image's (batch, height, width), is taken to have no padding.  An encoder's mask is
-            applied to its decoder's positions as well, where their number fits.
+            other way round or flattened.  Any other, such as a pooled (batch,), the tokens routed
+            to one expert, fewer positions than a sound wave has samples, or an image's (batch,
+            height, width), is taken to have no padding.
+        cached: whether a cache holds what came before: then (batch, part of the sequence) is the
+            sequence's end.
     """
     if mask is None or mask.ndim != 2:
         return None
@@ -111,6 +112,6 @@ def mask_of(mask: Tensor | None, leading: torch.Size) -> Tensor | None:
         return mask.flatten()
     if leading == mask.shape[::-1]:
         return mask.T.flatten()
-    if len(leading) == 2 and leading[0] == mask.shape[0] and leading[1] < mask.shape[1]:
+    if cached and len(leading) == 2 and leading[0] == mask.shape[0] and leading[1] < mask.shape[1]:
         return mask[:, -leading[1] :].flatten()
     return None

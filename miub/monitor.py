@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
-from miub.draw import Draw, draw, mask_of
+from miub.draw import Draw, draw
 from miub.estimators import ESTIMATORS, Estimate
 from miub.estimators.bracket import bracket
+from miub.estimators.crossfit import fewest_in_a_half
+from miub.estimators.estimate import is_heavy
 from miub.estimators.infonce import infonce
-from miub.paths import adapter_code, learned_since
+from miub.masks import Masks
+from miub.paths import MOST_COORDINATES, adapter_code, learned_since
 from miub.processes import gathered, process_rank
 from miub.record import LayerRecord
 from miub.report import MIUBReport
@@ -27,12 +30,11 @@ from scalora.callers import level_of_caller
 from scalora.peft_layers import (
     LoRAPair,
     adapter_names,
-    base_model,
     lora_pairs,
-    peft_model,
     why_not_measured,
 )
 from scalora.pretrained import Base, pretrained_weights
+from scalora.transformers_models import decoder_of
 
 _FEWEST = 16
 _ORDERS = {"tempered": 0.5, "gaussian": 1.0}
@@ -51,7 +53,7 @@ class _Measurement:
     adapter: str
     step: int
     rank: int
-    numbers: Tensor  # value, stderr, lower, tokens
+    numbers: Tensor  # value, stderr, lower, tokens, largest share of a sample
     rebased: bool
 
 
@@ -66,13 +68,16 @@ class MIUBMonitor:
         print(monitor.report())
 
     At every so manieth forward pass of ``model``, each LoRA layer's inputs and its base layer's
-    outputs are sampled at random tokens (padding left out by the ``attention_mask`` the model is
-    called with), and the mutual information between the frozen path and the adapter's is bounded at
-    once, on their device; only scalars are kept.  Between these passes no layer has a hook.  The
-    script's random numbers and results are not touched, but for one thing: a compiled model runs
-    uncompiled in the passes that are measured, so its results there are as exact, not the same
-    bits.  Compiled blocks inside gradient checkpointing are not supported: the checkpoint would
-    compare them with their uncompiled selves.
+    outputs are sampled at random tokens, and the mutual information between the frozen path and the
+    adapter's is bounded at once, on their device; only scalars are kept.  Between these passes no
+    layer has a hook.  The script's random numbers and results are not touched, but for one thing: a
+    compiled model runs uncompiled in the passes that are measured, so its results there are as
+    exact, not the same bits.  Compiled blocks inside gradient checkpointing are not supported: the
+    checkpoint would compare them with their uncompiled selves.
+
+    Padding is left out by the ``attention_mask`` that the model is called with.  What an encoder's
+    decoder reads is masked by ``decoder_attention_mask``, else by the labels that count (not -100
+    and not padding), else by the padding among the decoder's inputs.
 
     Args:
         model: with a PEFT LoRA adapter; itself or a wrapper (DDP) that is called in its place.
@@ -138,6 +143,7 @@ class MIUBMonitor:
         self._pending: list[_Measurement] = []
         self._records: list[tuple[int, LayerRecord]] = []
         self._unmeasured: set[str] = set()
+        self._heavy: set[str] = set()
 
     def __enter__(self) -> MIUBMonitor:
         self.attach()
@@ -193,9 +199,11 @@ class MIUBMonitor:
         Raises:
             ValueError: nothing was measured.
         """
-        for place, record in _fetch(self._pending):
+        fetched = _fetch(self._pending)
+        self._warn_heavy([record for _, record, heaviest in fetched if heaviest])
+        for place, record, _ in fetched:
             if record.tokens < _FEWEST:  # of a mask that could not be counted before
-                self._warn_unmeasured(record.layer, record.tokens)
+                self._warn_unmeasured(record.layer, record.tokens, _FEWEST)
             else:
                 self._records.append((place, record))
         self._pending = []
@@ -218,7 +226,8 @@ class MIUBMonitor:
         if not self._once and self.step % self.every:
             return
         self._check_merged()
-        pass_ = _ForwardPass(self, _attention_mask(model, args, kwargs))
+        masks = Masks(model, args, kwargs)
+        pass_ = _ForwardPass(self, masks)
         # A compiled model would not see hooks that were not there when it was compiled.
         self._eager.enter_context(torch.compiler.set_stance("force_eager"))
         bases: dict[nn.Module, list[tuple[int, LoRAPair]]] = {}
@@ -227,6 +236,10 @@ class MIUBMonitor:
         self._layer_hooks = [
             base.register_forward_hook(pass_.hook(pairs)) for base, pairs in bases.items()
         ]
+        decoder = decoder_of(model)
+        if decoder is not None:
+            begins = decoder.register_forward_pre_hook(masks.decoder_begins, with_kwargs=True)
+            self._layer_hooks.append(begins)
 
     def _after(self, model: nn.Module, args: Any, output: Any) -> None:
         if not self._layer_hooks:
@@ -260,15 +273,36 @@ class MIUBMonitor:
             )
             return upper, lower.value
         function = ESTIMATORS[self.estimator] if isinstance(self.estimator, str) else self.estimator
+        # Without its warning: the report gives it, for samples on any device.
+        function = inspect.unwrap(function)
         upper = function(u, v, noise=self.noise)
         lower = upper if function is infonce else infonce(u, v, noise=self.noise)
         return upper, lower.value
 
-    def _warn_unmeasured(self, layer: str, rows: int) -> None:
+    def _warn_heavy(self, records: Sequence[LayerRecord]) -> None:
+        layers = list(dict.fromkeys(record.layer for record in records))
+        layers = [layer for layer in layers if layer not in self._heavy]
+        self._heavy.update(layers)
+        if layers:
+            warnings.warn(
+                f"in {len(layers)} layers, {layers[0]!r} for one, a single token holds more than a "
+                "tenth of the variance of the samples; estimates from their moments mean little "
+                "there, and bound nothing.",
+                UserWarning,
+                stacklevel=level_of_caller(),
+            )
+
+    def _needed(self, coordinates: int) -> int:
+        """How many tokens, for a learned path of so many coordinates."""
+        if self._fits_on_halves and self.noise == 0:
+            return max(_FEWEST, 2 * fewest_in_a_half(coordinates))
+        return _FEWEST
+
+    def _warn_unmeasured(self, layer: str, rows: int, needed: int) -> None:
         if layer not in self._unmeasured:
             self._unmeasured.add(layer)
             warnings.warn(
-                f"{layer!r} had {rows} tokens in a forward pass; {_FEWEST} are needed, so it was "
+                f"{layer!r} had {rows} tokens in a forward pass; {needed} are needed, so it was "
                 "not measured.",
                 UserWarning,
                 stacklevel=level_of_caller(),
@@ -278,12 +312,12 @@ class MIUBMonitor:
 class _ForwardPass:
     """One forward pass that is measured: all layers of one shape share the draw of tokens."""
 
-    def __init__(self, monitor: MIUBMonitor, mask: Tensor | None) -> None:
+    def __init__(self, monitor: MIUBMonitor, masks: Masks) -> None:
         self.monitor = monitor
-        self.mask = mask
+        self.masks = masks
         self.seed = (monitor.seed, process_rank(), monitor.step).__hash__() % 2**63
         self.generators: dict[torch.device, torch.Generator] = {}
-        self.draws: dict[tuple[torch.Size, torch.device], Draw] = {}
+        self.draws: dict[tuple[str, torch.Size, torch.device], Draw] = {}
 
     def hook(self, pairs: Sequence[tuple[int, LoRAPair]]) -> Callable[..., None]:
         def measure(base: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -301,12 +335,13 @@ class _ForwardPass:
         monitor = self.monitor
         rows = pair.rows(output)
         leading = output.shape[:-1] if rows.shape[-1] == output.shape[-1] else rows.shape[:1]
-        drawn = self.draw(leading, output.device)
+        drawn = self.draw(inputs, leading, output.device)
         index = drawn.index
-        if not pair.on_all_processes(len(index) >= _FEWEST):
-            monitor._warn_unmeasured(pair.name, len(index))
-            return
         since = monitor._reference is not None and pair.was_rebased
+        needed = monitor._needed(MOST_COORDINATES if since else pair.learned_rank)
+        if not pair.on_all_processes(len(index) >= needed):
+            monitor._warn_unmeasured(pair.name, len(index), needed)
+            return
         # The code first: its inputs are let go before the outputs' samples take their place.
         v = output if since else adapter_code(pair, inputs, index)
         u = rows.index_select(0, index).float()
@@ -317,7 +352,8 @@ class _ForwardPass:
         upper, lower = monitor._estimate(pair, drawn.fill(u), drawn.fill(v))
         # Filled on the device: a copy from the host would wait for it.
         count = drawn.count if isinstance(drawn.count, Tensor) else u.new_full((), drawn.count)
-        numbers = (upper.value, upper.stderr, lower, count)
+        heaviest = u.new_zeros(()) if upper.heaviest is None else upper.heaviest
+        numbers = (upper.value, upper.stderr, lower, count, heaviest)
         monitor._pending.append(
             _Measurement(
                 place=place,
@@ -330,10 +366,10 @@ class _ForwardPass:
             )
         )
 
-    def draw(self, leading: torch.Size, device: torch.device) -> Draw:
-        key = (leading, device)
+    def draw(self, inputs: Tensor, leading: torch.Size, device: torch.device) -> Draw:
+        whose, mask = self.masks.of(inputs, leading)
+        key = (whose, leading, device)
         if key not in self.draws:
-            mask = mask_of(self.mask, leading)
             generator = self.generator(device)
             drawn = draw(mask, leading.numel(), self.monitor.tokens, device, generator)
             self.draws[key] = drawn.dealt() if self.monitor._fits_on_halves else drawn
@@ -367,29 +403,6 @@ def _measured_pairs(model: nn.Module, adapter_name: str | None) -> list[LoRAPair
     return pairs
 
 
-def _attention_mask(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor | None:
-    """The (batch, sequence) mask that the model is called with, by whatever way it comes."""
-    by_position = dict(zip(_positional_names(model), args, strict=False))
-    for source in (kwargs, by_position, *args):
-        mask = source.get("attention_mask") if hasattr(source, "get") else None
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            return mask
-    return None
-
-
-def _positional_names(model: nn.Module) -> list[str]:
-    """Of the outermost forward that names its arguments; a wrapper's are ``*args``."""
-    for module in (model, peft_model(model), base_model(model)):
-        if module is None:
-            continue
-        parameters = inspect.signature(module.forward).parameters.values()
-        if all(parameter.kind is not parameter.VAR_POSITIONAL for parameter in parameters):
-            return [parameter.name for parameter in parameters]
-    return []
-
-
 def _inputs(pair: LoRAPair) -> int:
     return pair.Q_parameter[0].numel()
 
@@ -398,8 +411,11 @@ def _name(estimator: Callable[..., Estimate]) -> str:
     return getattr(estimator, "__name__", type(estimator).__name__)
 
 
-def _fetch(pending: Sequence[_Measurement]) -> list[tuple[int, LayerRecord]]:
-    """With the place of each layer in the model.  One transfer for each device."""
+def _fetch(pending: Sequence[_Measurement]) -> list[tuple[int, LayerRecord, bool]]:
+    """With the place of each layer in the model, and whether a single token decides its moments.
+
+    One transfer for each device.
+    """
     devices = {measurement.numbers.device for measurement in pending}
     numbers: dict[int, list[float]] = {}
     for device in devices:
@@ -420,6 +436,7 @@ def _fetch(pending: Sequence[_Measurement]) -> list[tuple[int, LayerRecord]]:
                 tokens=int(numbers[i][3]),
                 rebased=m.rebased,
             ),
+            is_heavy(numbers[i][4], max(int(numbers[i][3]), 1)),
         )
         for i, m in enumerate(pending)
     ]

@@ -11,7 +11,7 @@ from scalora.peft_layers import LoRAPair
 from scalora.pretrained import change_since
 
 # A change that was folded over many re-basings has no fixed rank; so many coordinates hold it.
-_MOST_COORDINATES = 64
+MOST_COORDINATES = 64
 
 
 def adapter_code(pair: LoRAPair, inputs: Tensor, index: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def learned_since(
     change = pair.as_matrix(change_since(pair, weights)).float()
     base_now = pair.as_matrix(pair.base_weight).float()
     folded = change - (pair.as_matrix(pair.effective_weight()).float() - base_now)
-    coordinates = min(*change.shape, 8 * pair.rank, _MOST_COORDINATES)
+    coordinates = min(*change.shape, 8 * pair.rank, MOST_COORDINATES)
     probes = torch.randn(change.shape[1], coordinates, generator=generator, device=change.device)
     basis = torch.linalg.qr(change @ probes)[0]
     frozen = outputs - pair.mapped(folded, inputs, index)

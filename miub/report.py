@@ -16,6 +16,9 @@ from miub.report_table import as_table
 
 Key = str | tuple[str, str]
 
+# What PEFT, DistributedDataParallel and torch.compile put before a module's name.
+_WRAPPERS = frozenset({"base_model", "model", "module", "_orig_mod"})
+
 
 @dataclass(frozen=True)
 class LayerRow:
@@ -70,7 +73,8 @@ class MIUBReport:
     those of independent draws.
 
     ``report["model.layers.0.self_attn.q_proj"]`` is a layer's row, ``report[layer, adapter]``
-    where several adapters were measured.  Iteration is over the rows.
+    where several adapters were measured; the names that ``model.named_modules()`` gives are found
+    as well, with what PEFT and other wrappers put before them.  Iteration is over the rows.
 
     Args:
         records: the measurements, in the order in which rows are to stand.
@@ -149,18 +153,34 @@ class MIUBReport:
         return iter(self._rows.values())
 
     def __contains__(self, key: object) -> bool:
-        return key in self._rows or any(key == layer for layer, _ in self._rows)
+        if isinstance(key, tuple) and len(key) == 2 and isinstance(key[0], str):
+            return (self._measured(key[0]), key[1]) in self._rows
+        return isinstance(key, str) and self._measured(key) in self.layers
+
+    def _measured(self, name: str) -> str:
+        """The name of a measured layer, whatever wrappers are before it; else the name itself."""
+        if name in self.layers:
+            return name
+        parts = name.split(".")
+        # As few as possible: a model may itself be called "model" within its wrapper.
+        for i in range(1, len(parts)):
+            if parts[i - 1] not in _WRAPPERS:
+                break
+            inner = ".".join(parts[i:])
+            if inner in self.layers:
+                return inner
+        return name
 
     def __getitem__(self, key: Key) -> LayerRow:
         if isinstance(key, tuple):
-            if key in self._rows:
-                return self._rows[key]
-            layer = key[0]
+            layer = self._measured(key[0])
+            if (layer, key[1]) in self._rows:
+                return self._rows[layer, key[1]]
             adapters = [adapter for name, adapter in self._rows if name == layer]
             if adapters:
                 raise KeyError(f"{layer!r} was measured with {adapters}, not with {key[1]!r}.")
         else:
-            layer = key
+            layer = self._measured(key)
             rows = [row for row in self if row.layer == layer]
             if len(rows) == 1:
                 return rows[0]

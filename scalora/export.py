@@ -89,6 +89,11 @@ class _Checkpoint:
         return self.state.values.get("config")
 
     @property
+    def model_class(self) -> Any:
+        """The class that loads the model in training."""
+        return transformers_models.model_class(self.adapter, self.state.values.get("model_class"))
+
+    @property
     def dtype(self) -> torch.dtype | None:
         """Of the base weights in training; None if they are not known."""
         return self.state.base_dtype
@@ -166,9 +171,10 @@ def _adapted(
     """The trained model, and its pretrained weights if they are needed to tell what it learned."""
     if not read.needs_base:
         with _loading("the model's config"):
-            kind = transformers_models.model_class(read.adapter)
             source = "" if read.recorded is not None else read.source(base)
-            empty = transformers_models.model_without_weights(kind, source, read.recorded)
+            empty = transformers_models.model_without_weights(
+                read.model_class, source, read.recorded
+            )
         model = _with_adapter(read, empty, assign=True)
         pairs = peft_layers.all_lora_pairs(model)
         if all(pair.carry is not None or not pair.has_variant for pair in pairs):
@@ -212,7 +218,7 @@ def _pretrained(
 ) -> tuple[PreTrainedModel, set[str]]:
     with _loading(f"the base {source}"):
         return transformers_models.pretrained_model(
-            transformers_models.model_class(read.adapter),
+            read.model_class,
             source,
             read.recorded,
             quantized=quantized,
@@ -263,7 +269,7 @@ def _rounded_away(model: nn.Module, merged: nn.Module) -> dict[str, float]:
 def _loading(what: str) -> Iterator[None]:
     """Whatever goes wrong in another library says what could not be loaded."""
     try:
-        with warnings.catch_warnings():
+        with peft_layers.without_notes():
             warnings.filterwarnings("error", message="Found missing adapter keys")
             yield
     except (

@@ -117,7 +117,7 @@ class ScaLoRA(OptimizerWrapper):
     _checked: bool
     _sharded: list[Any]
     _made_state: Any
-    state_is_in_file: bool
+    state_is_in_file: Any
     _rebaser: Rebaser
     _calibration: StepCalibration
     _run: RunState
@@ -281,7 +281,7 @@ class ScaLoRA(OptimizerWrapper):
         due = (self._run.steps + 1) % self.options.interval_steps == 0
         if due and self._rebaser.pairs:
             if self.rebase_count == 0:
-                peft_layers.warn_when_saved_alone(self.model)
+                peft_layers.complete_what_is_saved(self.model)
             # Counted first: a step that is tried again after a failure draws other noise.
             self._run.rebase_count += 1
             self._rebaser.rebase(self.inner, self.rebase_count)
@@ -307,7 +307,8 @@ class ScaLoRA(OptimizerWrapper):
         """
         state = self.inner.state_dict()
         if self.state_is_in_file or self._run.expected.in_file:
-            return {**state, "scalora": {**self._run.kind(), "in_file": True}}
+            in_file = self.state_is_in_file or True
+            return {**state, "scalora": {**self._run.kind(), "in_file": in_file}}
         own = self.rebasing_state()
         if not torch.distributed.is_initialized():
             return {**state, "scalora": own}
@@ -364,7 +365,7 @@ class ScaLoRA(OptimizerWrapper):
         if self._factors is not None:
             self._factors.forget()
         if self.rebase_count:
-            peft_layers.warn_when_saved_alone(self.model)
+            peft_layers.complete_what_is_saved(self.model)
 
     def __getstate__(self) -> dict[str, Any]:
         # Not all of __dict__: schedulers and accelerate leave methods bound to this object there.

@@ -111,11 +111,13 @@ def pretrained_weights(model: nn.Module, base: Base | None) -> dict[str, Tensor]
     Raises:
         ValueError: there is none, or it cannot be loaded.
     """
+    own: Any = peft_layers.base_model(model)
     if isinstance(base, nn.Module):
-        base = base.state_dict()
+        # It may be a part of ``base``, as it is of a SentenceTransformer.
+        alike = (module for module in base.modules() if type(module) is type(own))
+        base = next(alike, base).state_dict()
     if isinstance(base, Mapping):
         return {peft_layers.base_weight_name(name): weight for name, weight in base.items()}
-    own: Any = peft_layers.base_model(model)
     source = base if base is not None else getattr(own, "name_or_path", "")
     if not source or not hasattr(own, "from_pretrained"):
         raise ValueError(

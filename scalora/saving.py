@@ -6,6 +6,7 @@ import copy
 import tempfile
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,8 @@ def save_merged(model: nn.Module, path: str | PathLike[str], base: Base | None =
     answers; or ``base``.
 
     Args:
-        model: the fine-tuned PEFT model (or a module around it).
+        model: the fine-tuned model (or a module around it): a PeftModel, or one with adapters by
+            ``add_adapter``.  Of a ``SentenceTransformer`` all parts are written.
         path: folder, created if need be.  It takes in all files or none, and keeps others.  In
             many processes (DDP) call this in one of them.
         base: for a quantized model: the pretrained one in full precision (a model, a state dict, a
@@ -48,8 +50,9 @@ def save_merged(model: nn.Module, path: str | PathLike[str], base: Base | None =
         OSError: the files cannot be written; what was in the folder is still there.
     """
     merged = merged_model(model, base)
+    whole = _with_what_is_around(model, merged)
     with folder_written_whole(Path(path), MODEL_CONFIG, _MODEL_FILES) as staged:
-        merged.save_pretrained(staged)
+        whole.save_pretrained(str(staged))
 
 
 def merged_model(model: nn.Module, base: Base | None = None) -> PreTrainedModel:
@@ -60,8 +63,9 @@ def merged_model(model: nn.Module, base: Base | None = None) -> PreTrainedModel:
     own = peft_layers.base_model(wrapped)
     if not hasattr(own, "save_pretrained"):
         raise ValueError(
-            f"{type(own).__name__} is not a transformers model; save the state_dict of "
-            "copy.deepcopy(model).merge_and_unload() yourself."
+            f"{type(own).__name__} is not a transformers model: write its adapter with "
+            "scalora.save_adapter, or merge a copy (PEFT's merge_and_unload, or merge() of every "
+            "layer) and save its state_dict yourself."
         )
     if any(map(peft_layers.is_quantized, peft_layers.all_lora_pairs(wrapped))):
         apart = _in_full_precision(wrapped, base)
@@ -70,10 +74,21 @@ def merged_model(model: nn.Module, base: Base | None = None) -> PreTrainedModel:
     else:
         apart = copy.deepcopy(wrapped)
     peft_layers.untie_adapted_weights(apart)
-    return apart.merge_and_unload()
+    return peft_layers.merge_and_unload(apart)
 
 
-def _in_full_precision(model: peft_layers.PeftModel, base: Base | None) -> peft_layers.PeftModel:
+def _with_what_is_around(model: nn.Module, merged: PreTrainedModel) -> Any:
+    """The merged model, in a copy of what it is a part of if that is saved with its parts.
+
+    A ``SentenceTransformer`` is; wrappers such as DDP have no ``save_pretrained``.
+    """
+    adapted = _require_peft_model(model)
+    if adapted is model or not hasattr(type(model), "save_pretrained"):
+        return merged
+    return copy.deepcopy(model, {id(adapted): merged})
+
+
+def _in_full_precision(model: nn.Module, base: Base | None) -> nn.Module:
     adapter = peft_layers.active_adapter(model)
     with tempfile.TemporaryDirectory() as folder:
         if base is None:  # onto the model's own base, which has in it what was folded
@@ -101,7 +116,7 @@ def save_adapter(
     ``PeftModel.from_pretrained`` where this package is not installed.
 
     Args:
-        model: the fine-tuned PEFT model (or a module around it).
+        model: the fine-tuned model (or a module around it), as for `save_merged`.
         path: folder, created if need be.  It takes in both files or neither, and keeps others.
         rank: of every layer; None for all of it, and for what was folded the smallest rank that
             keeps a layer's error at most 1e-4.
@@ -150,7 +165,7 @@ def _all_beside(
 
 
 def _write_adapter(
-    model: peft_layers.PeftModel,
+    model: nn.Module,
     folder: Path,
     adapter: str,
     factors: dict[str, _Factors],
@@ -167,7 +182,7 @@ def _write_adapter(
     return {layer: error for layer, (_, _, error) in factors.items()}
 
 
-def _check_initialisation(model: peft_layers.PeftModel, adapter: str) -> None:
+def _check_initialisation(model: nn.Module, adapter: str) -> None:
     if peft_layers.moves_base_at_creation(model, adapter):
         raise ValueError(
             f"the initialisation of adapter {adapter!r} (init_lora_weights) changed the quantized "
@@ -201,8 +216,16 @@ def _rank_within_tolerance(sigma: Tensor) -> int:
     return max(1, int((tail > tail[0] * _TOLERANCE**2).sum()))
 
 
-def _require_peft_model(model: nn.Module) -> peft_layers.PeftModel:
-    wrapped = peft_layers.peft_model(model)
-    if wrapped is None:
-        raise ValueError(f"{type(model).__name__} is not a PEFT model, nor a module around one.")
-    return wrapped
+def _require_peft_model(model: nn.Module) -> nn.Module:
+    """The one of `peft_layers.adapted_models`."""
+    adapted = peft_layers.adapted_models(model)
+    if not adapted:
+        raise ValueError(
+            f"{type(model).__name__} is no model with PEFT's adapters, nor a module around one."
+        )
+    if len(adapted) > 1:
+        raise ValueError(
+            f"{type(model).__name__} holds {len(adapted)} models with adapters, at "
+            f"{sorted(adapted)}: save each by itself."
+        )
+    return next(iter(adapted.values()))

@@ -37,13 +37,6 @@ def places_of_layers(
     check_engine(model)
     if options.resolved_rule == "none":
         return {}
-    if peft_layers.peft_model(model) is None:
-        warnings.warn(
-            f"{type(model).__name__} is not a PeftModel: it trains, but scalora.save_merged and "
-            "save_adapter need one. Make it with peft.get_peft_model.",
-            UserWarning,
-            stacklevel=level_of_caller(),
-        )
     users = peft_layers.sharing_modules(model)
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     places: dict[LoRAPair, str] = {}

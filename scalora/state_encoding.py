@@ -114,6 +114,15 @@ def opened(
     return values
 
 
+def noted(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The values as they are there, not compared with anything; {} if there are none."""
+    try:
+        values = json.loads(metadata["scalora"])
+    except (KeyError, json.JSONDecodeError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
 def packed(state: Mapping[str, Any]) -> bytes:
     """A state of re-basing as one value, which a distributed checkpoint writes as it is."""
     tensors, metadata = sealed(*flattened(state))

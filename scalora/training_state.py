@@ -12,7 +12,11 @@ from scalora import peft_layers, sharding, transformers_models
 from scalora.optimizer import ScaLoRA
 from scalora.peft_layers import LoRAPair
 from scalora.state_encoding import flattened
-from scalora.training_state_file import TrainingStateFile, pretrained_weights
+from scalora.training_state_file import (
+    TrainingStateFile,
+    noted_beside_adapter,
+    pretrained_weights,
+)
 
 
 def save_training_state(
@@ -20,9 +24,10 @@ def save_training_state(
 ) -> Path:
     """Write the folded base weights or the carries, and the state of re-basing.
 
-    Together with the adapter (``PeftModel.save_pretrained``) and ``optimizer.state_dict()`` that is
-    a complete checkpoint.  The file is written whole or not at all.  Base weights that nothing has
-    been folded into yet are the pretrained ones: they are left out, and recognised when loading.
+    Together with the adapter (``model.save_pretrained``, best called before) and
+    ``optimizer.state_dict()`` that is a complete checkpoint.  The file is written whole or not at
+    all.  Base weights that nothing has been folded into yet are the pretrained ones: they are left
+    out, and recognised when loading; those that are in the adapter's file are not written twice.
 
     Args:
         optimizer: the optimizer in training.
@@ -39,12 +44,16 @@ def save_training_state(
     # All but those with a carry that is kept.
     folded = [p for p in pairs if state["places"][p.name] == "dense" or p.was_rebased]
     left_out = [p for p in folded if not (p.was_rebased or all_base_weights)]
-    tensors |= {f"base:{pair.name}": pair.base_weight for pair in folded if pair not in left_out}
+    written = [pair for pair in folded if pair not in left_out]
+    tensors |= {f"base:{pair.name}": pair.base_weight for pair in written}
     state["pretrained"] = pretrained_weights(left_out)
+    state |= noted_beside_adapter(written, Path(folder), optimizer.options.adapter_name)
     state["adapter"] = peft_layers.adapter_checksums(pairs)
     # So that `scalora export` can make the model anew.
     state["adapter_name"] = optimizer.options.adapter_name
-    state["config"] = transformers_models.recorded_config(peft_layers.base_model(optimizer.model))
+    base = peft_layers.base_model(optimizer.model)
+    state["config"] = transformers_models.recorded_config(base)
+    state["model_class"] = type(base).__name__
     state["quantized"] = any(map(peft_layers.is_quantized, pairs))
     return TrainingStateFile.write(folder, tensors, state)
 
@@ -104,7 +113,7 @@ def load_rebased_weights(
         if pair.name in file.values["base"]:
             pair.mark_rebased()
     if file.values["rebase_count"]:
-        peft_layers.warn_when_saved_alone(model)
+        peft_layers.complete_what_is_saved(model)
 
 
 def _pairs_of(file: TrainingStateFile, model: nn.Module, adapter: str) -> list[LoRAPair]:

@@ -14,9 +14,10 @@ from torch import Tensor
 from scalora import peft_layers
 from scalora.files import read_tensors, write_tensors
 from scalora.peft_layers import LoRAPair
-from scalora.state_encoding import carry_of, opened, restored, sealed
+from scalora.state_encoding import carry_of, noted, opened, restored, sealed
 
 STATE_FILE = "scalora.safetensors"
+_BESIDE = "base beside the adapter"  # the file, and layer name -> the weight's name in it
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class TrainingStateFile:
 
     Attributes:
         path: of the file.
-        tensors: on the CPU; ``base:`` and a layer's name -> its base weight, and those of
-            `scalora.state_encoding.flattened`.
+        tensors: on the CPU; ``base:`` and a layer's name -> its base weight, be it here or in the
+            adapter's file, and those of `scalora.state_encoding.flattened`.
         values: what `scalora.ScaLoRA.rebasing_state` gave besides; ``adapter``, the checksums of
             the factors; and ``pretrained``, of the base weights that are not here because nothing
             has been folded into them: layer name -> dtype and checksum.
@@ -43,9 +44,15 @@ class TrainingStateFile:
     def write(
         folder: str | PathLike[str], tensors: Mapping[str, Tensor], values: Mapping[str, Any]
     ) -> Path:
-        """Write one, whole or not at all, and return its path; the arguments are the attributes."""
+        """Write one, whole or not at all, and return its path; the arguments are the attributes.
+
+        Base weights that ``values`` says are beside the adapter are not written again.
+        """
         path = Path(folder) / STATE_FILE
-        write_tensors(path, *sealed(tensors, values))
+        everything, metadata = sealed(tensors, values)
+        beside = {f"base:{name}" for name in values.get(_BESIDE, {"layers": ()})["layers"]}
+        here = {name: tensor for name, tensor in everything.items() if name not in beside}
+        write_tensors(path, here, metadata)
         return path
 
     @classmethod
@@ -58,6 +65,11 @@ class TrainingStateFile:
         """
         path = Path(folder) / STATE_FILE
         tensors, metadata = read_tensors(path)
+        beside = noted(metadata).get(_BESIDE)
+        if beside is not None:
+            file = path.parent / beside["file"]
+            weights = peft_layers.base_weights_at(file, beside["layers"])
+            tensors |= {f"base:{name}": weight for name, weight in weights.items()}
         values = opened(tensors, metadata, path)
         if "pretrained" not in values:
             raise ValueError(f"{path} is damaged: its entry 'pretrained' is missing.")
@@ -169,3 +181,9 @@ def pretrained_weights(pairs: Sequence[LoRAPair]) -> dict[str, list[Any]]:
     dtypes = {pair.name: str(pair.base_weight.dtype).removeprefix("torch.") for pair in pairs}
     sums = peft_layers.base_checksums(pairs)
     return {name: [dtypes[name], sums[name]] for name in dtypes}
+
+
+def noted_beside_adapter(pairs: Sequence[LoRAPair], folder: Path, adapter: str) -> dict[str, Any]:
+    """The entry of a state's values for the base weights that the adapter's file has already."""
+    file, layers = peft_layers.weights_beside_adapter(pairs, folder, adapter)
+    return {_BESIDE: {"file": file, "layers": layers}} if layers else {}

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 
 from scalora import sharding
@@ -61,6 +69,7 @@ class ScaLoRACallback(TrainerCallback):
         self.optimizer: ScaLoRA | None = None
         self._everything = False
         self._sharded = False
+        self._resumable = True
         self._completed = ""
         self._completed_sharded: tuple[str, list[float]] | None = None
 
@@ -81,8 +90,10 @@ class ScaLoRACallback(TrainerCallback):
         self._everything = args.load_best_model_at_end
         self._completed, self._completed_sharded = "", None
         self._sharded = any(map(sharding.is_sharded, self.optimizer.model.parameters()))
+        # Without an optimizer's state nothing can be resumed: then the adapter itself is whole.
+        self._resumable = not args.save_only_model or args.load_best_model_at_end
         completing = _completed_elsewhere if self._sharded else self._completing
-        complete_checkpoints(self.optimizer.model, completing)
+        complete_checkpoints(self.optimizer.model, completing if self._resumable else None)
         if state.global_step > 0:
             self._resume(self._checkpoint(args, state))
 
@@ -97,7 +108,7 @@ class ScaLoRACallback(TrainerCallback):
 
         It is going to save now, unless it evaluates before: then that may still fail.
         """
-        if self._sharded and control.should_save and not control.should_evaluate:
+        if self._saves_early(state, control) and not control.should_evaluate:
             self._complete_sharded(_checkpoint_folder(args, state))
 
     on_epoch_end = on_step_end
@@ -110,7 +121,7 @@ class ScaLoRACallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """As `on_step_end`, which has waited for this."""
-        if self._sharded and control.should_save:
+        if self._saves_early(state, control):
             self._complete_sharded(_checkpoint_folder(args, state))
 
     def on_save(
@@ -120,16 +131,17 @@ class ScaLoRACallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Complete the checkpoint, where the Trainer has saved no PeftModel itself.
+        """Complete the checkpoint, where saving the model has not done that.
 
-        Of a sharded model it saves the adapter alone, so all else is written here.
+        A model without ``save_pretrained`` is saved as its state dict, which has no carry; of a
+        sharded model the adapter alone is saved, so all else is written here.
         """
-        folder = _checkpoint_folder(args, state)
+        folder = _saved_checkpoint(args, state)
         if self._sharded:
             self._complete_sharded(folder)
         elif args.should_save and self.optimizer is not None:
             self.optimizer.state_is_in_file = False
-            if self._completed != folder.name:
+            if self._resumable and self._completed != folder.name:
                 self._complete(folder)
 
     def on_train_end(
@@ -160,7 +172,7 @@ class ScaLoRACallback(TrainerCallback):
         self._complete(folder)
         self._completed = folder.name
         assert self.optimizer is not None
-        self.optimizer.state_is_in_file = True  # the optimizer's own file is still to be written
+        self.optimizer.state_is_in_file = _InFile()  # the optimizer's own is still to be written
 
     def _complete(self, folder: Path) -> None:
         assert self.optimizer is not None
@@ -173,6 +185,10 @@ class ScaLoRACallback(TrainerCallback):
         if self._completed_sharded != completed:
             save_sharded(self.optimizer, folder)
             self._completed_sharded = completed
+
+    def _saves_early(self, state: TrainerState, control: TrainerControl) -> bool:
+        """Whether a checkpoint's shards are to be written now: it is known where to."""
+        return self._sharded and control.should_save and not state.is_hyper_param_search
 
     def _checkpoint(self, args: TrainingArguments, state: TrainerState) -> Path:
         candidates = [
@@ -232,6 +248,58 @@ def _completed_elsewhere(folder: Path) -> Iterator[None]:
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _saved_checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    """Where the Trainer has just saved; in a search for hyper-parameters every run has a folder."""
+    folder = _checkpoint_folder(args, state)
+    if not state.is_hyper_param_search:
+        return folder
+    written = [path / TRAINER_STATE_NAME for path in Path(args.output_dir).glob(f"*/{folder.name}")]
+    return max(filter(Path.is_file, written), key=lambda path: path.stat().st_mtime_ns).parent
+
+
+class _InFile:
+    """What says in ``optimizer.pt`` that the rest of the state is in the file beside it.
+
+    Pickled by the name of a function that torch calls when it reads the file.  Where this package
+    was not imported it refuses to, and names the function.
+    """
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return resumed_with_scalora_callback, ()
+
+
+def resumed_with_scalora_callback() -> bool:
+    """True; it stands in ``optimizer.pt``, and is called whenever that is read.
+
+    Raises:
+        ValueError: a Trainer without `ScaLoRACallback` reads it, to resume.
+    """
+    trainer = _resuming_trainer()
+    if trainer is not None and not any(
+        isinstance(callback, ScaLoRACallback) for callback in trainer.callback_handler.callbacks
+    ):
+        raise ValueError(
+            "this checkpoint was written with a scalora.ScaLoRACallback, and the Trainer that "
+            "resumes from it has none: what had been frozen beside the adapter would be missing, "
+            "and training would go on as plain LoRA. Pass "
+            "callbacks=[scalora.ScaLoRACallback(...)] with the same options; or begin anew from "
+            "the model that `scalora export` makes of the checkpoint."
+        )
+    return True
+
+
+torch.serialization.add_safe_globals([resumed_with_scalora_callback])
+
+
+def _resuming_trainer() -> Trainer | None:
+    """The Trainer that is reading an optimizer's state further up the stack, if one is."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_name != "_load_optimizer_and_scheduler":
+        frame = frame.f_back
+    caller = None if frame is None else frame.f_locals.get("self")
+    return caller if isinstance(caller, Trainer) else None
 
 
 def _is_of_scalora(path: Path) -> bool:

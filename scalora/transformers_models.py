@@ -22,19 +22,24 @@ _BY_TASK = {
 _QUANTIZATION = "quantization_config"
 
 
-def model_class(adapter: PeftConfig) -> Any:
+def model_class(adapter: PeftConfig, recorded: str | None = None) -> Any:
     """The class that loads the model an adapter was put on: by its task type.
 
     Where it has none, PEFT has noted the class itself; failing that, a model without a head.
+
+    Args:
+        adapter: its config.
+        recorded: the class's name, where there is a better note than PEFT's: a task type says
+            nothing of the model that ``add_adapter`` was called on.
     """
     task = getattr(adapter, "task_type", None)
     by_task = _BY_TASK.get(str(getattr(task, "value", task)))
-    if by_task is not None:
-        return getattr(transformers, by_task)
     noted = getattr(adapter, "auto_mapping", None) or {}
-    named = getattr(transformers, str(noted.get("base_model_class")), None)
-    is_model = isinstance(named, type) and issubclass(named, PreTrainedModel)
-    return named if is_model else transformers.AutoModel
+    named = recorded or (None if by_task else noted.get("base_model_class"))
+    found = getattr(transformers, str(named), None)
+    if isinstance(found, type) and issubclass(found, PreTrainedModel):
+        return found
+    return getattr(transformers, by_task or "AutoModel")
 
 
 def recorded_config(model: nn.Module) -> dict[str, Any] | None:
@@ -123,3 +128,36 @@ def pretrained_model(
     )
     mismatched = {name for name, *_ in loading["mismatched_keys"]}
     return model, set(loading["missing_keys"]) | mismatched
+
+
+def decoder_of(model: nn.Module) -> nn.Module | None:
+    """The decoder of the encoder-decoder model in ``model``; None where there is no such model."""
+    whole = _encoder_decoder(model)
+    if whole is None:
+        return None
+    decoder: Any = whole.get_decoder()
+    # A model of several kinds of input gives its language model, which may have both again.
+    while (inner := _encoder_decoder(decoder)) is decoder and inner.get_decoder() is not inner:
+        decoder = inner.get_decoder()
+    return None if decoder is whole else decoder
+
+
+def padding_of(model: nn.Module) -> int | None:
+    """The token that pads what a decoder reads, and nothing else; None where there is none."""
+    config: Any = getattr(_encoder_decoder(model), "config", None)
+    padding = getattr(config, "pad_token_id", None)
+    end = getattr(config, "eos_token_id", None)
+    ends = end if isinstance(end, list) else [end]
+    return None if padding in ends else padding
+
+
+def _encoder_decoder(model: nn.Module) -> Any:
+    """The outermost model of transformers in ``model`` that says that it is both."""
+    return next(
+        (
+            module
+            for module in model.modules()
+            if isinstance(module, PreTrainedModel) and module.config.is_encoder_decoder
+        ),
+        None,
+    )

@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 import scalora
-from scalora.files import read_tensors
+from scalora.training_state_file import TrainingStateFile
 
 pytestmark = pytest.mark.filterwarnings("ignore:save_pretrained writes the adapter alone")
 
@@ -46,11 +46,12 @@ def optimizer_of(model: Any, **options: Any) -> scalora.ScaLoRA:
 
 
 def save(model: Any, optimizer: scalora.ScaLoRA, folder: Path, **options: Any) -> dict[str, Tensor]:
-    """Write a checkpoint; what its file holds."""
+    """Write a checkpoint; what its file holds, with what it has in the adapter's."""
     folder.mkdir(exist_ok=True)
     model.save_pretrained(folder)
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-    return read_tensors(scalora.save_training_state(optimizer, folder, **options))[0]
+    scalora.save_training_state(optimizer, folder, **options)
+    return TrainingStateFile.read(folder).tensors
 
 
 def bases(tensors: dict[str, Tensor]) -> set[str]:

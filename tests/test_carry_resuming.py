@@ -42,7 +42,7 @@ def test_checkpoint_holds_the_carry_and_not_the_base(tmp_path: Any) -> None:
     optimizer = optimizer_of(model, carry_rank=8)
     inputs = [batch.float() for batch in batches(12)]
     train(model, optimizer, inputs[:7])
-    with pytest.warns(UserWarning, match="carry beside them"):
+    with pytest.warns(UserWarning, match="carry beside the base"):
         model.save_pretrained(tmp_path)
     path = scalora.save_training_state(optimizer, tmp_path)
     tensors, _ = read_tensors(path)

@@ -13,6 +13,7 @@ import models
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 import scalora
 
@@ -125,14 +126,13 @@ def test_model_that_took_up_a_checkpoint_warns_as_the_one_in_training(
     rule: str, tmp_path: Path
 ) -> None:
     model, optimizer = rebased("dense", rule)
-    with pytest.warns(UserWarning, match="writes the adapter alone"):
-        model.save_pretrained(tmp_path, selected_adapters=["default"])
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
     scalora.save_training_state(optimizer, tmp_path)
     torch.manual_seed(0)
     loaded = PeftModel.from_pretrained(models.Perceptron(), tmp_path)
     scalora.load_rebased_weights(loaded, tmp_path)
     with pytest.warns(UserWarning, match="writes the adapter alone"):
-        loaded.save_pretrained(tmp_path / "alone")
+        loaded.save_pretrained(tmp_path / "alone", safe_serialization=False)
     with pytest.warns(UserWarning, match="this is not the pretrained model"):
         disable(loaded)
 
@@ -271,40 +271,67 @@ def test_base_that_is_referred_to_beside_a_carry_stays() -> None:
     assert torch.equal(disable(model), pretrained())
 
 
-@pytest.mark.parametrize("accumulator", ["dense", "carry"])
-def test_loading_another_adapter_over_a_re_based_one_warns_and_names_what_is_missing(
-    accumulator: str, tmp_path: Path
-) -> None:
+def saved(accumulator: str, folder: Path) -> tuple[Any, scalora.ScaLoRA]:
+    """A re-based model, its adapter and its state saved as a loop saves them."""
     model, optimizer = rebased(accumulator)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="save_pretrained writes the adapter alone")
+        model.save_pretrained(folder, selected_adapters=["default"])
+    scalora.save_training_state(optimizer, folder, all_base_weights=True)
+    return model, optimizer
+
+
+def without_base(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    tensors = {k: v for k, v in load_file(file).items() if "base_layer" not in k}
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_loading_another_adapter_over_a_re_based_one_warns_and_names_what_is_missing(
+    tmp_path: Path,
+) -> None:
+    model, optimizer = saved("carry", tmp_path)
     earlier = models.answers(model, INPUTS)
-    with pytest.warns(UserWarning, match="writes the adapter alone"):
-        model.save_pretrained(tmp_path, selected_adapters=["default"])
-    scalora.save_training_state(optimizer, tmp_path, all_base_weights=True)
     models.train(model, optimizer, INPUTS, 6)
     with pytest.warns(UserWarning, match="scalora.load_training_state.*ScaLoRACallback") as caught:
         model.load_adapter(tmp_path, "default")
-    [warning] = [w for w in caught if "ScaLoRA" in str(w.message)]
+    [warning] = [w for w in caught if "ScaLoRA has put" in str(w.message)]
     assert warning.filename == __file__
     assert not torch.allclose(models.answers(model, INPUTS), earlier, atol=1e-5)  # it is so
     scalora.load_training_state(optimizer, tmp_path)
     torch.testing.assert_close(models.answers(model, INPUTS), earlier, rtol=0, atol=1e-6)
 
 
-def test_resuming_a_model_that_was_re_based_before_says_nothing(tmp_path: Path) -> None:
+def test_loading_an_adapter_that_brings_its_base_is_right_and_silent(tmp_path: Path) -> None:
+    model, optimizer = saved("dense", tmp_path)
+    earlier = models.answers(model, INPUTS)
+    models.train(model, optimizer, INPUTS, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_adapter(tmp_path, "default")
+    assert torch.equal(models.answers(model, INPUTS), earlier)
+    without_base(tmp_path)
+    with pytest.warns(UserWarning, match="scalora.load_training_state"):
+        model.load_adapter(tmp_path, "default")
+
+
+@pytest.mark.parametrize("accumulator", ["dense", "carry"])
+def test_resuming_a_model_that_was_re_based_before_says_nothing(
+    accumulator: str, tmp_path: Path
+) -> None:
     """As a Trainer does, whose callback brings the rest back afterwards."""
-    model, optimizer = rebased("dense")
-    with pytest.warns(UserWarning, match="writes the adapter alone"):
-        model.save_pretrained(tmp_path, selected_adapters=["default"])
-    scalora.save_training_state(optimizer, tmp_path)
+    model, _ = saved(accumulator, tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.load_adapter(tmp_path, "default", is_trainable=True)
 
 
-def test_loading_an_adapter_of_another_name_says_nothing(tmp_path: Path) -> None:
-    model, _ = rebased("dense")
-    with pytest.warns(UserWarning, match="writes the adapter alone"):
-        model.save_pretrained(tmp_path, selected_adapters=["default"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+def test_loading_an_adapter_of_another_name_says_nothing_of_the_one_that_stays(
+    tmp_path: Path,
+) -> None:
+    model, _ = saved("carry", tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         model.load_adapter(tmp_path, "third")
+    # Only that what was loaded is not whole.
+    assert [m for m in messages(caught) if "carry is missing here" not in m] == []

@@ -18,7 +18,7 @@ from miub.draw import draw, draw_uncounted, mask_of
         ((3, 2), [1, 1, 1, 0, 0, 0]),
         ((6,), [1, 1, 0, 1, 0, 0]),
         ((1, 6), [1, 1, 0, 1, 0, 0]),
-        ((2, 1), [0, 0]),
+        ((2, 1), None),
         ((2,), None),
         ((6, 1), None),
         ((2, 3, 4), None),
@@ -28,6 +28,12 @@ def test_the_mask_is_that_of_the_layers_positions(leading, expected):
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     found = mask_of(mask, torch.Size(leading))
     assert (None if found is None else found.tolist()) == expected
+
+
+def test_only_with_a_cache_are_fewer_positions_the_end_of_the_sequence():
+    mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
+    assert mask_of(mask, torch.Size((2, 2))) is None
+    assert mask_of(mask, torch.Size((2, 2)), cached=True).tolist() == [1, 0, 1, 1]
 
 
 class Wrapper(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from functools import partial
 
 import pytest
@@ -10,20 +11,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from miub.benchmark.beyond_normal import paired
 from miub.benchmark.distributions import (
     correlated,
+    identity,
     layer_paths,
+    mapped,
     mixture,
     student,
     student_information,
 )
-from miub.estimators import ESTIMATORS, club, gaussian, infonce, l1out, tempered, vub
+from miub.estimators import ESTIMATORS, club, gaussian, infonce, l1out, ranked, tempered, vub
 from miub.estimators.bracket import bracket
 from miub.estimators.conditional import fit_linear
-from miub.estimators.ridge import fit_ridge
+from miub.estimators.ranked import normal_scores
+from miub.estimators.ridge import _fit, _fit_at_mean_leverage, _gram, fit_ridge
 from miub.estimators.samples import Samples, prepare
 
 EVERY = sorted(ESTIMATORS)
+OF_MOMENTS = [tempered, gaussian, club, vub, l1out]
 MLP = [partial(f, conditional="mlp") for f in (club, vub, l1out, infonce)]
 
 
@@ -102,6 +108,58 @@ def test_primal_and_dual_agree_where_samples_and_coordinates_are_about_as_many()
     torch.testing.assert_close(narrow.residual, dual.residual, atol=1e-8, rtol=1e-6)
     torch.testing.assert_close(narrow.freedom, dual.freedom, atol=1e-8, rtol=1e-6)
     torch.testing.assert_close(narrow.weight, dual.weight[:29], atol=1e-8, rtol=1e-6)
+
+
+def test_the_mean_leverage_is_the_mean_of_the_leverages_and_the_fit_is_the_same():
+    samples = prepare(*pair(60, 7, 2), 0.05)
+    penalty = 3 * torch.ones(1, 1, dtype=samples.u.dtype)
+    arguments = samples.u, samples.v, _gram(samples.u), penalty
+    own, mean = _fit(*arguments), _fit_at_mean_leverage(*arguments)
+    torch.testing.assert_close(own.weight, mean.weight)
+    torch.testing.assert_close(own.residual, mean.residual)
+    torch.testing.assert_close(own.freedom.mean(), mean.freedom.squeeze())
+
+
+@pytest.mark.parametrize("n", [512, 513, 4096])
+def test_the_penalty_is_the_one_that_predicts_samples_that_were_left_out_best(n):
+    """By refitting without a tenth at a time; the choice may be a neighbour where two are close."""
+    u, v = pair(n, 100, 2)
+    v = v + 8 * drawn(5, n, 2)
+    penalties = (0.0, 0.1, 1.0, 10.0, 1000.0)
+    whole = fit_ridge(prepare(u, v, 0.0), penalties)
+    size = (u - u.mean(0)).square().sum() / n
+    losses = []
+    for penalty in penalties:
+        error = []
+        for out in torch.arange(n).chunk(10):
+            kept = torch.ones(n, dtype=torch.bool)
+            kept[out] = False
+            weight, intercept = reference_ridge(u[kept], v[kept], penalty * size)
+            error.append(v[out] - intercept - u[out] @ weight)
+        losses.append(torch.logdet(torch.cov(torch.cat(error).T)).item())
+    alone = [fit_ridge(prepare(u, v, 0.0), (penalty,)) for penalty in penalties]
+    distances = [(whole.residual - fit.residual).norm().item() for fit in alone]
+    best = distances.index(min(distances))
+    assert distances[best] < 1e-9
+    assert abs(best - losses.index(min(losses))) <= 1
+
+
+@pytest.mark.parametrize("estimator", [gaussian, vub])
+def test_more_samples_lead_to_the_truth(estimator):
+    """With shrinkage and penalty of the first 512 they led away: to 0.88 and 0.62 of 1.02."""
+    truth, sample = paired(25)
+    u, v = (x.double() for x in sample((16384,), torch.Generator().manual_seed(0)))
+    few, many = (estimator(u[:n], v[:n]) for n in (2048, 16384))
+    for found in (few, many):
+        assert abs(found.value - truth) < 3 * found.stderr
+    assert many.stderr < 0.5 * few.stderr
+
+
+def test_with_many_samples_nothing_is_shrunk():
+    u, v = pair(20_000, 20, 2)
+    weight, _ = reference_ridge(u, v, 0.0)
+    found = fit_ridge(prepare(u, v, 0.0)).weight
+    assert (found - weight).norm() < 0.01 * weight.norm()
 
 
 def test_the_order_leads_from_club_to_the_gaussian_value():
@@ -209,7 +267,7 @@ def test_the_bracket_is_the_tempered_bound_over_a_lower_one():
     assert (lower.value <= math.log(256)).all()
 
 
-@pytest.mark.parametrize("estimator", [*(ESTIMATORS[name] for name in EVERY), *MLP])
+@pytest.mark.parametrize("estimator", [*(ESTIMATORS[name] for name in EVERY), ranked, *MLP])
 def test_independent_samples_share_about_nothing(estimator):
     u, v = repeated(correlated(3, 0.0), 5, 200)
     assert estimator(u, v).value.abs().max() < 0.2
@@ -222,7 +280,7 @@ def test_a_network_finds_a_dependence_that_is_not_linear():
     assert vub(u, v, conditional="mlp").value > 0.8
 
 
-@pytest.mark.parametrize("estimator", [*(ESTIMATORS[name] for name in EVERY), MLP[0]])
+@pytest.mark.parametrize("estimator", [*(ESTIMATORS[name] for name in EVERY), ranked, MLP[0]])
 def test_batches_are_the_loop_over_them(estimator):
     u, v = drawn(0, 2, 3, 40, 5), drawn(1, 2, 3, 40, 2)
     v = v + u[..., :2]
@@ -261,10 +319,9 @@ def test_without_noise_any_linear_map_of_v_leaves_the_value():
     )
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("f", [*(ESTIMATORS[name] for name in EVERY), ranked])
 class TestInput:
-    def test_wrong_input_is_refused(self, name):
-        f = ESTIMATORS[name]
+    def test_wrong_input_is_refused(self, f):
         u, v = pair(40, 3, 2)
         with pytest.raises(ValueError, match="must hold the same samples"):
             f(u, v[:39])
@@ -279,52 +336,51 @@ class TestInput:
         with pytest.raises(TypeError, match="floating-point"):
             f(u.numpy(), v)
 
-    def test_a_constant_shares_nothing(self, name):
-        f = ESTIMATORS[name]
+    def test_a_constant_shares_nothing(self, f):
         u, v = pair(40, 3, 2, dtype=torch.float32)
         for a, b in ((u, torch.full_like(v, 3.7)), (torch.zeros_like(u), v)):
             assert f(a, b).value == 0
             assert f(a, b, noise=0.01).value == 0
 
-    def test_what_is_not_finite_gives_nan_and_leaves_the_rest_of_a_batch_alone(self, name):
+    def test_what_is_not_finite_gives_nan_and_leaves_the_rest_of_a_batch_alone(self, f):
         u = drawn(0, 3, 40, 3, dtype=torch.float32)
         v = drawn(1, 3, 40, 2, dtype=torch.float32)
-        clean = ESTIMATORS[name](u, v).value
+        clean = f(u, v).value
         u[1, 5, 0] = float("nan")
         v[2, 7, 1] = float("inf")
-        found = ESTIMATORS[name](u, v).value
+        found = f(u, v).value
         torch.testing.assert_close(found[0], clean[0])
         assert found[1:].isnan().all()
 
-    def test_samples_and_the_global_random_state_are_left_alone(self, name):
+    def test_samples_and_the_global_random_state_are_left_alone(self, f):
         u, v = pair(40, 3, 2, dtype=torch.float32)
         u.requires_grad_()
         before = u.detach().clone(), v.clone(), torch.get_rng_state()
-        found = ESTIMATORS[name](u, v, noise=0.01)
+        found = f(u, v, noise=0.01)
         assert torch.equal(u, before[0]) and torch.equal(v, before[1])
         assert torch.equal(torch.get_rng_state(), before[2])
         assert not found.value.requires_grad and found.value.dtype == torch.float32
-        assert torch.equal(ESTIMATORS[name](u, v, noise=0.01).value, found.value)
+        assert torch.equal(f(u, v, noise=0.01).value, found.value)
 
-    def test_half_precision_samples_are_estimated_in_float32(self, name):
+    def test_half_precision_samples_are_estimated_in_float32(self, f):
         u, v = pair(64, 3, 2, dtype=torch.float32)
         u, v = u.bfloat16(), v.bfloat16()
-        expected = ESTIMATORS[name](u.float(), v.float())
-        assert torch.equal(ESTIMATORS[name](u, v).value, expected.value)
+        expected = f(u.float(), v.float())
+        assert torch.equal(f(u, v).value, expected.value)
 
-    def test_inference_mode_gives_the_same(self, name):
+    def test_inference_mode_gives_the_same(self, f):
         u, v = pair(40, 3, 2, dtype=torch.float32)
-        expected = ESTIMATORS[name](u, v, noise=0.01).value
+        expected = f(u, v, noise=0.01).value
         with torch.inference_mode():
-            assert torch.equal(ESTIMATORS[name](u.clone(), v.clone(), noise=0.01).value, expected)
+            assert torch.equal(f(u.clone(), v.clone(), noise=0.01).value, expected)
 
-    def test_a_constant_coordinate_and_a_huge_offset_do_no_harm(self, name):
+    def test_a_constant_coordinate_and_a_huge_offset_do_no_harm(self, f):
         u, v = pair(200, 3, 2, dtype=torch.float32)
-        expected = ESTIMATORS[name](u, v, noise=0.01)
+        expected = f(u, v, noise=0.01)
         padded = torch.cat([u, torch.ones(200, 1)], 1)
-        assert ESTIMATORS[name](padded, v, noise=0.01).value.isfinite()
-        assert ESTIMATORS[name](u, torch.cat([v, torch.ones(200, 1)], 1)).value.isfinite()
-        shifted = ESTIMATORS[name](u + 1000, v - 1000, noise=0.01)
+        assert f(padded, v, noise=0.01).value.isfinite()
+        assert f(u, torch.cat([v, torch.ones(200, 1)], 1)).value.isfinite()
+        shifted = f(u + 1000, v - 1000, noise=0.01)
         torch.testing.assert_close(shifted.value, expected.value, atol=0.02, rtol=0.02)
 
 
@@ -379,3 +435,108 @@ def test_a_well_separated_mixture_tells_its_class():
     assert torch.equal(u.argmax(-1), 4 - v.argmax(-1))
     counts = torch.bincount(u.argmax(-1), minlength=4)
     assert (counts > 850).all()
+
+
+def cauchy(n: int, d: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    angles = torch.rand(2, n, d, generator=generator, dtype=torch.float64) - 0.5
+    u, v = (math.pi * angles).tan()
+    return u, v
+
+
+@pytest.mark.parametrize("estimator", OF_MOMENTS)
+def test_samples_without_moments_are_warned_of_and_give_nothing_negative(estimator):
+    """`club` and `l1out` ran off to tens of nats below zero."""
+    for seed in range(3):
+        u, v = cauchy(2000, 3, seed)
+        with pytest.warns(UserWarning, match=f"{estimator.__name__}: a single sample") as caught:
+            found = estimator(u, v + u)
+        assert len(caught) == 1
+        assert caught[0].filename == __file__
+        assert 0 <= found.value < math.inf
+        assert found.heaviest > 0.2
+
+
+LIGHT = {
+    "normal": identity,
+    "uniform": torch.special.ndtr,
+    "exponential": lambda x: -torch.special.ndtr(x).log(),
+}
+
+
+@pytest.mark.parametrize("n", [16, 64, 512, 8192])
+@pytest.mark.parametrize("name", LIGHT)
+def test_tails_that_have_moments_are_not_warned_of(name, n):
+    u, v = mapped(correlated(3, 1.0), LIGHT[name], LIGHT[name])(
+        (n,), torch.Generator().manual_seed(0)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tempered(u, v)
+
+
+def test_a_lower_bound_and_ranks_need_no_moments():
+    u, v = cauchy(2000, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert 0 <= infonce(u, v).value < 0.1
+        assert ranked(u, v).value < 0.1
+        assert ranked(u, u + v).value > 0.5
+
+
+@pytest.mark.parametrize("estimator", [club, vub, l1out, infonce, MLP[0]])
+def test_halves_that_cannot_give_a_covariance_are_refused(estimator):
+    """64 samples of 64 coordinates gave -4e5 nats, or 7e4, for a truth of 2."""
+    u, v = correlated(64, 2.0)((128,), torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="draw 132"):
+        estimator(u, v)
+    if estimator is not MLP[0]:
+        assert estimator(u, v, noise=0.01).value.isfinite()
+    enough = correlated(6, 2.0)((16,), torch.Generator().manual_seed(0))
+    assert club(*enough).value.isfinite()
+
+
+def test_scores_are_the_normal_quantiles_of_mean_ranks():
+    x = torch.tensor([[3.0, 5], [1, 5], [3, 5], [-2, 5], [9, 5], [3, 5]])
+    normal = torch.distributions.Normal(0, 1)
+    # Ranks 4, 2, 4, 1, 6, 4 of the first column, the three that are equal sharing 3, 4 and 5.
+    quantiles = (torch.tensor([4.0, 2, 4, 1, 6, 4]) - 0.5) / 6
+    found = normal_scores(x)
+    torch.testing.assert_close(found[:, 0], normal.icdf(quantiles))
+    assert (found[:, 1] == 0).all()
+    x[2, 0] = math.inf
+    assert normal_scores(x)[2, 0].isnan()
+
+
+def test_increasing_maps_of_the_coordinates_leave_the_ranked_bound():
+    u, v = (x.double() for x in correlated(3, 2.0)((400,), torch.Generator().manual_seed(0)))
+    expected = ranked(u, v)
+    for of_u, of_v in ((lambda x: x**3, torch.exp), (torch.asinh, lambda x: 5 * x - 2)):
+        found = ranked(of_u(u), of_v(v))
+        torch.testing.assert_close(found.value, expected.value)
+        torch.testing.assert_close(found.stderr, expected.stderr)
+
+
+@pytest.mark.parametrize("information", [2.0, 10.0])
+def test_a_side_that_is_cubed_alone_is_covered_by_ranks(information):
+    u, v = repeated(mapped(correlated(4, information), lambda x: x**3, identity), 10, 512)
+    assert tempered(u, v).value.mean() < 0.8 * information
+    found = ranked(u, v).value
+    assert (found > information).all()
+    assert (found < 2.4 * information).all()
+
+
+@pytest.mark.parametrize(("d", "freedom"), [(1, 1), (2, 2), (5, 3)])
+def test_a_scale_that_two_sides_share_is_told_by_ranks(d, freedom):
+    truth = student_information(d, freedom, 0.0)
+    found = ranked(*repeated(student(d, freedom, 0.0), 4, 4000))
+    assert (found.value > truth - 2 * found.stderr - 0.01).all()
+    assert (found.value < 2 * truth).all()
+
+
+def test_ranks_bound_gaussian_samples_under_the_noise_model():
+    truth, sampler = layer_paths(48, 48, 4, 1.0, 0.1)
+    # Not with seed 0, of which the noise is drawn.
+    found = ranked(*repeated(sampler, 6, 1024, seed=1), noise=0.1).value
+    assert (found >= truth).all()
+    assert (found <= 2.2 * truth).all()

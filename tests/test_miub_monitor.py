@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from functools import partial
 
 import pytest
@@ -382,6 +383,42 @@ def test_a_layer_whose_mask_turns_out_to_have_too_few_tokens_is_left_out_of_the_
     assert report.layers == ["second"]
 
 
+def test_a_token_that_outweighs_the_others_is_warned_of_once_with_its_layer():
+    model = wake(with_lora(Perceptron(), target_modules=["first", "second"]))
+    x = vectors(64, 12)
+    for estimator in ("tempered", "club"):
+        even, outlier = x.clone(), x.clone()
+        outlier[3] *= 1000
+        monitor = MIUBMonitor(model, every=1, estimator=estimator)
+        with monitor, torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(even)
+            monitor.report()
+            model(outlier)
+        with pytest.warns(UserWarning, match="'first' for one, a single token") as caught:
+            monitor.report()
+        assert len(caught) == 1
+        assert caught[0].filename == __file__
+        monitor.detach()
+        with monitor, torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(outlier)
+            monitor.report()
+
+
+@pytest.mark.parametrize("estimator", ["club", "infonce"])
+def test_without_noise_a_layer_of_a_high_rank_needs_more_tokens(estimator):
+    model = wake(with_lora(Perceptron(), target_modules=["first"], r=8))
+    options = {"estimator": estimator, "noise": 0.0}
+    with (
+        pytest.warns(UserWarning, match="had 19 tokens in a forward pass; 20 are needed"),
+        pytest.raises(ValueError, match="no layer was measured"),
+    ):
+        measured(model, vectors(19, 12), **options)
+    assert math.isfinite(measured(model, vectors(20, 12), **options)["first"].value)
+    assert measured(model, vectors(19, 12), estimator=estimator)["first"].tokens == 19
+
+
 def test_a_merged_adapter_is_refused():
     model = encoder()
     model.merge_adapter()
@@ -482,7 +519,7 @@ def test_only_scalars_are_held_after_a_measurement():
         model(input_ids=token_ids(8, 12))
     held = [m.numbers for m in monitor._pending]
     assert held
-    assert all(numbers.shape == (4,) and not numbers.requires_grad for numbers in held)
+    assert all(numbers.shape == (5,) and not numbers.requires_grad for numbers in held)
 
 
 def test_a_measurement_of_512_tokens_and_4096_outputs_holds_at_most_8_megabytes_of_samples():

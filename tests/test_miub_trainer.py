@@ -6,16 +6,24 @@ import csv
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from models import bert, gpt2, with_lora
-from transformers import BertTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+from models import bert, gpt2, token_ids, train, trainable, with_lora
+from transformers import (
+    BertForSequenceClassification,
+    BertTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import scalora
-from miub import MIUBCallback
+from miub import MIUBCallback, MIUBMonitor
 from miub.cli import main
+from miub.report import MIUBReport
 
 
 class Examples(torch.utils.data.Dataset):
@@ -203,3 +211,48 @@ def test_a_causal_language_model_without_a_padding_token_is_measured(tmp_path, t
     command[1], command[3] = str(tmp_path / "gpt2"), str(tmp_path / "gpt2-adapter")
     assert main(command) == 0
     assert "transformer.h.0.attn.c_attn" in capsys.readouterr().out
+
+
+def checkpoint_of(folder, accumulator):
+    """A checkpoint of a re-based model on the pretrained one, and what is to be measured of it."""
+    base = BertForSequenceClassification.from_pretrained(folder / "model")
+    torch.manual_seed(1)
+    model = with_lora(base, target_modules=["query", "value"], task_type="SEQ_CLS")
+    inner = torch.optim.AdamW(trainable(model), lr=3e-2)
+    optimizer = scalora.ScaLoRA(inner, model, rule="exact", accumulator=accumulator)
+    train(model, optimizer, token_ids(8, 9), 6)
+    checkpoint = folder / "checkpoint-6"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="save_pretrained writes the adapter alone")
+        model.save_pretrained(checkpoint)
+    scalora.save_training_state(optimizer, checkpoint)
+    tokenizer = BertTokenizerFast.from_pretrained(folder / "model")
+    lines = (folder / "text.txt").read_text(encoding="utf-8").splitlines()
+    texts = [line for line in lines if line][:32]
+    reference = BertForSequenceClassification.from_pretrained(folder / "model")
+    with MIUBMonitor(model.eval(), every=1, reference=reference) as monitor:
+        model(**tokenizer(texts, return_tensors="pt", padding=True, truncation=True))
+    return checkpoint, {row.layer: row.value for row in monitor.report()}
+
+
+@pytest.mark.parametrize("accumulator", ["dense", "carry"])
+def test_the_command_line_measures_the_whole_of_a_checkpoint(trained, accumulator, capsys):
+    checkpoint, expected = checkpoint_of(trained, accumulator)
+    command = arguments(trained, "--batches", "1", "--json", str(trained / "miub.json"))
+    command[3] = str(checkpoint)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*ScaLoRA")
+        assert main(command) == 0
+    rows = MIUBReport.from_json(trained / "miub.json")
+    assert {row.layer for row in rows} == set(expected)
+    for row in rows:
+        assert row.value == pytest.approx(expected[row.layer], rel=1e-3, abs=1e-4)
+
+
+def test_the_command_line_refuses_an_adapter_without_its_carry(trained, capsys):
+    checkpoint, _ = checkpoint_of(trained, "carry")
+    (checkpoint / "scalora.safetensors").unlink()
+    command = arguments(trained)
+    command[3] = str(checkpoint)
+    assert main(command) == 2
+    assert "carry belongs" in capsys.readouterr().err

@@ -18,6 +18,7 @@ import models
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification, GPT2LMHeadModel
 
@@ -434,7 +435,7 @@ def test_rank_below_one_is_refused(rank: int, tmp_path: Path) -> None:
 
 def test_module_without_an_adapter_is_refused(tmp_path: Path) -> None:
     for save in (scalora.save_adapter, scalora.save_merged):
-        with pytest.raises(ValueError, match="Perceptron is not a PEFT model"):
+        with pytest.raises(ValueError, match="Perceptron is no model with PEFT's adapters"):
             save(models.Perceptron(), tmp_path)
 
 
@@ -533,17 +534,36 @@ def _warnings_of_saving(model: Any, folder: Path) -> list[str]:
     return [str(w.message) for w in caught if "ScaLoRA" in str(w.message)]
 
 
-def test_save_pretrained_warns_from_the_first_fold_on(tmp_path: Path) -> None:
+def test_save_pretrained_brings_the_base_from_the_first_fold_on(tmp_path: Path) -> None:
+    case = _perceptron()
+    start = case.base()
+    model = models.with_lora(copy.deepcopy(start), **case.config)
+    inner = torch.optim.AdamW(models.trainable(model), lr=1e-2)
+    optimizer = scalora.ScaLoRA(inner, model, rule="exact", interval=3)
+    for steps, brought in ((2, 0), (1, 2)):
+        models.train(model, optimizer, case.inputs(), steps=steps)
+        assert _warnings_of_saving(model, tmp_path) == []
+        tensors = load_file(tmp_path / "adapter_model.safetensors")
+        assert len([name for name in tensors if "base_layer" in name]) == brought
+        loaded = PeftModel.from_pretrained(copy.deepcopy(start), tmp_path)
+        assert torch.equal(
+            models.answers(loaded, case.inputs()), models.answers(model, case.inputs())
+        )
+
+
+def test_save_pretrained_warns_from_the_first_carry_on(tmp_path: Path) -> None:
     case = _perceptron()
     model = models.with_lora(case.base(), **case.config)
     inner = torch.optim.AdamW(models.trainable(model), lr=1e-2)
-    optimizer = scalora.ScaLoRA(inner, model, rule="exact", interval=3)
+    optimizer = scalora.ScaLoRA(inner, model, rule="exact", interval=3, accumulator="carry")
     models.train(model, optimizer, case.inputs(), steps=2)
     assert _warnings_of_saving(model, tmp_path / "before") == []
     models.train(model, optimizer, case.inputs(), steps=1)
     for _ in range(2):
         (message,) = _warnings_of_saving(model, tmp_path / "after")
         assert "save_merged" in message and "save_adapter" in message
+    with pytest.warns(UserWarning, match="carry is missing here: call scalora.load_rebased"):
+        PeftModel.from_pretrained(case.base(), tmp_path / "after")
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "pickle of a deepcopy"])
@@ -560,8 +580,9 @@ def test_copy_of_a_rebased_model_answers_for_itself(how: str, tmp_path: Path) ->
     with torch.no_grad():
         models.layer(twin, "first").lora_B["default"].weight.zero_()
     assert torch.equal(tuned.answers(), before)
-    assert len(_warnings_of_saving(twin, tmp_path / "twin")) == 1
+    assert _warnings_of_saving(twin, tmp_path / "twin") == []
     saved = PeftModel.from_pretrained(copy.deepcopy(tuned.start), tmp_path / "twin")
+    assert torch.equal(models.answers(saved, tuned.inputs), models.answers(twin, tuned.inputs))
     assert models.layer(saved, "first").lora_B["default"].weight.abs().max() == 0
     with pytest.raises(ValueError, match="pass base="):
         scalora.save_adapter(twin, tmp_path / "adapter")

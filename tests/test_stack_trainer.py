@@ -36,7 +36,7 @@ def logits(model, tiny):
 def test_script_trains_rebases_and_merges_to_the_same_model(script, tiny, tmp_path):
     run = script.main(40, str(tmp_path / "run"))
     assert run.losses[-1] < 0.8 * run.losses[0]
-    assert run.optimizer.rebase_count == 2
+    assert run.optimizer.rebase_count == 4
     scalora.save_merged(run.model, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged, tiny), logits(run.model, tiny), atol=1e-4, rtol=0)
@@ -68,9 +68,8 @@ def test_optimizer_passed_in_trains_to_the_same_losses(script, tiny, tmp_path):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             trainer.train()
-        # The best adapter is put back by the Trainer, its base by the callback alone.
-        misled = any("load_adapter replaces the adapter" in str(w.message) for w in caught)
-        assert misled == (options["callback"] is None)
+        # The best adapter brings its base along, with the callback or without.
+        assert not [w for w in caught if "load_adapter replaces" in str(w.message)]
         assert trainer.optimizer.optimizer.rebase_count > 0
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
@@ -239,20 +239,34 @@ def test_training_that_is_over_leaves_its_checkpoints_alone(tmp_path):
     assert "layers" in trainer.optimizer.state_dict()["scalora"]
 
 
-def test_optimizer_passed_in_without_the_callback_refuses_to_resume_on_the_wrong_base(tmp_path):
-    def trainer_without_callback():
-        model = make_model()
-        optimizer = scalora.create_scalora_optimizer(
-            model, torch.optim.AdamW, lr=1e-2, rule="exact"
-        )
-        trainer = make_trainer(tmp_path, model=model, optimizers=(optimizer, None))
-        trainer.remove_callback(scalora.ScaLoRACallback)
-        return trainer
+def without_callback(folder, accumulator):
+    model = make_model()
+    optimizer = scalora.create_scalora_optimizer(
+        model, torch.optim.AdamW, lr=1e-2, rule="exact", accumulator=accumulator
+    )
+    trainer = make_trainer(folder, model=model, optimizers=(optimizer, None))
+    trainer.remove_callback(scalora.ScaLoRACallback)
+    return trainer
 
-    trainer_without_callback().train()
-    trainer = trainer_without_callback()
+
+@pytest.mark.parametrize("accumulator", ["dense", "carry"])
+def test_optimizer_passed_in_is_resumed_without_the_callback(tmp_path, accumulator):
+    whole = without_callback(tmp_path, accumulator)
+    whole.train()
+    resumed = without_callback(tmp_path, accumulator)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert losses(resumed)[8:] == losses(whole)[8:]
+
+
+def test_optimizer_passed_in_without_the_callback_refuses_to_resume_on_the_wrong_base(tmp_path):
+    without_callback(tmp_path, "dense").train()
+    file = tmp_path / "checkpoint-8" / "adapter_model.safetensors"
+    factors = {k: v for k, v in load_file(file).items() if "base_layer" not in k}
+    save_file(factors, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="base weight"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+        without_callback(tmp_path, "dense").train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-8")
+        )
 
 
 @pytest.mark.parametrize("accumulator", ["dense", "carry"])
@@ -302,16 +316,6 @@ def test_trained_model_saves_merged_and_answers_the_same(tmp_path):
     torch.testing.assert_close(reloaded(ids).logits, model(ids).logits, atol=1e-5, rtol=0)
     twin = copy.deepcopy(model)
     assert twin.save_pretrained.model is twin
-
-
-@pytest.mark.filterwarnings("always:save_pretrained writes the adapter alone")
-def test_only_what_the_callback_does_not_complete_is_warned_of(tmp_path):
-    trainer = make_trainer(tmp_path)
-    with pytest.warns(UserWarning) as caught:
-        trainer.train()
-        trainer.save_model(str(tmp_path / "final"))
-    alone = [str(w.message) for w in caught if "adapter alone" in str(w.message)]
-    assert len(alone) == 1 and "final" in alone[0]
 
 
 @pytest.mark.parametrize("options", [{"rule": "exact", "interval": 6}, {"interval": 6}])

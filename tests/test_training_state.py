@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import scalora
@@ -27,6 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:save_pretrained writes the adapt
 
 STEPS, STOP = 14, 6
 FILE = "scalora.safetensors"
+ADAPTER = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -72,15 +73,26 @@ class Run:
         model = self.model()
         optimizer = self.optimizer_of(model)
         losses = self.losses(model, optimizer, last=at)
-        model.save_pretrained(folder)
-        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+        folder.mkdir(exist_ok=True)
+        # In this order the base weights are in both files.
         scalora.save_training_state(optimizer, folder)
+        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+        model.save_pretrained(folder)
         return losses + self.losses(model, optimizer, first=at)
 
     def reloaded(self, folder: Path) -> tuple[Any, scalora.ScaLoRA]:
-        """A new model with the checkpoint's adapter, and a new optimizer for it."""
+        """A new model with the checkpoint's factors alone, and a new optimizer for it."""
         model = PeftModel.from_pretrained(self.pretrained(), folder, is_trainable=True)
+        self.put_base_back(model)
         return model, self.optimizer_of(model)
+
+    def put_base_back(self, model: Any) -> None:
+        """Take out the base weights that came with the adapter."""
+        pretrained = self.pretrained().state_dict()
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if name.endswith(".base_layer.weight"):
+                    weight.copy_(pretrained[name[17:].replace(".base_layer", "")])
 
 
 RUNS = {
@@ -197,8 +209,10 @@ def test_resumed_model_knows_that_it_was_rebased(tmp_path: Path) -> None:
     scalora.load_training_state(optimizer, tmp_path)
     with pytest.raises(ValueError, match="pass base="):
         scalora.save_adapter(model, tmp_path / "adapter")
-    with pytest.warns(UserWarning, match="writes the adapter alone"):
-        model.save_pretrained(tmp_path / "alone")
+    model.save_pretrained(tmp_path / "saved")
+    loaded = PeftModel.from_pretrained(run.pretrained(), tmp_path / "saved")
+    inputs = run.inputs(0)
+    assert torch.equal(models.answers(loaded, inputs), models.answers(model, inputs))
 
 
 def _assert_refused_without_a_trace(
@@ -452,6 +466,7 @@ def test_model_alone_takes_up_what_was_folded_or_carried(run: Run, tmp_path: Pat
     inputs = run.inputs(0)
     inputs = inputs.to(run.dtype) if inputs.is_floating_point() else inputs
     loaded = PeftModel.from_pretrained(run.pretrained(), tmp_path)
+    run.put_base_back(loaded)
     before = models.answers(loaded, inputs)
     scalora.load_rebased_weights(loaded, tmp_path)
     # The room that a carry has left is not saved, and with it the order of a sum.
@@ -507,6 +522,46 @@ def test_model_alone_takes_nothing_of_a_damaged_file(
     run.checkpoint(tmp_path)
     damage(tmp_path)
     _assert_model_refuses(run.reloaded(tmp_path)[0], tmp_path, match="scalora")
+
+
+def _flip_a_bit_in_the_adapters_file(folder: Path) -> None:
+    tensors = load_file(folder / ADAPTER)
+    tensors["base_model.model.first.base_layer.weight"].view(torch.int32)[3, 4] ^= 1
+    save_file(tensors, folder / ADAPTER, metadata={"format": "pt"})
+
+
+def _leave_a_weight_out_of_the_adapters_file(folder: Path) -> None:
+    tensors = load_file(folder / ADAPTER)
+    del tensors["base_model.model.first.base_layer.weight"]
+    save_file(tensors, folder / ADAPTER, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _flip_a_bit_in_the_adapters_file,
+        _leave_a_weight_out_of_the_adapters_file,
+        lambda folder: (folder / ADAPTER).unlink(),
+    ],
+    ids=["bit", "weight", "file"],
+)
+@pytest.mark.parametrize("alone", [False, True])
+def test_base_weights_beside_the_adapter_are_checked_as_those_in_the_file(
+    damage: Callable[[Path], Any], alone: bool, tmp_path: Path
+) -> None:
+    run = RUNS["float32"]
+    model = run.model()
+    optimizer = run.optimizer_of(model)
+    run.losses(model, optimizer, last=STOP)
+    model.save_pretrained(tmp_path)
+    scalora.save_training_state(optimizer, tmp_path)
+    assert not [name for name in load_file(tmp_path / FILE) if name.startswith("base:")]
+    model, optimizer = run.reloaded(tmp_path)
+    damage(tmp_path)
+    if alone:
+        _assert_model_refuses(model, tmp_path, match="damaged|lacks base weights")
+    else:
+        _assert_refused_without_a_trace(model, optimizer, tmp_path, "damaged|lacks base weights")
 
 
 def _flip_a_bit_of_a_carry(folder: Path) -> None:

@@ -6,6 +6,7 @@ from miub.estimators.club import club
 from miub.estimators.estimate import Estimate
 from miub.estimators.infonce import infonce
 from miub.estimators.l1out import l1out
+from miub.estimators.ranked import ranked
 from miub.estimators.tempered import gaussian, tempered
 from miub.estimators.vub import vub
 
@@ -18,4 +19,14 @@ ESTIMATORS: dict[str, Callable[..., Estimate]] = {
     "infonce": infonce,
 }
 
-__all__ = ["ESTIMATORS", "Estimate", "club", "gaussian", "infonce", "l1out", "tempered", "vub"]
+__all__ = [
+    "ESTIMATORS",
+    "Estimate",
+    "club",
+    "gaussian",
+    "infonce",
+    "l1out",
+    "ranked",
+    "tempered",
+    "vub",
+]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from miub.estimators.conditional import LinearGaussian, draw, moved_by_noise
-from miub.estimators.estimate import Estimate
+from miub.estimators.estimate import Estimate, estimate_of
 from miub.estimators.infonce import contrast
 from miub.estimators.regression import Regression, regress
 from miub.estimators.ridge import PENALTIES
@@ -68,4 +68,4 @@ def _left_out_contrast(regression: Regression, generator: torch.Generator) -> Es
     q = LinearGaussian(means, covariance, torch.zeros_like(covariance))
     value, terms = contrast(q, noisy)
     stderr = terms.std(-1) / part.n**0.5
-    return Estimate(value * samples.informative, stderr * samples.informative, part.n)
+    return estimate_of(samples, value, stderr, part.n)

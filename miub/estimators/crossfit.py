@@ -9,15 +9,20 @@ import torch
 from torch import Tensor
 
 from miub.estimators.conditional import Conditional, Fitted, draw, fit_linear
-from miub.estimators.estimate import Estimate
+from miub.estimators.estimate import Estimate, estimate_of
 from miub.estimators.mlp import fit_mlp
-from miub.estimators.samples import Samples, full_precision, prepare
+from miub.estimators.samples import FEWEST, Samples, full_precision, prepare
 
 ConditionalName = Literal["linear", "mlp"]
 
 # The training half, q at the held-out u, the held-out v -> value (...) and the terms (..., n) whose
 # spread is the value's.
 Score = Callable[[Samples, Conditional, Tensor], tuple[Tensor, Tensor]]
+
+
+def fewest_in_a_half(coordinates: int) -> int:
+    """Samples from which the inverse of so many coordinates' covariance has an expectation."""
+    return coordinates + 2
 
 
 @torch.no_grad()
@@ -43,15 +48,23 @@ def crossfitted(
             conditional analytically, where that is linear.
 
     Raises:
-        ValueError: an unknown conditional, fewer than 16 samples; and as `samples.prepare` does.
+        ValueError: an unknown conditional; fewer than 16 samples, or without noise fewer than
+            2 (d_v + 2); and as `samples.prepare` does.
     """
     if conditional not in ("linear", "mlp"):
         raise ValueError(f"conditional must be 'linear' or 'mlp', got {conditional!r}.")
     with full_precision():
         samples = prepare(u, v, noise)
         half = samples.n // 2
-        if half < 8:
+        if half < FEWEST:
             raise ValueError(f"two halves of 8 samples are needed, got {samples.n}; draw 16.")
+        if noise == 0 and half < fewest_in_a_half(v.shape[-1]):
+            raise ValueError(
+                f"half of {samples.n} samples cannot give the covariance of {v.shape[-1]} "
+                f"coordinates of v given u, whose inverse is needed; draw "
+                f"{2 * fewest_in_a_half(v.shape[-1])}, give noise=, or take tempered, which holds "
+                "out no samples."
+            )
         generator = torch.Generator(u.device).manual_seed(seed)
         parts = samples.part(0, half), samples.part(half, 2 * half)
         values, variances = [], []
@@ -70,4 +83,4 @@ def crossfitted(
             variances.append(terms.var(-1) / half)
         value = (values[0] + values[1]) / 2
         stderr = (variances[0] + variances[1]).sqrt() / 2
-        return Estimate(value * samples.informative, stderr * samples.informative, 2 * half)
+        return estimate_of(samples, value, stderr, 2 * half)

@@ -21,7 +21,8 @@ def infonce(
     1807.03748; Poole et al. 2019, arXiv 1905.06922), at most log n for the n held-out samples.
 
     Args:
-        u, v: samples (..., N, d_u) and (..., N, d_v), N at least 16.
+        u, v: samples (..., N, d_u) and (..., N, d_v), N at least 16; without noise also
+            at least 2 (d_v + 2).
         noise: tau: isotropic noise of tau times the mean variance of the coordinates, on both
             sides; drawn.
         conditional: "linear" (`conditional.fit_linear`) or "mlp" (`mlp.fit_mlp`).

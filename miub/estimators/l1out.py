@@ -9,10 +9,11 @@ from torch import Tensor
 
 from miub.estimators.conditional import Conditional
 from miub.estimators.crossfit import crossfitted
-from miub.estimators.estimate import Estimate
+from miub.estimators.estimate import Estimate, warns_of_heavy_tails
 from miub.estimators.samples import Samples
 
 
+@warns_of_heavy_tails
 def l1out(
     u: Tensor, v: Tensor, *, noise: float = 0.0, conditional: str = "linear", seed: int = 0
 ) -> Estimate:
@@ -23,7 +24,8 @@ def l1out(
     samples it is loose where I exceeds log n: the mixture then rarely has a component near v_i.
 
     Args:
-        u, v: samples (..., N, d_u) and (..., N, d_v), N at least 16.
+        u, v: samples (..., N, d_u) and (..., N, d_v), N at least 16; without noise also
+            at least 2 (d_v + 2).
         noise: tau: isotropic noise of tau times the mean variance of the coordinates, on both
             sides; drawn.
         conditional: "linear" (`conditional.fit_linear`) or "mlp" (`mlp.fit_mlp`).

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from miub.estimators.samples import Samples, centred, energy
+from miub.estimators.samples import Samples, energy
 
 # Penalties that are tried, over the total variance of u.  The first leaves the noise model's own.
 PENALTIES = (0.0, 1e-3, 1e-2, 10**-1.5, 1e-1, 10**-0.5, 1.0, 10**0.5, 10.0, 100.0)
 _SHRINKAGES = 21  # factors that are tried, from 0 to 1
-# Choosing a penalty takes a factorisation for each; more samples would not choose better.
-_SELECT_ON = 512
+# With more samples penalties are compared at the mean leverage: each sample's own takes a pass over
+# all samples for each penalty.
+_OWN_LEVERAGE_UP_TO = 512
 
 
 @dataclass(frozen=True)
@@ -60,33 +62,39 @@ def fit_ridge(samples: Samples, penalties: Sequence[float] = PENALTIES) -> Ridge
     Allen 1974) have the smallest covariance determinant; the errors come from residuals and
     leverages, without refitting.
 
+    Both are chosen on all samples.  A penalty that suits a few of them shrinks the weights of many
+    for nothing: the error of the fit falls as 1 / N, and what it is worth to shrink falls with it.
+
     Args:
         samples: N of them, centred.
         penalties: those to try, over the total variance of u.
 
-    Cost: N d_u min(N, d_u) for the Gram matrix and min(N, d_u)^3 for each penalty.
+    Cost: N d_u min(N, d_u) for the Gram matrix, min(N, d_u)^3 and N d_u d_v for each penalty.
     """
     u, v = samples.u, samples.v
     own = samples.n * samples.noise_u + _least_penalty(u)
-    if len(penalties) == 1:
-        fit = _fit(u, v, penalties[0] * energy(u) / samples.n + own)
-        return _shrunk(fit, v, _scores(fit, v).argmin(-1))
-    added, best = _selected(samples, penalties)
-    return _shrunk(_fit(u, v, added + own), v, best)
+    gram = _gram(u)
+    added = [penalty * energy(u) / samples.n for penalty in penalties]
+    chosen = added[0] if len(added) == 1 else _chosen(u, v, gram, added, own)
+    fit = _fit(u, v, gram, chosen + own)
+    return _shrunk(fit, v, _scores(fit, v).argmin(-1))
 
 
-def _selected(samples: Samples, penalties: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """The penalty (..., 1, 1) on top of the noise's, and the index (...) of the shrinkage."""
-    n = min(samples.n, _SELECT_ON)
-    few = samples.part(0, n)
-    u, v = centred(few.u).unsqueeze(-3), centred(few.v).unsqueeze(-3)
-    # Not a tensor of the numbers: to copy that to the device would wait for it.
-    added = torch.cat([penalty * energy(u) / n for penalty in penalties], -3)
-    scores = _scores(_fit(u, v, added + n * few.noise_u.unsqueeze(-3) + _least_penalty(u)), v)
-    best = scores.flatten(-2).argmin(-1)
-    chosen = (best // _SHRINKAGES)[..., None, None, None]
-    penalty = added.expand(*scores.shape[:-1], 1, 1).gather(-3, chosen).squeeze(-3)
-    return penalty, best % _SHRINKAGES
+def _chosen(u: Tensor, v: Tensor, gram: Tensor, added: Sequence[Tensor], own: Tensor) -> Tensor:
+    """The best (..., 1, 1) of some penalties on top of the noise's, each at its best shrinkage.
+
+    Beyond 512 samples in fewer dimensions by generalised cross-validation (Golub, Heath and Wahba
+    1979): every leverage is taken to be their mean.
+    """
+    estimate = _fit if u.shape[-2] <= _OWN_LEVERAGE_UP_TO else _fit_at_mean_leverage
+    best, chosen = u.new_full(added[0].shape, math.inf), added[0]
+    # Not all at once, which would hold a factor of the Gram matrix for each.
+    for penalty in added:
+        score = _scores(estimate(u, v, gram, penalty + own), v).amin(-1)[..., None, None]
+        # Kept on the device: each leading index has a penalty of its own.
+        better = score < best
+        best, chosen = torch.where(better, score, best), torch.where(better, penalty, chosen)
+    return chosen
 
 
 def _least_penalty(u: Tensor) -> Tensor:
@@ -121,30 +129,53 @@ def _shrunk(fit: Ridge, v: Tensor, index: Tensor) -> Ridge:
     )
 
 
-def _fit(u: Tensor, v: Tensor, penalty: Tensor) -> Ridge:
-    """Centred u (..., N, d), v (..., N, r), penalty (..., 1, 1)."""
+def _is_primal(u: Tensor) -> bool:
     n, d = u.shape[-2:]
+    return d < n
+
+
+def _gram(u: Tensor) -> Tensor:
+    """(..., d, d), or (..., N, N) where that is smaller: its lower triangle at least."""
+    return u.mT @ u if _is_primal(u) else _outer_gram(u)
+
+
+def _fit(u: Tensor, v: Tensor, gram: Tensor, penalty: Tensor) -> Ridge:
+    """Centred u (..., N, d), v (..., N, r), penalty (..., 1, 1)."""
     penalty = penalty + torch.finfo(u.dtype).tiny
-    return (_fit_primal if d < n else _fit_dual)(u, v, penalty)
+    return (_fit_primal if _is_primal(u) else _fit_dual)(u, v, gram, penalty)
 
 
-def _fit_primal(u: Tensor, v: Tensor, penalty: Tensor) -> Ridge:
-    factor = _cholesky(u.mT @ u, penalty)
-    columns = u.mT.expand(*factor.shape[:-2], *u.mT.shape[-2:])
-    half = torch.linalg.solve_triangular(factor, columns, upper=False)
+def _fit_primal(u: Tensor, v: Tensor, gram: Tensor, penalty: Tensor) -> Ridge:
+    factor = _cholesky(gram, penalty)
+    half = torch.linalg.solve_triangular(factor, u.mT, upper=False)
     weight = torch.linalg.solve_triangular(factor.mT, half @ v, upper=True)
     leverage = torch.linalg.vector_norm(half, dim=-2).square().unsqueeze(-1)
-    return Ridge(weight, v - u @ weight, _freedom(1 - leverage))
+    return Ridge(weight, v - u @ weight, _freedom(1 - leverage, u.shape[-2]))
 
 
-def _fit_dual(u: Tensor, v: Tensor, penalty: Tensor) -> Ridge:
-    n = u.shape[-2]
-    factor = _cholesky(_outer_gram(u), penalty)
-    identity = torch.eye(n, dtype=u.dtype, device=u.device).expand_as(factor)
-    inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
+def _fit_at_mean_leverage(u: Tensor, v: Tensor, gram: Tensor, penalty: Tensor) -> Ridge:
+    """`_fit`, with the mean of the samples' leverages, (..., 1, 1), where that costs less."""
+    if not _is_primal(u):
+        return _fit(u, v, gram, penalty)
+    n, d = u.shape[-2:]
+    penalty = penalty + torch.finfo(u.dtype).tiny
+    inverse = _inverse_factor(_cholesky(gram, penalty))
+    weight = inverse.mT @ (inverse @ (u.mT @ v))
+    left = (penalty * energy(inverse)).clamp(0, d)
+    return Ridge(weight, v - u @ weight, _freedom(1 - (d - left) / n, n))
+
+
+def _fit_dual(u: Tensor, v: Tensor, gram: Tensor, penalty: Tensor) -> Ridge:
+    inverse = _inverse_factor(_cholesky(gram, penalty))
     dual = inverse.mT @ (inverse @ v)
     freedom = penalty * torch.linalg.vector_norm(inverse, dim=-2).square().unsqueeze(-1)
-    return Ridge(u.mT @ dual, penalty * dual, _freedom(freedom))
+    return Ridge(u.mT @ dual, penalty * dual, _freedom(freedom, u.shape[-2]))
+
+
+def _inverse_factor(factor: Tensor) -> Tensor:
+    """Of a lower triangular matrix."""
+    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    return torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
 
 
 def _outer_gram(u: Tensor) -> Tensor:
@@ -158,9 +189,8 @@ def _outer_gram(u: Tensor) -> Tensor:
     return gram
 
 
-def _freedom(one_minus_leverage: Tensor) -> Tensor:
-    """The mean took one more degree of freedom: 1/N of every sample's."""
-    n = one_minus_leverage.shape[-2]
+def _freedom(one_minus_leverage: Tensor, n: int) -> Tensor:
+    """The mean of n samples took one more degree of freedom: 1/n of every sample's."""
     resolution = torch.finfo(one_minus_leverage.dtype).eps
     return (one_minus_leverage - 1 / n).clamp_min(resolution)
 

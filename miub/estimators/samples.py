@@ -35,6 +35,12 @@ class Samples:
         """How many there are."""
         return self.u.shape[-2]
 
+    @property
+    def heaviest(self) -> Tensor:
+        """(...): the largest share that a sample has of all squares of u, or of v; NaN is 0."""
+        shares = (_largest_share(self.u), _largest_share(self.v))
+        return torch.maximum(*shares).nan_to_num(0)
+
     def part(self, start: int, end: int) -> Samples:
         """The samples from ``start`` to ``end`` under the same noise, not centred again."""
         return replace(self, u=self.u[..., start:end, :], v=self.v[..., start:end, :])
@@ -79,9 +85,9 @@ def _kind(x: object) -> str:
     return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
 
 
-def centred(x: Tensor) -> Tensor:
-    """Return x (..., N, d) minus its mean over the samples."""
-    return x - x.mean(-2, keepdim=True)
+def _largest_share(x: Tensor) -> Tensor:
+    squares = torch.linalg.vector_norm(x, dim=-1).square()
+    return squares.amax(-1) / squares.sum(-1)
 
 
 def energy(x: Tensor) -> Tensor:

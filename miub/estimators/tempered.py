@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from miub.estimators.estimate import Estimate
+from miub.estimators.estimate import Estimate, estimate_of, warns_of_heavy_tails
 from miub.estimators.regression import Regression, regress
 from miub.estimators.ridge import PENALTIES, logdet
 from miub.estimators.samples import full_precision, prepare
 
 
+@warns_of_heavy_tails
 @torch.no_grad()
 def tempered(
     u: Tensor,
@@ -56,7 +57,8 @@ def tempered(
         TypeError, ValueError: an order out of range; input that is not samples, see
             `samples.prepare`.
 
-    Cost: N d_u min(N, d_u) + (1 + len(penalties)) min(N, d_u)^3, the latter on at most 512 samples.
+    Cost: N d_u min(N, d_u), and min(N, d_u)^3 + N d_u d_v for each penalty; up to 512 samples
+        N d_u^2 for each penalty.
     """
     with full_precision():
         return tempered_moments(regress(prepare(u, v, noise), penalties), order)
@@ -78,9 +80,11 @@ def tempered_moments(regression: Regression, order: float) -> Estimate:
     v, residual = samples.v, regression.ridge.unbiased_residual
     influence = ((v @ by_S) * v).sum(-1) + ((residual @ by_R) * residual).sum(-1)
     stderr = influence.std(-1) / samples.n**0.5
-    return Estimate(value * samples.informative, stderr * samples.informative, samples.n)
+    return estimate_of(samples, value, stderr, samples.n)
 
 
+@warns_of_heavy_tails
+@torch.no_grad()
 def gaussian(
     u: Tensor, v: Tensor, *, noise: float = 0.0, penalties: Sequence[float] = PENALTIES
 ) -> Estimate:
@@ -93,4 +97,5 @@ def gaussian(
 
     Arguments, result, errors and cost as for `tempered`.
     """
-    return tempered(u, v, noise=noise, order=1.0, penalties=penalties)
+    with full_precision():
+        return tempered_moments(regress(prepare(u, v, noise), penalties), 1.0)

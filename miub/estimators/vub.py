@@ -6,11 +6,12 @@ from torch import Tensor
 
 from miub.estimators.conditional import Conditional
 from miub.estimators.crossfit import crossfitted
-from miub.estimators.estimate import Estimate
+from miub.estimators.estimate import Estimate, warns_of_heavy_tails
 from miub.estimators.regression import spread
 from miub.estimators.samples import Samples, squared_lengths
 
 
+@warns_of_heavy_tails
 def vub(
     u: Tensor, v: Tensor, *, noise: float = 0.0, conditional: str = "linear", seed: int = 0
 ) -> Estimate:
@@ -21,7 +22,8 @@ def vub(
     is one as far as q is right about p(v|u).  For jointly Gaussian u and v it equals I.
 
     Args:
-        u, v: samples (..., N, d_u) and (..., N, d_v), N at least 16.
+        u, v: samples (..., N, d_u) and (..., N, d_v), N at least 16; without noise also
+            at least 2 (d_v + 2).
         noise: tau: isotropic noise of tau times the mean variance of the coordinates, on both
             sides; analytic with the linear conditional.
         conditional: "linear" (`conditional.fit_linear`) or "mlp" (`mlp.fit_mlp`).

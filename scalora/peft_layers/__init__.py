@@ -6,17 +6,14 @@ nothing else says "A" or "B".
 
 from peft import PeftModel
 
-from scalora.peft_layers.adapter_files import (
-    adapter_with_factors,
-    complete_checkpoints,
-    warn_when_saved_alone,
-)
+from scalora.peft_layers.adapter_files import adapter_with_factors
 from scalora.peft_layers.base_watch import BaseWatch, watch_base
 from scalora.peft_layers.carried import attach_carry
 from scalora.peft_layers.checksums import adapter_checksums, base_checksums, checksums
 from scalora.peft_layers.factor_watch import FactorWatch, check_factors, watch_factors
 from scalora.peft_layers.finding import (
     active_adapter,
+    adapted_models,
     adapter_names,
     all_lora_pairs,
     base_layer_at,
@@ -31,8 +28,16 @@ from scalora.peft_layers.finding import (
     storage_address,
     untie_adapted_weights,
 )
+from scalora.peft_layers.merging import merge_and_unload
 from scalora.peft_layers.pair import LoRAPair, dequantized
+from scalora.peft_layers.pretrained_methods import complete_checkpoints, complete_what_is_saved
 from scalora.peft_layers.support import is_quantized, why_no_carry, why_not_dense, why_not_measured
+from scalora.peft_layers.whole_files import (
+    base_weights_at,
+    is_without_carry,
+    weights_beside_adapter,
+    without_notes,
+)
 
 __all__ = [
     "BaseWatch",
@@ -40,6 +45,7 @@ __all__ = [
     "LoRAPair",
     "PeftModel",
     "active_adapter",
+    "adapted_models",
     "adapter_checksums",
     "adapter_names",
     "adapter_with_factors",
@@ -49,23 +55,28 @@ __all__ = [
     "base_layer_at",
     "base_model",
     "base_weight_name",
+    "base_weights_at",
     "check_factors",
     "checksums",
     "complete_checkpoints",
+    "complete_what_is_saved",
     "config_moves_base",
     "dequantized",
     "is_quantized",
     "is_saved_with_adapter",
+    "is_without_carry",
     "lora_pairs",
+    "merge_and_unload",
     "moves_base_at_creation",
     "peft_model",
     "sharing_modules",
     "storage_address",
     "untie_adapted_weights",
-    "warn_when_saved_alone",
     "watch_base",
     "watch_factors",
+    "weights_beside_adapter",
     "why_no_carry",
     "why_not_dense",
     "why_not_measured",
+    "without_notes",
 ]

@@ -1,26 +1,20 @@
-"""An adapter as files, and what ``save_pretrained`` of a re-based model says."""
+"""An adapter as files: tensors by PEFT's names, and the config."""
 
 from __future__ import annotations
 
 import copy
 import re
-import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from scalora.callers import level_of_caller
-from scalora.peft_layers.finding import PREFIX, all_lora_pairs, lora_pairs, peft_model
-from scalora.peft_layers.misleading import warn_of_changed_base
-from scalora.peft_layers.pair import LoRAPair
+from scalora.peft_layers.finding import PREFIX, lora_pairs
 
 
 def adapter_with_factors(
-    model: PeftModel,
+    model: nn.Module,
     adapter: str,
     factors: Mapping[str, tuple[Tensor, Tensor]],
     *,
@@ -29,7 +23,7 @@ def adapter_with_factors(
     """The adapter's files with other factors in it: tensors by PEFT's names, and the config.
 
     Args:
-        model: where everything else (``modules_to_save``, biases) comes from.
+        model: one of `adapted_models`; everything else (``modules_to_save``, biases) is its.
         adapter: its name.
         factors: layer name -> P (m, k), Q (n, k), the change being ``P Q^T``.  A layer that is not
             named keeps its own.
@@ -39,10 +33,11 @@ def adapter_with_factors(
     Raises:
         ValueError: such a layer has a LoRA variant, which the others' config cannot express.
     """
-    config: Any = copy.deepcopy(model.peft_config[adapter])
-    tensors = dict(
-        get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-    )
+    adapted: Any = model
+    config: Any = copy.deepcopy(adapted.peft_config[adapter])
+    found = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    prefix = "" if isinstance(model, PeftModel) else PREFIX  # which PEFT's files have
+    tensors = {f"{prefix}{name}": tensor for name, tensor in found.items()}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for pair in lora_pairs(model, adapter):
@@ -78,97 +73,3 @@ def adapter_with_factors(
     config.use_dora = config.use_dora and keep_dora
     config.init_lora_weights = config.inference_mode = True
     return tensors, config
-
-
-def warn_when_saved_alone(model: nn.Module) -> None:
-    """Make ``save_pretrained`` of a re-based PeftModel say what it leaves out.
-
-    And what else would mislead by its name (`scalora.peft_layers.misleading`).
-    """
-    wrapped = peft_model(model)
-    if wrapped is None or "save_pretrained" in vars(wrapped):
-        return
-    wrapped.save_pretrained = _SavePretrained(wrapped)
-    wrapped.load_adapter = _LoadAdapter(wrapped)
-    warn_of_changed_base(wrapped)
-
-
-def complete_checkpoints(
-    model: nn.Module, completing: Callable[[Path], AbstractContextManager[None]] | None
-) -> None:
-    """Write what an adapter lacks together with it, where a Trainer writes a checkpoint.
-
-    Args:
-        model: the PEFT model, or a module around it.
-        completing: given a checkpoint's folder; entered before the adapter is written there.  None:
-            no more.
-    """
-    warn_when_saved_alone(model)
-    wrapped = peft_model(model)
-    if wrapped is not None:
-        wrapped.save_pretrained.completing = completing
-
-
-def _is_rebased(pair: LoRAPair) -> bool:
-    return pair.was_rebased or (pair.carry is not None and pair.carry.columns > 0)
-
-
-class _SavePretrained:
-    """``PeftModel.save_pretrained`` with a warning, or where checkpoints are completed without one.
-
-    An object, not a bound method: pickle would restore that as the method of the class.
-    """
-
-    def __init__(self, model: PeftModel) -> None:
-        self.model = model
-        self.completing: Callable[[Path], AbstractContextManager[None]] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # What completes the checkpoints of a model completes none of its copy's.
-        return {"model": self.model, "completing": None}
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        folder = Path(str(args[0] if args else kwargs.get("save_directory", "")))
-        completed: AbstractContextManager[None] = nullcontext()
-        if self.completing is not None and re.fullmatch(r"checkpoint-\d+", folder.name):
-            if kwargs.get("is_main_process", True):
-                completed = self.completing(folder)
-        elif any(map(_is_rebased, all_lora_pairs(self.model))):
-            # With the folder, or Python would show it once for all that a Trainer saves.
-            warnings.warn(
-                f"save_pretrained writes the adapter alone to {str(folder)!r}, but ScaLoRA has put "
-                "part of what was learned into the base weights, or into a carry beside them: "
-                "loaded on the original base, this adapter is not your model. Call "
-                "scalora.save_merged(model, path) or scalora.save_adapter(model, path, base=...) "
-                "instead.",
-                UserWarning,
-                stacklevel=level_of_caller(),
-            )
-        with completed:
-            return type(self.model).save_pretrained(self.model, *args, **kwargs)
-
-
-class _LoadAdapter:
-    """``PeftModel.load_adapter`` with a warning where increments belong to what it replaces."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def __call__(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        pairs = all_lora_pairs(self.model)
-        replaced = any(pair.adapter == adapter_name and _is_rebased(pair) for pair in pairs)
-        # A callback that completes checkpoints brings back what belongs to the one it loads; that
-        # of a run that is resumed comes later.
-        completing = getattr(self.model.save_pretrained, "completing", None)
-        resumed = kwargs.get("is_trainable", False) and any(Path(model_id).glob("scalora*"))
-        if replaced and completing is None and not resumed:
-            warnings.warn(
-                f"load_adapter replaces the adapter {adapter_name!r} alone: what ScaLoRA has put "
-                "into the base weights, or into a carry beside them, belongs to the one that was "
-                f"there, and this is neither model. Call scalora.load_training_state(optimizer, "
-                f"{str(model_id)!r}) after it; in a Trainer (load_best_model_at_end) pass a "
-                "scalora.ScaLoRACallback, which does that.",
-                UserWarning,
-                stacklevel=level_of_caller(),
-            )
-        return type(self.model).load_adapter(self.model, model_id, adapter_name, *args, **kwargs)

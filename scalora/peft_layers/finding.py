@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import layer as lora_layers
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -24,7 +24,8 @@ def lora_pairs(model: nn.Module, adapter: str) -> list[LoRAPair]:
         for name, module in model.named_modules()
         if isinstance(module, lora_layers.LoraLayer) and adapter in module.r
     ]
-    short = [_layer_name(name) for name, _ in found]
+    paths = list(adapted_models(model))
+    short = [_layer_name(_inside(name, paths)) for name, _ in found]
     # Two PEFT models in one module may have layers of one name.
     names = short if len(set(short)) == len(short) else [name for name, _ in found]
     return [LoRAPair(name, module, adapter) for name, (_, module) in zip(names, found, strict=True)]
@@ -38,6 +39,15 @@ def all_lora_pairs(model: nn.Module) -> list[LoRAPair]:
 def _layer_name(module_name: str) -> str:
     """The name in the model under PEFT's and any other wrapper's."""
     return module_name.partition(PREFIX)[2] or module_name
+
+
+def _inside(module_name: str, paths: list[str]) -> str:
+    """The name in the adapted model that the module is part of; ``paths`` are those models'."""
+    starts = [f"{path}." if path else "" for path in paths]
+    return next(
+        (module_name.removeprefix(start) for start in starts if module_name.startswith(start)),
+        module_name,
+    )
 
 
 def adapter_names(model: nn.Module) -> set[str]:
@@ -77,8 +87,10 @@ def base_weight_name(name: str) -> str:
 
 def base_model(model: nn.Module) -> nn.Module:
     """The model that the adapter was put on, LoRA layers inside."""
-    wrapped = peft_model(model)
-    return model if wrapped is None else wrapped.get_base_model()
+    adapted = peft_model(model)
+    if isinstance(adapted, PeftModel):
+        return adapted.get_base_model()
+    return model if adapted is None else adapted
 
 
 def base_layer_at(model: nn.Module, path: str) -> nn.Module:
@@ -97,8 +109,8 @@ def _unwrapped(module: Any) -> Any:
 
 def moves_base_at_creation(model: nn.Module, adapter: str) -> bool:
     """Whether PEFT's initialisation of the adapter took its product out of the base weights."""
-    wrapped = peft_model(model)
-    return wrapped is not None and config_moves_base(wrapped.peft_config.get(adapter))
+    adapted: Any = peft_model(model)
+    return adapted is not None and config_moves_base(adapted.peft_config.get(adapter))
 
 
 def config_moves_base(config: Any) -> bool:
@@ -108,8 +120,8 @@ def config_moves_base(config: Any) -> bool:
 
 def is_saved_with_adapter(model: nn.Module, name: str) -> bool:
     """Whether a weight of the base is part of the active adapter's files (``modules_to_save``)."""
-    wrapped = peft_model(model)
-    config: Any = None if wrapped is None else wrapped.peft_config.get(active_adapter(model))
+    adapted: Any = peft_model(model)
+    config: Any = None if adapted is None else adapted.peft_config.get(active_adapter(model))
     modules = getattr(config, "modules_to_save", None) or ()
     return any(f".{module}." in f".{name}" for module in modules)
 
@@ -155,6 +167,23 @@ def storage_address(tensor: Tensor) -> int:
     return inner.untyped_storage().data_ptr()
 
 
-def peft_model(model: nn.Module) -> PeftModel | None:
-    """The PeftModel in ``model`` (itself, or inside a wrapper such as DDP), if there is one."""
-    return next((module for module in model.modules() if isinstance(module, PeftModel)), None)
+def peft_model(model: nn.Module) -> nn.Module | None:
+    """The first of `adapted_models`: it has the adapters' configs, by name, in ``peft_config``."""
+    return next(iter(adapted_models(model).values()), None)
+
+
+def adapted_models(model: nn.Module) -> dict[str, nn.Module]:
+    """Path in ``model`` -> every model that adapters were put on.
+
+    A PeftModel; or the very model that ``add_adapter`` (of transformers, or of what is built on it)
+    or ``peft.inject_adapter_in_model`` put LoRA layers into.  It may be ``model`` itself, or inside
+    a wrapper such as DDP or a ``SentenceTransformer``.
+    """
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        if any(not outer or path.startswith(f"{outer}.") for outer in found):
+            continue
+        injected = isinstance(vars(module).get("peft_config"), dict)
+        if isinstance(module, PeftModel) or (injected and not isinstance(module, BaseTuner)):
+            found[path] = module
+    return found

@@ -18,6 +18,10 @@ _MESSAGES = {
         "that, as the reference model of DPO for example, train with accumulator='carry', or keep "
         "a copy of the pretrained model."
     ),
+    "disable_adapters": (
+        f"{_FOLDED}: with the adapters disabled this is not the pretrained model. Where you need "
+        "that, train with accumulator='carry', or keep a copy of the pretrained model."
+    ),
     "set_adapter": (
         f"{_FOLDED}, so another adapter does not compute on the pretrained model. Train with "
         "accumulator='carry'; or call scalora.save_adapter(model, path, base=...) and load that "
@@ -34,18 +38,24 @@ _MESSAGES = {
         "accumulator='carry'."
     ),
 }
+OUTSPOKEN = frozenset(_MESSAGES)
+"""Names of these methods."""
 
 
-def warn_of_changed_base(model: PeftModel) -> None:
-    """Make the methods that show the base say so, once each, where its weights were changed."""
-    tuner: Any = model.base_model
-    for method in _MESSAGES:
-        if method not in vars(tuner):
+def warn_of_changed_base(model: nn.Module) -> None:
+    """Make the methods that show the base say so, once each, where its weights were changed.
+
+    Args:
+        model: a PeftModel, or a model with the methods of transformers' ``add_adapter``.
+    """
+    tuner: Any = model.base_model if isinstance(model, PeftModel) else model
+    for method in OUTSPOKEN:
+        if callable(getattr(type(tuner), method, None)) and method not in vars(tuner):
             setattr(tuner, method, _Outspoken(tuner, method))
 
 
 class _Outspoken:
-    """A method of PEFT's model with a warning.
+    """A method of PEFT's or transformers' model with a warning.
 
     An object, not a bound method: pickle would restore that as the method of the class.
     """
