@@ -15,7 +15,12 @@ from scalora.callers import level_of_caller
 from scalora.layer_batches import host_rate
 from scalora.made_state import only_makes_state
 from scalora.moments import moments_of
-from scalora.optimizer_wrapper import OptimizerWrapper
+from scalora.optimizer_wrapper import (
+    OptimizerWrapper,
+    calls_global_hooks_once,
+    calls_load_state_dict_hooks,
+    calls_state_dict_hooks,
+)
 from scalora.options import RebasingOptions
 from scalora.overflow import can_skip, not_finite, step_unless
 from scalora.peft_layers import LoRAPair
@@ -239,6 +244,7 @@ class ScaLoRA(OptimizerWrapper):
 
     # Traced by torch.compile, what a step leaves in this object would be lost without a word.
     @torch.compiler.disable
+    @calls_global_hooks_once
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step the inner optimizer, and re-base if it is time to.
 
@@ -289,6 +295,7 @@ class ScaLoRA(OptimizerWrapper):
             self._renew()
         return loss
 
+    @calls_state_dict_hooks
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's, and under ``"scalora"`` what a resumed run needs besides.
 
@@ -310,6 +317,7 @@ class ScaLoRA(OptimizerWrapper):
         first, *others = state["param_groups"]
         return {**state, "param_groups": [{**first, "scalora": packed(own)}, *others]}
 
+    @calls_load_state_dict_hooks
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where another ScaLoRA stopped, once the model's weights are loaded too.
 
