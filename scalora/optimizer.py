@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,9 @@ from scalora.optimizer_wrapper import (
     calls_global_hooks_once,
     calls_load_state_dict_hooks,
     calls_state_dict_hooks,
+    check_inner,
 )
-from scalora.options import RebasingOptions
+from scalora.options import Accumulator, RebasingOptions, Rounding, Rule, WhenFull
 from scalora.overflow import can_skip, not_finite, step_unless
 from scalora.peft_layers import LoRAPair
 from scalora.rebasing import Rebaser
@@ -137,17 +138,17 @@ class ScaLoRA(OptimizerWrapper):
         model: nn.Module,
         *,
         interval: int = 1,
-        rule: str = "auto",
-        lipschitz: float | str | None = None,
-        accumulator: str = "auto",
+        rule: Rule = "auto",
+        lipschitz: float | Literal["auto"] | None = None,
+        accumulator: Accumulator = "auto",
         adapter_name: str = "default",
-        rounding: str = "stochastic",
+        rounding: Rounding = "stochastic",
         bound: float = RebasingOptions.bound,
         seed: int = 0,
-        carry_rank: int | str = "auto",
-        when_full: str = "compress",
+        carry_rank: int | Literal["auto"] = "auto",
+        when_full: WhenFull = "compress",
         carry_tolerance: float = RebasingOptions.carry_tolerance,
-        calibration: int | str = "auto",
+        calibration: int | Literal["auto"] = "auto",
         lifetime: int = RebasingOptions.lifetime,
     ) -> None:
         options = RebasingOptions(
@@ -165,17 +166,7 @@ class ScaLoRA(OptimizerWrapper):
             calibration=calibration,
             lifetime=lifetime,
         )
-        if isinstance(optimizer, ScaLoRA):
-            raise TypeError("optimizer is a ScaLoRA already; pass the optimizer it wraps.")
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer={optimizer!r} is not a torch.optim.Optimizer.")
-        if isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-            raise TypeError(
-                f"optimizer is a {type(optimizer).__name__} around another: wrap the innermost "
-                "one, before accelerator.prepare."
-            )
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model={model!r} is not a torch.nn.Module.")
+        check_inner(optimizer, model)
         moments = moments_of(optimizer)
         if options.resolved_rule == "direction" and moments.direction is None:
             raise ValueError(

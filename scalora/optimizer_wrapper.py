@@ -8,7 +8,10 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from torch.optim import optimizer as torch_optimizer
+
+from scalora.arguments import described
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -56,6 +59,31 @@ class OptimizerWrapper(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """The inner optimizer's."""
         self.inner.add_param_group(param_group)
+
+
+def check_inner(optimizer: Any, model: Any) -> None:
+    """Raise a TypeError if these are no optimizer to wrap and the model that it trains."""
+    if isinstance(optimizer, nn.Module) and isinstance(model, torch.optim.Optimizer):
+        raise TypeError("optimizer and model are swapped: ScaLoRA(optimizer, model) takes both.")
+    if isinstance(optimizer, OptimizerWrapper):
+        raise TypeError(
+            f"optimizer is a {type(optimizer).__name__} already; pass the optimizer it wraps."
+        )
+    if isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer):
+        name = optimizer.__name__
+        raise TypeError(
+            f"optimizer is the class {name}: pass one that was made, {name}(parameters, lr=...), "
+            f"or call scalora.create_scalora_optimizer(model, {name}, lr=...)."
+        )
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer is {described(optimizer)}, not a torch.optim.Optimizer.")
+    if isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        raise TypeError(
+            f"optimizer is a {type(optimizer).__name__} around another: wrap the innermost "
+            "one, before accelerator.prepare."
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {described(model)}, not a torch.nn.Module.")
 
 
 def calls_global_hooks_once(step: Function) -> Function:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scalora import peft_layers, sharding
+from scalora.arguments import check_model
 from scalora.carry import compress
 from scalora.files import folder_written_whole, write_tensors
 from scalora.pretrained import Base, base_has_moved, full_precision_base, weight_changes
@@ -47,6 +48,7 @@ def save_merged(model: nn.Module, path: str | PathLike[str], base: Base | None =
             quantized.
         OSError: the files cannot be written; what was in the folder is still there.
     """
+    check_model(model, "save_merged")
     merged = merged_model(model, base)
     with folder_written_whole(Path(path), MODEL_CONFIG, _MODEL_FILES) as staged:
         merged.save_pretrained(staged)
@@ -119,6 +121,7 @@ def save_adapter(
             is quantized and was changed by the adapter's initialisation.
         OSError: the files cannot be written; what was in the folder is still there.
     """
+    check_model(model, "save_adapter")
     if rank is not None and rank < 1:
         raise ValueError(f"rank={rank} must be at least 1.")
     wrapped = _require_peft_model(model)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from scalora import peft_layers
+from scalora.arguments import check_folder
 from scalora.files import read_tensors, write_tensors
 from scalora.peft_layers import LoRAPair
 from scalora.state_encoding import carry_of, opened, restored, sealed
@@ -57,6 +58,12 @@ class TrainingStateFile:
                 this package.
         """
         path = Path(folder) / STATE_FILE
+        check_folder(path.parent, "nothing was loaded")
+        if not path.is_file():
+            raise ValueError(
+                f"{path.parent} has no {STATE_FILE}, which ScaLoRACallback and "
+                "scalora.save_training_state write: nothing was loaded."
+            )
         tensors, metadata = read_tensors(path)
         values = opened(tensors, metadata, path)
         if "pretrained" not in values:

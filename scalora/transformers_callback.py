@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -15,13 +15,17 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import TRAINER_STATE_NAME
 
 from scalora import sharding
+from scalora.arguments import check_folder
 from scalora.optimizer import ScaLoRA
-from scalora.options import RebasingOptions
+from scalora.options import RebasingKeywords, RebasingOptions, options_of
 from scalora.peft_layers import complete_checkpoints
 from scalora.reference_models import options_beside_base, refers_to_base
 from scalora.sharded_checkpoint import load_sharded, save_sharded
 from scalora.training_state import load_training_state, save_training_state
 from scalora.training_state_file import STATE_FILE
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _OPTIMIZER_FILE = "optimizer.pt"
 
@@ -54,8 +58,10 @@ class ScaLoRACallback(TrainerCallback):
             model, or its teacher is an average of the adapter's parameters.
     """
 
-    def __init__(self, *, resume_from: str | None = None, **options: Any) -> None:
-        self._options = RebasingOptions(**options)
+    def __init__(
+        self, *, resume_from: str | None = None, **options: Unpack[RebasingKeywords]
+    ) -> None:
+        self._options = options_of(options, "ScaLoRACallback")
         self.resume_from = resume_from
         self.options = options
         self.optimizer: ScaLoRA | None = None
@@ -175,6 +181,10 @@ class ScaLoRACallback(TrainerCallback):
             self._completed_sharded = completed
 
     def _checkpoint(self, args: TrainingArguments, state: TrainerState) -> Path:
+        if self.resume_from is not None:
+            check_folder(
+                Path(self.resume_from), "it was passed as ScaLoRACallback(resume_from=...)"
+            )
         candidates = [
             self.resume_from,
             args.resume_from_checkpoint,

@@ -42,7 +42,7 @@ def run() -> tuple[Any, scalora.ScaLoRA]:
 
 def optimizer_of(model: Any, **options: Any) -> scalora.ScaLoRA:
     inner = torch.optim.AdamW(models.trainable(model), lr=1e-2)
-    return scalora.ScaLoRA(inner, model, **{"lifetime": LIFETIME, **options})
+    return scalora.ScaLoRA(inner, model, **models.with_lifetime(LIFETIME, options))
 
 
 def save(model: Any, optimizer: scalora.ScaLoRA, folder: Path, **options: Any) -> dict[str, Tensor]:

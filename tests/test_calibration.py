@@ -365,7 +365,7 @@ def test_a_learning_rate_in_a_host_tensor_is_read() -> None:
 @pytest.mark.parametrize("rule", ["auto", "renew", "exact"])
 def test_calibration_0_is_no_calibration_to_the_bit(rule: str) -> None:
     model, other = make_model(), make_model()
-    optimizer = calibrated(model, rule=rule, calibration=0, lifetime=1000)
+    optimizer = calibrated(model, calibration=0, **models.with_lifetime(1000, {"rule": rule}))
     plain = scalora.ScaLoRA(
         torch.optim.AdamW(models.trainable(other), lr=RATE),
         other,

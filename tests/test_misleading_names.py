@@ -25,7 +25,8 @@ def rebased(accumulator: str, rule: str = "exact") -> tuple[Any, scalora.ScaLoRA
     model = models.with_lora(models.Perceptron(), target_modules=["first", "second"])
     model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
     inner = torch.optim.AdamW(models.trainable(model), lr=1e-2)
-    optimizer = scalora.ScaLoRA(inner, model, rule=rule, accumulator=accumulator, lifetime=3)
+    options = models.with_lifetime(3, {"rule": rule, "accumulator": accumulator})
+    optimizer = scalora.ScaLoRA(inner, model, **options)
     models.train(model, optimizer, INPUTS, 6)
     return model, optimizer
 

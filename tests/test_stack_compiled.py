@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import Perceptron, loss, train, trainable, vectors, with_lora
+from models import Perceptron, loss, train, trainable, vectors, with_lifetime, with_lora
 
 import scalora
 
@@ -35,7 +35,7 @@ def make(*, compile_inner=False, **options):
     inner = torch.optim.AdamW(trainable(model), lr=1e-2)
     if compile_inner:
         inner.step = torch.compile(inner.step, backend="eager")
-    return model, scalora.ScaLoRA(inner, model, **{"lifetime": 3, **options})
+    return model, scalora.ScaLoRA(inner, model, **with_lifetime(3, options))
 
 
 @pytest.mark.parametrize("rule", ["auto", "exact"])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import with_lifetime
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 import scalora
@@ -53,7 +54,7 @@ def reference_log_probabilities(trainer):
 
 @pytest.mark.parametrize("options", [{}, {"rule": "exact"}], ids=["auto", "exact"])
 def test_reference_of_dpo_stays_the_model_before_training(tmp_path, dpo, tiny, options):
-    callback = scalora.ScaLoRACallback(**{"lifetime": 5, **options})
+    callback = scalora.ScaLoRACallback(**with_lifetime(5, options))
     trainer = dpo.make_trainer(str(tmp_path), callback, max_steps=8)
     before = reference_log_probabilities(trainer)
     trainer.train()

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-import torch
-
 from miub.benchmark import cost, ground_truth
 from scalora.benchmark.machine import machine
+from scalora.device_option import add_device_option
 
 
 def main() -> None:
@@ -15,13 +14,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m miub.benchmark", description=__doc__)
     parser.add_argument("which", nargs="*", help="of truth, cost; default: both")
     parser.add_argument("--short", action="store_true", help="truth: N = 128 alone")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device_option(parser)
     arguments = parser.parse_args()
     which = arguments.which or ["truth", "cost"]
     unknown = set(which) - {"truth", "cost"}
     if unknown:
         parser.error(f"no benchmark named {', '.join(sorted(unknown))}")
-    device = torch.device(arguments.device)
+    device = arguments.device
     print(machine(device))
     if "truth" in which:
         sizes = {"sizes": (128,)} if arguments.short else {}

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 import scalora
 from scalora.benchmark.table import markdown
+from scalora.options import Rounding
 from scalora.peft_layers import lora_pairs
 
 _REBASINGS, _SIZE, _RANK = 1000, 256, 8
-_CASES = [
+_CASES: list[tuple[torch.dtype, Rounding]] = [
     (torch.float32, "stochastic"),
     (torch.bfloat16, "nearest"),
     (torch.bfloat16, "stochastic"),
@@ -40,7 +41,7 @@ def run(device: torch.device) -> str:
 
 
 @torch.no_grad()
-def _measure(dtype: torch.dtype, rounding: str, device: torch.device) -> list[str]:
+def _measure(dtype: torch.dtype, rounding: Rounding, device: torch.device) -> list[str]:
     torch.manual_seed(0)
     layer = nn.Linear(_SIZE, _SIZE, bias=False)
     layer.weight.normal_(std=0.02)
