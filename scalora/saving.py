@@ -135,7 +135,9 @@ def save_adapter(
         factors, keep_dora = _all_beside(wrapped, name, rank)
     else:
         keep_dora = False
-        thin = [pair for pair in beside if not pair.was_rebased and not pair.has_variant]
+        # An initialisation that moved the base moved it under a carry too.
+        moved = peft_layers.moves_base_at_creation(wrapped, name)
+        thin = [p for p in beside if not (moved or p.was_rebased or p.has_variant)]
         factors = {pair.name: _factors_beside(pair, rank) for pair in thin}
         for layer, (pair, change) in weight_changes(model, base, name, thin).items():
             factors[layer] = _best_factors(pair.as_matrix(change), rank)

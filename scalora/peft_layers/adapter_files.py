@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from scalora.callers import level_of_caller
+from scalora.peft_layers.combining import guard_combinations
 from scalora.peft_layers.finding import PREFIX, all_lora_pairs, lora_pairs, peft_model
 from scalora.peft_layers.misleading import warn_of_changed_base
 from scalora.peft_layers.pair import LoRAPair
@@ -91,6 +92,7 @@ def warn_when_saved_alone(model: nn.Module) -> None:
     wrapped.save_pretrained = _SavePretrained(wrapped)
     wrapped.load_adapter = _LoadAdapter(wrapped)
     warn_of_changed_base(wrapped)
+    guard_combinations(wrapped.base_model)
 
 
 def complete_checkpoints(
