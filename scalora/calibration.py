@@ -126,14 +126,31 @@ class StepCalibration:
         self._total = torch.where(known, total, self._total)
 
     @contextmanager
-    def scaled(self, parameters: Sequence[Tensor]) -> Iterator[None]:
+    def scaled(
+        self,
+        parameters: Sequence[Tensor],
+        groups: Sequence[dict[str, Any]] = (),
+        linear: bool = False,
+    ) -> Iterator[None]:
         """Scale whatever step is taken within, of these parameters.
 
-        If the step raises, half taken, the parameters are put back to where they were.
+        If the step raises, half taken, the parameters are put back to where they were, but not
+        where the factor is held and can be given to the optimizer in its learning rates.
+
+        Args:
+            parameters: the factors.
+            groups: of the optimizer that steps.
+            linear: whether its steps are proportional to the learning rate.
         """
         if self.steps == 0 or not parameters:
             yield
             return
+        if linear and self._left == 0 and self._numbers is not None:
+            alone = _groups_of_these_alone(parameters, groups)
+            if alone is not None:
+                with _rates_times(float(self._numbers["factor"]), alone):
+                    yield
+                return
         with torch.no_grad():
             device = parameters[0].device
             own = [sharding.local(p) for p in parameters]
@@ -202,6 +219,38 @@ class StepCalibration:
             None if value is None else _own_part(_copy(value, device), parameters)
             for value in vectors
         )
+
+
+def _groups_of_these_alone(
+    parameters: Sequence[Tensor], groups: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]] | None:
+    """The groups that hold these parameters, if they hold no others and the rates are numbers.
+
+    On the host alone: reading the factor from a device would wait for it.
+    """
+    if parameters[0].device.type != "cpu":
+        return None
+    found = list(groups)
+    if sum(len(group["params"]) for group in found) != len(parameters):  # a head is trained as well
+        these = set(map(id, parameters))
+        found = [group for group in groups if any(id(p) in these for p in group["params"])]
+        if sum(len(group["params"]) for group in found) != len(these):
+            return None
+    numbers = all(isinstance(group["lr"], (int, float)) for group in found)
+    return found if numbers else None
+
+
+@contextmanager
+def _rates_times(factor: float, groups: Sequence[dict[str, Any]]) -> Iterator[None]:
+    """Multiply the groups' learning rates while entered."""
+    rates = [group["lr"] for group in groups]
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = factor * rate
+    try:
+        yield
+    finally:
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
 
 
 def _copy(tensor: Tensor, device: torch.device) -> Tensor:

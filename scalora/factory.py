@@ -26,7 +26,7 @@ def create_scalora_optimizer(
     optimizer_cls: type[torch.optim.Optimizer],
     *,
     lr: float,
-    interval: int = RebasingOptions.interval,
+    interval: int | Literal["auto"] = "auto",
     rule: Rule = "auto",
     lipschitz: float | Literal["auto"] | None = None,
     accumulator: Accumulator = "auto",
@@ -38,7 +38,7 @@ def create_scalora_optimizer(
     when_full: WhenFull = "compress",
     carry_tolerance: float = RebasingOptions.carry_tolerance,
     calibration: int | Literal["auto"] = "auto",
-    lifetime: int = RebasingOptions.lifetime,
+    memory: float | Literal["auto"] = "auto",
     **kwargs: Any,
 ) -> ScaLoRA:
     """Create a `ScaLoRA` over the trainable parameters of ``model``, in PEFT's spelling.
@@ -70,7 +70,7 @@ def create_scalora_optimizer(
         "when_full": when_full,
         "carry_tolerance": carry_tolerance,
         "calibration": calibration,
-        "lifetime": lifetime,
+        "memory": memory,
     }
     trainable = [p for p in model.parameters() if p.requires_grad]
     inner_cls: Any = optimizer_cls

@@ -67,7 +67,7 @@ def batches_with_gradients(
         group_P, group_Q = groups.get(id(P)), groups.get(id(Q))
         if group_P is None or group_Q is None:
             continue
-        if _is_zero(group_P["lr"]) or _is_zero(group_Q["lr"]):
+        if is_zero(group_P["lr"]) or is_zero(group_Q["lr"]):
             continue
         state_P, state_Q = optimizer.state.get(P, {}), optimizer.state.get(Q, {})
         key = (
@@ -121,6 +121,23 @@ def host_rate(lr: float | Tensor) -> float | Tensor:
     return lr if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr)
 
 
-def _is_zero(lr: float | Tensor) -> bool:
+def highest_rate(
+    groups: Sequence[dict[str, Any]], parameters: Sequence[nn.Parameter]
+) -> float | None:
+    """Return the highest learning rate of some parameters; None where one is kept on a device.
+
+    Args:
+        groups: an optimizer's, others among them: a new head's rate says nothing of an adapter's.
+        parameters: whose rates are asked for.
+    """
+    wanted = {id(p) for p in parameters}
+    of_these = [group for group in groups if any(id(p) in wanted for p in group["params"])]
+    rates = [host_rate(group["lr"]) for group in of_these]
+    known = [rate for rate in rates if not isinstance(rate, Tensor)]
+    return max(known) if known and len(known) == len(rates) else None
+
+
+def is_zero(lr: float | Tensor) -> bool:
+    """Whether a learning rate is 0, and is known to be without waiting."""
     rate = host_rate(lr)
     return not isinstance(rate, Tensor) and rate == 0

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from scalora import peft_layers, sharding
 from scalora.calibration import StepCalibration
 from scalora.callers import level_of_caller
-from scalora.layer_batches import host_rate
+from scalora.layer_batches import highest_rate
 from scalora.made_state import only_makes_state
 from scalora.moments import moments_of
 from scalora.optimizer_wrapper import (
@@ -27,24 +27,22 @@ from scalora.overflow import can_skip, not_finite, step_unless
 from scalora.peft_layers import LoRAPair
 from scalora.rebasing import Rebaser
 from scalora.reference_models import check_reference
-from scalora.renewal import LATEST
 from scalora.report import RebasingReport, rebasing_report
 from scalora.resuming import ExpectedWeights
 from scalora.run_state import RunState
 from scalora.selection import check_engine, check_processes, places_of_layers
-from scalora.stale import checked_factors, warn_without_gradients
+from scalora.stale import checked_factors, warn_without_gradients, watched_factors
 from scalora.state_encoding import packed, unpacked
 
 
 class ScaLoRA(OptimizerWrapper):
     """Steps an optimizer over LoRA parameters and re-bases the LoRA layers while it trains.
 
-    By default one column of a layer at a time is frozen, once it has learned for a while, and
-    begins anew (`scalora.renewal`), and the first steps find how long a step should be
-    (`scalora.calibration`).  With one of the rules of scaling, before a step, the columns of both
-    factors of every LoRA layer are rescaled by the amounts that bring the coming step closest to
-    the full fine-tuning step, and the gradients and the optimizer's moments are carried into the
-    new coordinates exactly.
+    By default ``lora_B`` decays into the weight: before a step in every ``interval``, what the
+    adapter has learned more than ``memory`` steps ago is frozen, and the optimizer's moments are
+    carried into the new coordinates exactly (`scalora.scaling.memory`).  The first steps find how
+    long a step should be (`scalora.calibration`).  The paper's rules rescale the columns of both
+    factors by the amounts that bring the coming step closest to the full fine-tuning step.
 
     Whatever is frozen is folded into the base weight, or kept beside it where that is quantized, so
     the model's function does not change.  The frozen increments add up to a rank far above the
@@ -70,14 +68,15 @@ class ScaLoRA(OptimizerWrapper):
             ``bitsandbytes.optim``, 8-bit and paged too; or a class given to
             `scalora.register_moments`.
         model: the PEFT model (or a module around it).
-        interval: re-base every that many steps (the paper's ScaLoRA-I); 1 is every step.
-        rule: ``"renew"``: after a step, freeze the column whose lifetime is over; ``"auto"``: that,
-            with a calibrated length of the step.  Or by scaling all columns, before a step:
-            ``"exact"``: the theorem's objective, solved for its non-negative optimum;
-            ``"paper"``: the theorem as published, ``H^-1 lambda`` where that is non-negative and
-            two scalars elsewhere; ``"scalar"``: always two scalars; ``"direction"``: the inner
-            optimizer's own direction in place of the gradient; ``"none"``: never re-base (plain
-            LoRA).
+        interval: re-base once every ``interval`` steps (the paper's ScaLoRA-I), or ``"auto"``: a
+            tenth of the memory for the rules that have one, else 1.
+        rule: ``"leak"``, what ``"auto"`` is: every step leaves a share 1/K of ``lora_B`` to the
+            weight, K being the memory.  ``"age"``: the same as a bound on the age of every column.
+            By scaling the columns of both factors: ``"exact"``: the theorem's objective, solved for
+            its non-negative optimum; ``"paper"``: the theorem as published, ``H^-1 lambda`` where
+            that is non-negative and two scalars elsewhere; ``"scalar"``: always two scalars;
+            ``"direction"``: the inner optimizer's own direction in place of the gradient.
+            ``"none"``: never re-base (plain LoRA).
         lipschitz: for ``"paper"``, ``"exact"`` and ``"scalar"``: the smoothness constant L of the
             theorem, or ``"auto"`` (the default): L times the learning rate is calibrated at a
             layer's first re-basing, so that the inner optimizer's coming step is predicted to be as
@@ -93,7 +92,7 @@ class ScaLoRA(OptimizerWrapper):
             ``"compensated"`` (keeps what was cut, 2 bytes a weight) or ``"nearest"`` (loses nearly
             all of a small increment; for comparison).
         bound: every scaling is by factors within ``[1/bound, bound]``.
-        seed: of the stochastic rounding and of new columns; use the same on every replica.
+        seed: of the stochastic rounding; use the same on every replica.
         carry_rank: the most columns a layer's carry may hold, or ``"auto"``: 8 times the adapter's
             rank at first, doubled up to 32 times whenever a compression would cut more than
             ``carry_tolerance``.  A compression keeps three quarters.  It is due once in several
@@ -108,9 +107,8 @@ class ScaLoRA(OptimizerWrapper):
             distance there is to go, and shrink where the next gradient says that the last one was
             too long.  The factor is then held, so a schedule keeps its meaning.  0: never.
             ``"auto"``: 100 with ``rule="auto"``, else 0.
-        lifetime: for ``"renew"`` and ``"auto"``: for how many steps a column learns before it is
-            frozen; the columns of a layer take turns.  None is frozen while the learning rate is
-            below three tenths of its highest: a new one could learn no more.
+        memory: for ``"auto"``, ``"leak"`` and ``"age"``: K, how many steps the adapter remembers,
+            counted at the highest learning rate; ``"auto"``: 100, and 15 for ``"age"``.
 
     Raises:
         TypeError: an optimizer whose state is not known, or an argument of the wrong type.
@@ -131,13 +129,14 @@ class ScaLoRA(OptimizerWrapper):
     _run: RunState
     _owner: object
     _watch: peft_layers.BaseWatch | None
+    _factors: peft_layers.FactorWatch | None
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
         model: nn.Module,
         *,
-        interval: int = 1,
+        interval: int | Literal["auto"] = "auto",
         rule: Rule = "auto",
         lipschitz: float | Literal["auto"] | None = None,
         accumulator: Accumulator = "auto",
@@ -149,7 +148,7 @@ class ScaLoRA(OptimizerWrapper):
         when_full: WhenFull = "compress",
         carry_tolerance: float = RebasingOptions.carry_tolerance,
         calibration: int | Literal["auto"] = "auto",
-        lifetime: int = RebasingOptions.lifetime,
+        memory: float | Literal["auto"] = "auto",
     ) -> None:
         options = RebasingOptions(
             interval=interval,
@@ -164,14 +163,14 @@ class ScaLoRA(OptimizerWrapper):
             when_full=when_full,
             carry_tolerance=carry_tolerance,
             calibration=calibration,
-            lifetime=lifetime,
+            memory=memory,
         )
         check_inner(optimizer, model)
         moments = moments_of(optimizer)
-        if options.resolved_rule == "direction" and moments.direction is None:
+        if options.resolved_rule in ("direction", "age") and moments.direction is None:
             raise ValueError(
-                f"rule='direction' needs to know which way {type(optimizer).__name__} will step; "
-                "register it with a direction, or use rule='exact'."
+                f"rule={options.rule!r} needs to know which way {type(optimizer).__name__} will "
+                "step; register it with a direction, or use rule='auto'."
             )
         places = places_of_layers(model, optimizer, options)
         rebaser = Rebaser(places, options, moments)
@@ -192,6 +191,7 @@ class ScaLoRA(OptimizerWrapper):
                 "_run": RunState(options, rebaser, length),
                 "_owner": owner,
                 "_watch": peft_layers.watch_base(rebaser.pairs[0]) if rebaser.folds else None,
+                "_factors": watched_factors(places),
             }
         )
         for pair in places:
@@ -199,7 +199,7 @@ class ScaLoRA(OptimizerWrapper):
 
     @property
     def rebase_count(self) -> int:
-        """How often layers were re-based, or had columns renewed; one step is one time at most."""
+        """How often layers were re-based; one step is one time at most."""
         return self._run.rebase_count
 
     @property
@@ -231,7 +231,8 @@ class ScaLoRA(OptimizerWrapper):
 
     def kept_tensors(self) -> list[Tensor]:
         """Tensors that re-basing keeps between steps, besides the inner optimizer's state."""
-        return [*self._rebaser.kept_tensors(), *self._calibration.kept_tensors()]
+        watched = [] if self._factors is None else self._factors.kept_tensors()
+        return [*self._rebaser.kept_tensors(), *self._calibration.kept_tensors(), *watched]
 
     # Traced by torch.compile, what a step leaves in this object would be lost without a word.
     @torch.compiler.disable
@@ -251,7 +252,7 @@ class ScaLoRA(OptimizerWrapper):
         self._drop_made_state()
         self._reshard()
         factors = checked_factors(self._rebaser.pairs, self.inner, self._owner)
-        if only_makes_state(self.inner, self._learning_rate()):
+        if only_makes_state(self.inner):
             self.inner.step()
             self._made_state = self.inner.state
             return loss
@@ -270,20 +271,24 @@ class ScaLoRA(OptimizerWrapper):
                 stacklevel=level_of_caller(),
             )
             return loss
-        self._calibration.observe(factors, self._learning_rate())
-        due = bool(self._rebaser.pairs) and (self._run.steps + 1) % self.options.interval == 0
-        renews = self.options.resolved_rule == "renew"
-        if due and not renews:
+        if self._factors is not None:
+            self._factors.check(wait=False)
+            self._factors.suspend()
+        self._calibration.observe(factors, highest_rate(self.param_groups, factors))
+        due = (self._run.steps + 1) % self.options.interval_steps == 0
+        if due and self._rebaser.pairs:
             if self.rebase_count == 0:
                 peft_layers.warn_when_saved_alone(self.model)
             # Counted first: a step that is tried again after a failure draws other noise.
             self._run.rebase_count += 1
             self._rebaser.rebase(self.inner, self.rebase_count)
         self._run.steps += 1
-        with self._calibration.scaled(factors):
+        linear = self._rebaser.moments.linear_in_rate
+        with self._calibration.scaled(factors, self.param_groups, linear):
             self._step_inner(overflow)
-        if due and renews:
-            self._renew()
+        self._rebaser.remembered.learned.count(self.param_groups)
+        if self._factors is not None:
+            self._factors.note(self.rebase_count)
         return loss
 
     @calls_state_dict_hooks
@@ -317,7 +322,7 @@ class ScaLoRA(OptimizerWrapper):
         begins anew.
 
         Raises:
-            ValueError: another version, rule, lifetime, calibration, rounding, seed,
+            ValueError: another version, rule, memory, calibration, rounding, seed,
                 accumulator, set of layers or rank; nothing is loaded then.
         """
         own, state = unpacked(state_dict)
@@ -332,6 +337,8 @@ class ScaLoRA(OptimizerWrapper):
             )
         self.inner.load_state_dict(state)
         self._reshard()
+        if self._factors is not None:
+            self._factors.forget()
         self._run.forget()
         self._run.expected = ExpectedWeights.of(own)
         if own is not None and not self._run.expected.in_file:
@@ -340,17 +347,21 @@ class ScaLoRA(OptimizerWrapper):
     def rebasing_state(self) -> dict[str, Any]:
         """What re-basing itself remembers: numbers and small tensors."""
         self._reshard()
+        if self._factors is not None:
+            self._factors.check(wait=True)
         return self._run.saved()
 
     def load_rebasing_state(self, own: dict[str, Any]) -> None:
         """Take up what `rebasing_state` returned.
 
         Raises:
-            ValueError: another version, rule, lifetime, calibration, rounding, seed,
+            ValueError: another version, rule, memory, calibration, rounding, seed,
                 accumulator, set of layers or rank; nothing is loaded then.
         """
         self._reshard()
         self._run.load(own)
+        if self._factors is not None:
+            self._factors.forget()
         if self.rebase_count:
             peft_layers.warn_when_saved_alone(self.model)
 
@@ -364,28 +375,6 @@ class ScaLoRA(OptimizerWrapper):
     def check_rebasing_state(self, own: dict[str, Any]) -> None:
         """Raise a ValueError, which says what differs, if ``own`` is not of this kind of run."""
         self._run.check(own)
-
-    def _renew(self) -> None:
-        """After a step: let the columns whose time is over begin anew, if they can still learn."""
-        run = self._run
-        before, run.asked = run.asked, run.steps
-        rate = self._learning_rate()
-        if rate is not None and rate < LATEST * self._calibration.peak:
-            return
-        renewed = True  # some layers may be, if this raises
-        try:
-            renewed = self._rebaser.renew(self.inner, before, run.steps, run.rebase_count + 1)
-        finally:
-            if renewed:
-                if run.rebase_count == 0:
-                    peft_layers.warn_when_saved_alone(self.model)
-                run.rebase_count += 1
-
-    def _learning_rate(self) -> float | None:
-        """The highest of all groups; None where one is on a device."""
-        rates = [host_rate(group["lr"]) for group in self.param_groups]
-        known = [rate for rate in rates if not isinstance(rate, Tensor)]
-        return max(known) if len(known) == len(rates) else None
 
     def _reshard(self) -> None:
         """Let a sharded model hold its shards, whatever a forward pass left whole."""

@@ -11,18 +11,19 @@ from typing import Any, Literal, TypedDict, get_args
 from scalora.arguments import described, did_you_mean
 from scalora.scaling import DEFAULT_BOUND
 
-Rule = Literal["auto", "renew", "paper", "exact", "direction", "scalar", "none"]
+Rule = Literal["auto", "leak", "age", "paper", "exact", "direction", "scalar", "none"]
 Accumulator = Literal["auto", "dense", "carry"]
 Rounding = Literal["stochastic", "compensated", "nearest"]
 WhenFull = Literal["compress", "hold", "fold"]
 
 _CHOICES = {"rule": Rule, "accumulator": Accumulator, "rounding": Rounding, "when_full": WhenFull}
 _REBASING = tuple(rule for rule in get_args(Rule) if rule != "none")
+_WITH_MEMORY = ("auto", "leak", "age")
 # The rules that an option means something to.  Those that are not here mean something to all.
 _RULES_OF: dict[str, tuple[str, ...]] = {
     "lipschitz": ("exact", "paper", "scalar"),
     "bound": ("exact", "paper", "scalar", "direction"),
-    "lifetime": ("auto", "renew"),
+    "memory": _WITH_MEMORY,
     "interval": _REBASING,
     "calibration": _REBASING,
     "accumulator": _REBASING,
@@ -34,12 +35,14 @@ _RULES_OF: dict[str, tuple[str, ...]] = {
 _OF_A_CARRY = ("carry_rank", "when_full", "carry_tolerance")
 
 _AUTO_CALIBRATION = 100
+_AUTO_MEMORY = {"leak": 100.0, "age": 15.0}  # steps
+_AUTO_INTERVALS = 10  # re-basings in one memory
 
 
 class RebasingKeywords(TypedDict, total=False):
     """`RebasingOptions` as keyword arguments, for type checkers."""
 
-    interval: int
+    interval: int | Literal["auto"]
     rule: Rule
     lipschitz: float | Literal["auto"] | None
     accumulator: Accumulator
@@ -51,7 +54,7 @@ class RebasingKeywords(TypedDict, total=False):
     when_full: WhenFull
     carry_tolerance: float
     calibration: int | Literal["auto"]
-    lifetime: int
+    memory: float | Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class RebasingOptions:
         TypeError: a value of the wrong type.
     """
 
-    interval: int = 1
+    interval: int | str = "auto"
     rule: str = "auto"
     lipschitz: float | str | None = None
     accumulator: str = "auto"
@@ -75,14 +78,12 @@ class RebasingOptions:
     when_full: str = "compress"
     carry_tolerance: float = 1e-4
     calibration: int | str = "auto"
-    lifetime: int = 200
+    memory: float | str = "auto"
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             _check_choice(name, getattr(self, name), get_args(choices))
-        _check_integer("interval", self.interval)
-        if self.interval < 1:
-            raise ValueError(f"interval={self.interval} must be 1 (every step) or more.")
+        self._check_interval()
         _check_integer("seed", self.seed)
         if not isinstance(self.adapter_name, str):
             raise TypeError(f"adapter_name={described(self.adapter_name)} must be a string.")
@@ -92,10 +93,26 @@ class RebasingOptions:
         self._check_lipschitz()
         self._check_carry()
         self._check_calibration()
-        _check_integer("lifetime", self.lifetime)
-        if self.lifetime < 1:
-            raise ValueError(f"lifetime={self.lifetime} must be 1 step or more.")
+        self._check_memory()
         self._check_ignored()
+
+    def _check_interval(self) -> None:
+        interval = self.interval
+        if isinstance(interval, bool) or not isinstance(interval, (int, str)):
+            raise TypeError(
+                f"interval={described(interval)} must be an integer, 1 or more, or 'auto'."
+            )
+        if interval != "auto" and (isinstance(interval, str) or interval < 1):
+            raise ValueError(f"interval={interval!r} must be 'auto', 1 (every step) or more.")
+
+    def _check_memory(self) -> None:
+        memory = self.memory
+        if memory == "auto":
+            return
+        if not isinstance(memory, str):
+            _check_number("memory", memory)
+        if isinstance(memory, str) or not (math.isfinite(memory) and memory > 1):
+            raise ValueError(f"memory={memory!r} must be 'auto' or more than 1 step.")
 
     def _check_carry(self) -> None:
         rank = self.carry_rank
@@ -160,7 +177,24 @@ class RebasingOptions:
     @property
     def resolved_rule(self) -> str:
         """The rule behind ``"auto"``."""
-        return "renew" if self.rule == "auto" else self.rule
+        return "leak" if self.rule == "auto" else self.rule
+
+    @property
+    def scales_P_alone(self) -> bool:
+        """Whether the rule leaves Q as it is."""
+        return self.rule in _WITH_MEMORY
+
+    @property
+    def memory_steps(self) -> float:
+        """For how many steps the adapter remembers, by the rules that scale P alone."""
+        return _AUTO_MEMORY[self.resolved_rule] if self.memory == "auto" else float(self.memory)
+
+    @property
+    def interval_steps(self) -> int:
+        """Steps from one re-basing to the next."""
+        if self.interval != "auto":
+            return int(self.interval)
+        return max(1, int(self.memory_steps) // _AUTO_INTERVALS) if self.scales_P_alone else 1
 
 
 def options_of(keywords: Mapping[str, Any], caller: str) -> RebasingOptions:

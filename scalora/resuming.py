@@ -9,7 +9,7 @@ from typing import Any
 from scalora import peft_layers
 from scalora.peft_layers import LoRAPair
 
-STATE_VERSION = 4
+STATE_VERSION = 5
 """Of what is saved, in ``optimizer.state_dict()["scalora"]`` and in ``scalora.safetensors``."""
 
 

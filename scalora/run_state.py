@@ -25,7 +25,6 @@ class RunState:
 
     Attributes:
         steps: done so far.
-        asked: how many were done when columns were last renewed, if any were due.
         rebase_count: re-basings so far.
         expected: the weights that a loaded state was saved with, until the next step.
     """
@@ -36,7 +35,7 @@ class RunState:
         self.options = options
         self.rebaser = rebaser
         self.calibration = calibration
-        self.steps = self.asked = self.rebase_count = 0
+        self.steps = self.rebase_count = 0
         self.expected = ExpectedWeights()
 
     def kind(self) -> dict[str, Any]:
@@ -45,7 +44,7 @@ class RunState:
         return {
             "version": STATE_VERSION,
             "rule": self.options.rule,
-            "lifetime": self.options.lifetime,
+            "memory": self.options.memory_steps if self.options.scales_P_alone else None,
             "calibration": self.options.calibration_steps,
             "rounding": self.options.rounding,
             "seed": self.options.seed,
@@ -64,7 +63,6 @@ class RunState:
         return {
             **self.kind(),
             "steps": self.steps,
-            "asked": self.asked,
             "rebase_count": self.rebase_count,
             # What a loaded state still expects is not forgotten by saving it again.
             "base": peft_layers.base_checksums([p for p in pairs if p.was_rebased])
@@ -72,6 +70,7 @@ class RunState:
             "adapter": peft_layers.adapter_checksums([p for p in pairs if p.carry is not None])
             | dict(self.expected.adapter),
             "layers": self.rebaser.layer_states(),
+            "learned": self.rebaser.remembered.learned.state(),
             "step_length": self.calibration.state(self._factors()),
         }
 
@@ -82,14 +81,15 @@ class RunState:
             ValueError: it is of another kind of run; nothing is loaded then.
         """
         self.check(own)
-        self.steps, self.asked, self.rebase_count = own["steps"], own["asked"], own["rebase_count"]
+        self.steps, self.rebase_count = own["steps"], own["rebase_count"]
         self.expected = ExpectedWeights.of(own)
         self.rebaser.remember(own["layers"], rebased=own["base"])
+        self.rebaser.remembered.learned.load(own["learned"])
         self._load_calibration(own["step_length"])
 
     def forget(self) -> None:
         """As if no step had been taken."""
-        self.steps = self.asked = self.rebase_count = 0
+        self.steps = self.rebase_count = 0
         self.expected = ExpectedWeights()
         self.rebaser.forget()
         self._load_calibration(None)

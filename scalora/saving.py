@@ -57,6 +57,7 @@ def save_merged(model: nn.Module, path: str | PathLike[str], base: Base | None =
 def merged_model(model: nn.Module, base: Base | None = None) -> PreTrainedModel:
     """The model that `save_merged` writes; the arguments and errors are its own."""
     wrapped = _require_peft_model(model)
+    peft_layers.check_factors(wrapped)
     sharding.require_whole(wrapped, "merging")
     own = peft_layers.base_model(wrapped)
     if not hasattr(own, "save_pretrained"):
@@ -125,6 +126,7 @@ def save_adapter(
     if rank is not None and rank < 1:
         raise ValueError(f"rank={rank} must be at least 1.")
     wrapped = _require_peft_model(model)
+    peft_layers.check_factors(wrapped)
     sharding.require_whole(wrapped, "save_adapter")
     name = adapter_name or peft_layers.active_adapter(model)
     pairs = peft_layers.lora_pairs(wrapped, name)

@@ -142,7 +142,7 @@ def _place(pair: LoRAPair, users: dict[int, list[str]], options: RebasingOptions
 def _check_carry(
     pair: LoRAPair, not_dense: str | None, sharing: list[str], options: RebasingOptions
 ) -> None:
-    least = 2 * increment_columns(pair)
+    least = 2 * increment_columns(pair, P_alone=options.scales_P_alone)
     if not isinstance(options.carry_rank, str) and options.carry_rank < least:
         raise ValueError(
             f"carry_rank={options.carry_rank} is too small for {pair.name!r}: every re-basing adds "

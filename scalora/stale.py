@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from scalora.callers import level_of_caller
-from scalora.peft_layers import LoRAPair
+from scalora.peft_layers import FactorWatch, LoRAPair, watch_factors
 
 
 def checked_factors(
@@ -55,6 +55,18 @@ def checked_factors(
     if factors:
         _check_state(factors[0], optimizer)
     return factors
+
+
+def watched_factors(places: Mapping[LoRAPair, str]) -> FactorWatch | None:
+    """Watch whether factors are put back, from now on; None if no layer is re-based.
+
+    Args:
+        places: layer -> "dense" or "carry".
+    """
+    # A carry tells more: it is left behind even where a model's whole state is put back.  And of
+    # an embedding, some columns may never change.
+    order = sorted(places, key=lambda pair: (places[pair] != "carry", pair.is_embedding))
+    return watch_factors(order[0], folds=places[order[0]] == "dense") if order else None
 
 
 def _check_state(parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:

@@ -19,8 +19,8 @@ from torch import Tensor
 from scalora.resuming import check_version
 
 _KEYS = (
-    *("version", "steps", "asked", "rebase_count", "ranks", "shapes", "places", "base"),
-    *("adapter", "step_length"),
+    *("version", "steps", "rebase_count", "ranks", "shapes", "places", "base", "adapter"),
+    *("learned", "step_length"),
 )
 _CARRY = ("up", "down", "cut", "capacity")
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from models import trainable, with_lifetime
+from models import trainable
 from sharded_runs import Run, begin, train
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -117,7 +117,7 @@ def make_trainer(folder: Path, options: dict[str, Any], **arguments: Any) -> Tra
         ),
         train_dataset=rows,
         eval_dataset=rows[:8],
-        callbacks=[scalora.ScaLoRACallback(**with_lifetime(8, options))],
+        callbacks=[scalora.ScaLoRACallback(**{"interval": 8, **options})],
     )
 
 
@@ -169,7 +169,7 @@ def exported_run(rank: int, folder: Path, options: dict[str, Any]) -> float:
     tiny = script().tiny
     model = tiny.lora_model()
     inner = torch.optim.AdamW(trainable(model))
-    optimizer = scalora.ScaLoRA(inner, model, **with_lifetime(8, options))
+    optimizer = scalora.ScaLoRA(inner, model, **{"interval": 8, **options})
     kept = StateDictOptions(
         ignore_frozen_params=options.get("accumulator") == "carry", strict=False
     )

@@ -144,12 +144,6 @@ def with_lora(base: nn.Module, *, autocast_adapter_dtype: bool = True, **config:
     )
 
 
-def with_lifetime(lifetime: int, options: dict[str, Any]) -> dict[str, Any]:
-    """ScaLoRA's options in a short run: with that lifetime of a column, if the rule has one."""
-    renews = options.get("rule", "auto") in ("auto", "renew")
-    return {"lifetime": lifetime, **options} if renews else options
-
-
 def vectors(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 

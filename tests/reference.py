@@ -17,6 +17,18 @@ from scipy.optimize import nnls
 Array = np.ndarray
 
 
+def bounded_age(P: Array, U: Array, rate: float, memory: float) -> Array:
+    """The alpha, (r,), that leaves no column of P (m, r) made of more than ``memory`` steps.
+
+    A step, ``rate U``, moves the columns by different lengths; their root mean square counts.
+    """
+    m, r = P.shape
+    squares = sum(float(rate * U[i, j]) ** 2 for i in range(m) for j in range(r))
+    longest = memory * (squares / r) ** 0.5
+    lengths = [sum(float(P[i, j]) ** 2 for i in range(m)) ** 0.5 for j in range(r)]
+    return np.array([min(1.0, longest / length) for length in lengths])
+
+
 # The optimal scaling
 
 

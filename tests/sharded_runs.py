@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from models import trainable, with_lifetime, with_lora
+from models import trainable, with_lora
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -61,7 +61,7 @@ def begin(run: Run, sharded: bool, seed: int = 0) -> tuple[nn.Module, scalora.Sc
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
     inner = run.optimizer(trainable(model), lr=1e-2)
-    return model, scalora.ScaLoRA(inner, model, **with_lifetime(6, run.options))
+    return model, scalora.ScaLoRA(inner, model, **{"interval": 6, **run.options})
 
 
 def _mesh(replicas: int) -> DeviceMesh:

@@ -26,7 +26,7 @@ SCALORA = "scalora:rule=exact"
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
     cache = tmp_path_factory.mktemp("cache")
-    # In so few steps the default renews nothing.
+    # In so few steps the default re-bases nothing.
     specs = {"lora": "lora", "scalora": SCALORA, "full-adapted": "full-adapted"}
     return {name: run(dataclasses.replace(JOB, method=spec), cache) for name, spec in specs.items()}
 

@@ -17,7 +17,7 @@ from scalora.files import read_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:save_pretrained writes the adapter alone")
 
-LIFETIME, STEPS = 4, 9
+INTERVAL, STEPS = 4, 9
 INPUTS = models.vectors(16, 12)
 
 
@@ -42,7 +42,7 @@ def run() -> tuple[Any, scalora.ScaLoRA]:
 
 def optimizer_of(model: Any, **options: Any) -> scalora.ScaLoRA:
     inner = torch.optim.AdamW(models.trainable(model), lr=1e-2)
-    return scalora.ScaLoRA(inner, model, **models.with_lifetime(LIFETIME, options))
+    return scalora.ScaLoRA(inner, model, **{"interval": INTERVAL, **options})
 
 
 def save(model: Any, optimizer: scalora.ScaLoRA, folder: Path, **options: Any) -> dict[str, Tensor]:
@@ -78,12 +78,12 @@ def assert_refused_without_a_trace(
         assert str(optimizer.rebasing_state()) == str(state)
 
 
-@pytest.mark.parametrize("steps", [LIFETIME - 1, STEPS - 2])
+@pytest.mark.parametrize("steps", [INTERVAL - 1, STEPS - 2])
 def test_run_resumed_without_them_continues_to_the_same_bits(steps: int, tmp_path: Path) -> None:
     model, optimizer = run()
     models.train(model, optimizer, INPUTS, steps)
     tensors = save(model, optimizer, tmp_path)
-    assert bases(tensors) == ({"base:first", "base:second"} if steps > LIFETIME else set())
+    assert bases(tensors) == ({"base:first", "base:second"} if steps > INTERVAL else set())
     rest = models.train(model, optimizer, INPUTS, STEPS)
 
     model, optimizer = reloaded(tmp_path)
@@ -102,7 +102,7 @@ def test_plain_lora_writes_no_base_at_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize("alone", [False, True])
 def test_another_pretrained_base_is_refused(alone: bool, tmp_path: Path) -> None:
     model, optimizer = run()
-    models.train(model, optimizer, INPUTS, LIFETIME - 1)
+    models.train(model, optimizer, INPUTS, INTERVAL - 1)
     save(model, optimizer, tmp_path)
     other = pretrained()
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_another_pretrained_base_is_refused(alone: bool, tmp_path: Path) -> None
 @pytest.mark.parametrize("alone", [False, True])
 def test_base_that_has_moved_since_is_refused(alone: bool, tmp_path: Path) -> None:
     model, optimizer = run()
-    models.train(model, optimizer, INPUTS, LIFETIME - 1)
+    models.train(model, optimizer, INPUTS, INTERVAL - 1)
     save(model, optimizer, tmp_path / "early")
     adapter = models.bits(model)
     models.train(model, optimizer, INPUTS, STEPS)
@@ -131,7 +131,7 @@ def test_base_that_has_moved_since_is_refused(alone: bool, tmp_path: Path) -> No
 
 def test_model_in_training_goes_back_to_what_was_saved_with_all_of_them(tmp_path: Path) -> None:
     model, optimizer = run()
-    models.train(model, optimizer, INPUTS, LIFETIME - 1)
+    models.train(model, optimizer, INPUTS, INTERVAL - 1)
     tensors = save(model, optimizer, tmp_path, all_base_weights=True)
     assert bases(tensors) == {"base:first", "base:second", "base:third"}
     early = models.bits(model)
@@ -148,14 +148,14 @@ def test_model_in_training_goes_back_to_what_was_saved_with_all_of_them(tmp_path
 
 def test_base_in_another_precision_is_refused_and_named(tmp_path: Path) -> None:
     model, optimizer = run()
-    models.train(model, optimizer, INPUTS, LIFETIME - 1)
+    models.train(model, optimizer, INPUTS, INTERVAL - 1)
     save(model, optimizer, tmp_path)
     model, fresh = reloaded(tmp_path, pretrained(torch.bfloat16))
     assert_refused_without_a_trace(model, fresh, tmp_path, r"'first' \(float32; here bfloat16\)")
 
 
-def test_before_the_first_renewal_only_the_calibration_takes_room(tmp_path: Path) -> None:
+def test_before_the_first_rebasing_only_the_calibration_takes_room(tmp_path: Path) -> None:
     model, optimizer = run()
-    models.train(model, optimizer, INPUTS, LIFETIME - 1)
+    models.train(model, optimizer, INPUTS, INTERVAL - 1)
     tensors = save(model, optimizer, tmp_path)
     assert tensors and all(name.startswith("step_length:") for name in tensors)

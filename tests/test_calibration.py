@@ -11,6 +11,7 @@ import models
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from reference import OPTIMIZERS, OptimizerCase
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,7 +33,7 @@ def make_model(dtype: torch.dtype = torch.float32) -> Any:
 
 def calibrated(model: Any, lr: float | Tensor = RATE, **options: Any) -> scalora.ScaLoRA:
     inner = torch.optim.AdamW(models.trainable(model), lr=lr)
-    options = {"rule": "renew", "calibration": WINDOW, **options}
+    options = {"rule": "leak", "calibration": WINDOW, **options}
     return scalora.ScaLoRA(inner, model, **options)
 
 
@@ -336,7 +337,7 @@ def test_zero_learning_rate_at_the_first_step_is_no_part_of_the_window() -> None
     def factors(warm_up: bool) -> list[float]:
         model = make_model(torch.float64)
         inner = torch.optim.SGD(models.trainable(model), lr=0.0 if warm_up else 0.1)
-        optimizer = scalora.ScaLoRA(inner, model, calibration=WINDOW)
+        optimizer = scalora.ScaLoRA(inner, model, calibration=WINDOW, interval=1000)
         if warm_up:
             train(model, optimizer, range(1))
             assert factor_of(optimizer) == 1
@@ -362,14 +363,15 @@ def test_a_learning_rate_in_a_host_tensor_is_read() -> None:
     assert found(torch.tensor(1e-3)) == pytest.approx(found(1e-3), rel=1e-5)
 
 
-@pytest.mark.parametrize("rule", ["auto", "renew", "exact"])
+@pytest.mark.parametrize("rule", ["auto", "leak", "exact"])
 def test_calibration_0_is_no_calibration_to_the_bit(rule: str) -> None:
     model, other = make_model(), make_model()
-    optimizer = calibrated(model, calibration=0, **models.with_lifetime(1000, {"rule": rule}))
+    optimizer = calibrated(model, rule=rule, calibration=0, interval=1000)
     plain = scalora.ScaLoRA(
         torch.optim.AdamW(models.trainable(other), lr=RATE),
         other,
         rule="exact" if rule == "exact" else "none",
+        interval=1000,
     )
     train(model, optimizer, range(12))
     train(other, plain, range(12))
@@ -385,7 +387,9 @@ def test_auto_alone_calibrates_unless_asked_for() -> None:
 
     assert steps() == 100
     assert steps(rule="auto", calibration=7) == 7
-    assert {steps(rule=rule) for rule in ("renew", "exact", "paper", "direction", "none")} == {0}
+    assert {
+        steps(rule=rule) for rule in ("leak", "age", "exact", "paper", "direction", "none")
+    } == {0}
     assert steps(rule="exact", calibration=7) == 7
 
 
@@ -466,7 +470,7 @@ def test_a_step_that_raises_leaves_the_parameters_and_can_be_taken_again(
 ) -> None:
     def stepped(fails: int) -> tuple[dict[str, Tensor], float]:
         model = make_model()
-        optimizer = calibrated(model)
+        optimizer = calibrated(model, interval=1000)
         train(model, optimizer, range(4))
         optimizer.zero_grad()
         backward(model, 4)
@@ -493,13 +497,13 @@ def _fail() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_gpu_calibration_and_renewal_never_wait_for_the_device(
+def test_gpu_calibration_and_rebasing_never_wait_for_the_device(
     dtype: torch.dtype, fused: bool
 ) -> None:
     torch.manual_seed(0)
     model = make_model(dtype).to("cuda")
     inner = torch.optim.AdamW(models.trainable(model), lr=1e-3, fused=fused)
-    optimizer = scalora.ScaLoRA(inner, model, lifetime=3)
+    optimizer = scalora.ScaLoRA(inner, model, interval=3)
     for step in range(9):
         for p in models.trainable(model):
             p.grad = torch.randn_like(p)
@@ -511,3 +515,49 @@ def test_gpu_calibration_and_renewal_never_wait_for_the_device(
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert optimizer.rebase_count >= 6
+
+
+@pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.name)
+def test_held_factor_moves_every_optimizer_by_as_much_as_a_scaled_step(case: OptimizerCase) -> None:
+    """Given in the learning rate, where the step is proportional to it, or applied to the step."""
+
+    def trained(head_apart: bool) -> tuple[dict[str, Tensor], float]:
+        model = make_model(torch.float64)
+        factors = [p for n, p in model.named_parameters() if "lora_" in n]
+        head = [p for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
+        groups = [{"params": factors}, {"params": head}] if head_apart else [*factors, *head]
+        inner = case.cls(groups, lr=1e-3, weight_decay=0.1, **case.options)
+        optimizer = scalora.ScaLoRA(inner, model, calibration=3, interval=1000)
+        train(model, optimizer, range(4))
+        assert optimizer.step_factor is not None
+        optimizer.step_factor.fill_(1.75)
+        train(model, optimizer, range(4, 10))
+        assert {group["lr"] for group in inner.param_groups} == {1e-3}
+        return snapshot(model), factor_of(optimizer)
+
+    (apart, factor), (together, same) = trained(True), trained(False)
+    assert factor == same == 1.75
+    for name, value in apart.items():
+        torch.testing.assert_close(value, together[name], rtol=1e-9, atol=1e-12)
+
+
+def test_rates_are_put_back_when_a_step_with_a_held_factor_raises(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = make_model()
+    factors = [p for n, p in model.named_parameters() if "lora_" in n]
+    optimizer = scalora.ScaLoRA(torch.optim.AdamW(factors, lr=1e-3), model, calibration=2)
+    train(model, optimizer, range(4))
+    seen = []
+
+    def fail() -> None:
+        seen.append(optimizer.param_groups[0]["lr"])
+        raise RuntimeError("injected")
+
+    assert optimizer.step_factor is not None
+    optimizer.step_factor.fill_(2.0)
+    monkeypatch.setattr(optimizer.inner, "step", fail)
+    with pytest.raises(RuntimeError, match="injected"):
+        optimizer.step()
+    assert seen == [2e-3]
+    assert optimizer.param_groups[0]["lr"] == 1e-3

@@ -149,9 +149,9 @@ def test_name_that_is_taken_is_left_to_peft(silent: None) -> None:
     assert all(pair.carry is None for pair in lora_pairs(model, "other"))
 
 
-@pytest.mark.parametrize("options", [{"rule": "exact"}, {"rule": "renew"}], ids=str)
+@pytest.mark.parametrize("options", [{"rule": "exact"}, {"rule": "auto", "memory": 2}], ids=str)
 def test_combination_over_a_base_that_was_folded_into_warns(options: dict[str, Any]) -> None:
-    model = rebased("dense", **models.with_lifetime(3, options))
+    model = rebased("dense", **options)
     with pytest.warns(
         UserWarning, match=r"'default' learned.*with the weight 1.*'carry'"
     ) as caught:

@@ -38,7 +38,7 @@ def received_with_replicas(rank: int) -> dict[str, float]:
 def test_rebasing_moves_nothing_between_replicas(tmp_path: Path) -> None:
     found = run_processes(received_with_replicas, tmp_path, 2 * PROCESSES)
     formula = planned(small_plan(PROCESSES))
-    for name in ("a step", "a renewal", "exact", "exact, carry"):
+    for name in ("a step", "a re-basing", "exact", "exact, carry"):
         assert max(counts[name] for counts in found) == formula[name], name
 
 

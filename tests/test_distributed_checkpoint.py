@@ -27,8 +27,8 @@ import scalora
 INPUTS = models.vectors(16, 12)
 STEPS = 5
 KINDS: dict[str, dict[str, Any]] = {
-    "default": {"lifetime": 3},
-    "default, shortest lifetime": {"lifetime": 1},
+    "default": {"interval": 3},
+    "default, every step": {"interval": 1},
     "exact": {"rule": "exact"},
     "none": {"rule": "none"},
 }

@@ -21,7 +21,7 @@ import scalora
 from scalora.fold import fold
 from scalora.peft_layers import LoRAPair
 
-LIFETIME = 4
+INTERVAL = 4
 PACKAGE = Path(scalora.__file__).parent
 WRITING = tuple(
     str(PACKAGE / name)
@@ -60,16 +60,16 @@ class Case:
         return models.vectors(16, 6).to(self.dtype)
 
 
-RENEWS = {"lifetime": LIFETIME}
+DEFAULT = {"interval": INTERVAL}
 SCALES = {"rule": "exact"}
 COMPENSATED = {"rounding": "compensated"}
 CASES = {
-    "renewal": Case(LIFETIME - 1, RENEWS),
-    "renewal, bfloat16": Case(LIFETIME - 1, RENEWS, torch.bfloat16, 2e-3),
-    "renewal, compensated": Case(LIFETIME - 1, {**RENEWS, **COMPENSATED}, torch.bfloat16, 2e-3),
-    "renewal, carry": Case(LIFETIME - 1, {**RENEWS, "accumulator": "carry"}),
-    # The ninth column finds it full; none of the layers has a higher rank.
-    "renewal, full carry": Case(9, {"lifetime": 2, "accumulator": "carry", "carry_rank": 8}),
+    "default": Case(INTERVAL - 1, DEFAULT),
+    "default, bfloat16": Case(INTERVAL - 1, DEFAULT, torch.bfloat16, 2e-3),
+    "default, compensated": Case(INTERVAL - 1, {**DEFAULT, **COMPENSATED}, torch.bfloat16, 2e-3),
+    "default, carry": Case(INTERVAL - 1, {**DEFAULT, "accumulator": "carry"}),
+    # The fifth increment of two columns finds it full; none of the layers has a higher rank.
+    "default, full carry": Case(9, {"interval": 2, "accumulator": "carry", "carry_rank": 8}),
     "scaling": Case(3, SCALES),
 }
 ERRORS = (torch.OutOfMemoryError, KeyboardInterrupt, torch.linalg.LinAlgError)
@@ -216,7 +216,7 @@ def interrupted(k: int) -> Iterator[list[int]]:
         sys.settrace(None)
 
 
-@pytest.mark.parametrize("name", ["renewal", "renewal, compensated", "renewal, full carry"])
+@pytest.mark.parametrize("name", ["default", "default, compensated", "default, full carry"])
 def test_interrupt_between_any_two_lines_leaves_the_effective_weight_whole(name: str) -> None:
     case = CASES[name]
     template = case.prepared()
@@ -235,7 +235,7 @@ def test_interrupt_between_any_two_lines_leaves_the_effective_weight_whole(name:
 
 
 def test_first_step_that_fails_anywhere_can_be_followed_by_others() -> None:
-    case = Case(0, RENEWS)
+    case = Case(0, DEFAULT)
     template = case.prepared()
     operations = WholeStep(template).operations
     for k in range(1, operations + 1):
@@ -246,8 +246,8 @@ def test_first_step_that_fails_anywhere_can_be_followed_by_others() -> None:
         assert losses[-1] < losses[0], k
 
 
-def test_renewal_that_failed_is_not_made_up_for() -> None:
-    case = CASES["renewal"]
+def test_rebasing_that_failed_is_not_made_up_for() -> None:
+    case = CASES["default"]
     template = case.prepared()
     step = WholeStep(template)
     attempted = set()
@@ -257,7 +257,7 @@ def test_renewal_that_failed_is_not_made_up_for() -> None:
             optimizer.step()
         count = optimizer.rebase_count
         attempted.add(count)
-        due = LIFETIME // 2  # a column of two is due so often
+        due = INTERVAL // 2  # a column of two is due so often
         models.train(model, optimizer, case.inputs, due - 1)
         if count:  # else it failed before, and this is its turn
             assert optimizer.rebase_count == count, k
@@ -267,7 +267,7 @@ def test_renewal_that_failed_is_not_made_up_for() -> None:
 
 
 def test_step_that_fails_keeps_the_moments_of_those_before() -> None:
-    template = CASES["renewal"].prepared()
+    template = CASES["default"].prepared()
     step = WholeStep(template)
     for k in range(step.inner, step.operations + 1, 3):
         _, optimizer = copied(template)
@@ -275,7 +275,7 @@ def test_step_that_fails_keeps_the_moments_of_those_before() -> None:
             optimizer.step()
         for pair in optimizer.rebased_pairs:
             for factor in (pair.P_parameter, pair.Q_parameter):
-                assert optimizer.state[factor]["step"] >= LIFETIME - 1, k
+                assert optimizer.state[factor]["step"] >= INTERVAL - 1, k
                 assert optimizer.state[factor]["exp_avg_sq"].any(), k
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from killed_run import SAVE_EVERY, STEPS, Kind
 
-RENEWED = {"lifetime": 3, "calibration": 5}
+RENEWED = {"interval": 3, "calibration": 5}
 SCALED = {"rule": "exact"}
 CARRIED = {"accumulator": "carry", "carry_rank": 6}
 KINDS = {

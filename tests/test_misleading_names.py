@@ -25,8 +25,7 @@ def rebased(accumulator: str, rule: str = "exact") -> tuple[Any, scalora.ScaLoRA
     model = models.with_lora(models.Perceptron(), target_modules=["first", "second"])
     model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
     inner = torch.optim.AdamW(models.trainable(model), lr=1e-2)
-    options = models.with_lifetime(3, {"rule": rule, "accumulator": accumulator})
-    optimizer = scalora.ScaLoRA(inner, model, **options)
+    optimizer = scalora.ScaLoRA(inner, model, rule=rule, accumulator=accumulator, interval=3)
     models.train(model, optimizer, INPUTS, 6)
     return model, optimizer
 
@@ -83,7 +82,7 @@ def messages(caught: list[warnings.WarningMessage]) -> list[str]:
 
 
 @base_shown
-@pytest.mark.parametrize("rule", ["renew", "exact"])
+@pytest.mark.parametrize("rule", ["leak", "exact"])
 def test_method_that_shows_a_folded_base_warns_and_names_the_carry(
     show: Callable[[Any], torch.Tensor], message: str, rule: str
 ) -> None:
@@ -121,7 +120,7 @@ def test_warning_is_given_once_a_model_and_survives_its_copies(clone: Callable[.
     assert len(messages(caught)) == 1
 
 
-@pytest.mark.parametrize("rule", ["renew", "exact"])
+@pytest.mark.parametrize("rule", ["leak", "exact"])
 def test_model_that_took_up_a_checkpoint_warns_as_the_one_in_training(
     rule: str, tmp_path: Path
 ) -> None:
@@ -157,7 +156,7 @@ def test_activating_the_adapter_that_was_re_based_says_nothing() -> None:
         model.add_adapter("third", copy.deepcopy(model.peft_config["other"]))
 
 
-@pytest.mark.parametrize("rule", ["renew", "exact"])
+@pytest.mark.parametrize("rule", ["leak", "exact"])
 @pytest.mark.parametrize("accumulator", ["dense", "carry"])
 def test_merging_gives_the_model_that_was_trained_and_says_nothing(
     accumulator: str, rule: str
@@ -193,7 +192,7 @@ def dense(**options: Any) -> tuple[Any, scalora.ScaLoRA]:
     torch.manual_seed(0)
     model = models.with_lora(models.Perceptron(), target_modules=["first", "second"])
     inner = torch.optim.AdamW(models.trainable(model), lr=1e-2)
-    return model, scalora.ScaLoRA(inner, model, lifetime=3, **options)
+    return model, scalora.ScaLoRA(inner, model, interval=3, **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"accumulator": "carry", "when_full": "fold"}])

@@ -299,17 +299,19 @@ def test_monitor_takes_the_carry_for_a_part_of_what_was_learned(folder: Path) ->
 
 
 @pytest.mark.parametrize("name", ["nf4, double", "int8"])
-def test_a_renewal_on_a_quantized_base_keeps_its_function(folder: Path, name: str) -> None:
+def test_the_default_keeps_the_function_of_a_quantized_base(folder: Path, name: str) -> None:
     model = quantized(folder, name)
-    optimizer = scalora_of(model, rule="renew", lifetime=4)
+    optimizer = scalora_of(model, rule="leak", interval=4, memory=10)
     train(model, optimizer, text(3))
+    P = {pair.name: pair.P_parameter.detach().clone() for pair in pairs(model)}
     codes = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     ids = text(1, seed=3)[0]
     before = model(input_ids=ids).logits
-    assert optimizer._rebaser.renew(optimizer.inner, 3, 4, 1)
+    optimizer._rebaser.rebase(optimizer.inner, 1)
     torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=0, atol=2e-5)
-    assert {pair.carry.columns for pair in pairs(model)} == {1}
-    assert all(not pair.P_parameter[:, 0].any() for pair in pairs(model))
+    for pair in pairs(model):
+        assert pair.carry.columns == pair.rank
+        torch.testing.assert_close(pair.P_parameter.detach(), 0.9**3 * P[pair.name])
     for n, p in model.named_parameters():
         if n in codes:
             assert torch.equal(p, codes[n]), n

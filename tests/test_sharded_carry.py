@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from models import trainable, with_lifetime, with_lora
+from models import trainable, with_lora
 from processes import run_processes
 from sharded_runs import Run, batch, begin, train
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from scalora.accumulators import beside
 from scalora.carry import compress
 from scalora.sharding import rows_of
 
-CARRIED = Run(options={"rule": "exact", "accumulator": "carry", "carry_rank": 12})
+CARRIED = Run(options={"rule": "exact", "accumulator": "carry", "carry_rank": 12, "interval": 6})
 
 
 def shares(rank: int) -> dict[str, Any]:
@@ -103,7 +103,7 @@ class Fan(nn.Module):
         return torch.stack([layer(x) for layer in self.layers]).sum(0)[:, :7]
 
 
-FULL = Run(rank=1, options={"accumulator": "carry", "carry_rank": 4, "lifetime": 2})
+FULL = Run(rank=1, options={"accumulator": "carry", "carry_rank": 4, "interval": 2})
 
 
 def fan(sharded: bool) -> tuple[nn.Module, scalora.ScaLoRA]:
@@ -209,7 +209,7 @@ def needle(run: Run, sharded: bool) -> tuple[nn.Module, scalora.ScaLoRA]:
     if sharded:
         fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     inner = run.optimizer(trainable(model), lr=1e-2)
-    return model, scalora.ScaLoRA(inner, model, **with_lifetime(6, run.options))
+    return model, scalora.ScaLoRA(inner, model, **{"interval": 6, **run.options})
 
 
 NEEDLES = {

@@ -16,10 +16,10 @@ import scalora
 from scalora.peft_layers import lora_pairs
 
 INPUTS = models.vectors(16, 12)
-LIFETIME = 3
+INTERVAL = 3
 KINDS: dict[str, dict[str, Any]] = {
-    "default": {"lifetime": LIFETIME},
-    "default, carry": {"lifetime": LIFETIME, "accumulator": "carry"},
+    "default": {"interval": INTERVAL},
+    "default, carry": {"interval": INTERVAL, "accumulator": "carry"},
     "exact": {"rule": "exact"},
     "exact, carry": {"rule": "exact", "accumulator": "carry"},
 }
@@ -77,7 +77,7 @@ def test_batch_of_nan_is_left_out_under_a_warning(options: dict[str, Any]) -> No
 @kinds
 def test_gradients_of_zero_leave_what_momentum_does_not_move(options: dict[str, Any]) -> None:
     model, optimizer = make(options, steps=0)
-    for _ in range(2 * LIFETIME):
+    for _ in range(2 * INTERVAL):
         optimizer.zero_grad()
         backward(model)
         for p in models.trainable(model):
@@ -98,7 +98,7 @@ def test_layer_that_is_frozen_stands_still_and_goes_on_when_it_is_thawed(
     for factor in factors:
         factor.requires_grad_(False)
     before = weights(optimizer)
-    models.train(model, optimizer, INPUTS, LIFETIME)
+    models.train(model, optimizer, INPUTS, INTERVAL)
     assert moved(before, weights(optimizer)) == {"second"}
     for factor in factors:
         factor.requires_grad_(True)
@@ -123,7 +123,7 @@ def test_expert_that_no_token_reaches_stands_still(options: dict[str, Any]) -> N
     model = models.with_lora(Experts(), target_modules=["first", "second"])
     inner = torch.optim.AdamW(models.trainable(model), lr=1e-2, weight_decay=0)
     optimizer = scalora.ScaLoRA(inner, model, **options)
-    for step in range(4 * LIFETIME):
+    for step in range(4 * INTERVAL):
         chosen = model.get_base_model().chosen = ("first", "second")[step // 2 % 2]
         before = weights(optimizer)
         models.train(model, optimizer, INPUTS, 1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import Perceptron, loss, train, trainable, vectors, with_lifetime, with_lora
+from models import Perceptron, loss, train, trainable, vectors, with_lora
 
 import scalora
 
@@ -35,7 +35,7 @@ def make(*, compile_inner=False, **options):
     inner = torch.optim.AdamW(trainable(model), lr=1e-2)
     if compile_inner:
         inner.step = torch.compile(inner.step, backend="eager")
-    return model, scalora.ScaLoRA(inner, model, **with_lifetime(3, options))
+    return model, scalora.ScaLoRA(inner, model, **{"interval": 3, **options})
 
 
 @pytest.mark.parametrize("rule", ["auto", "exact"])
@@ -81,7 +81,7 @@ def test_compiled_model_with_a_carry_is_traced_anew_once():
     compiled = torch.compile(model, backend=counter)
     assert train(compiled, optimizer, vectors(16, 12), 7) == expected
     assert optimizer.rebase_count > 1
-    # As it is at first, and with carries in it; later renewals change no shape.
+    # As it is at first, and with carries in it; later re-basings change no shape.
     assert counter.frame_count == 2
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import Perceptron, bits, loss, trainable, vectors, with_lifetime, with_lora
+from models import Perceptron, bits, loss, trainable, vectors, with_lora
 from transformers import AutoModelForCausalLM
 
 import scalora
 
 STACKS = Path(__file__).parents[1] / "examples" / "stacks"
-STEPS = 27  # two renewals, at steps 20 and 25
+STEPS = 27  # re-based twice, at steps 10 and 20
 
 pytestmark = pytest.mark.filterwarnings("ignore:save_pretrained writes the adapter alone")
 
@@ -49,7 +49,7 @@ def test_script_trains_rebases_and_merges_to_the_same_model(name, tiny, tmp_path
 def test_scaler_skips_an_overflow_and_nothing_is_rebased(rule):
     model = with_lora(Perceptron(), target_modules=["first", "second"])
     inner = torch.optim.AdamW(trainable(model), lr=1e-2)
-    optimizer = scalora.ScaLoRA(inner, model, **with_lifetime(2, {"rule": rule}))
+    optimizer = scalora.ScaLoRA(inner, model, rule=rule, interval=2)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
 
     def step(spoil):

@@ -47,7 +47,7 @@ def test_early_stopping_brings_the_best_base_back(script, tmp_path, accumulator)
     # "Best" is the highest loss: the first evaluation, three columns before the run stops.
     trainer = script.make_trainer(
         str(tmp_path),
-        scalora.ScaLoRACallback(lifetime=4, accumulator=accumulator),
+        scalora.ScaLoRACallback(interval=4, accumulator=accumulator),
         max_steps=40,
         eval_steps=5,
         save_steps=5,
@@ -74,10 +74,10 @@ def test_optimizer_passed_in_trains_to_the_same_losses(script, tiny, tmp_path):
         assert trainer.optimizer.optimizer.rebase_count > 0
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
-    by_callback = losses("callback", callback=scalora.ScaLoRACallback(lifetime=4))
+    by_callback = losses("callback", callback=scalora.ScaLoRACallback(interval=4))
     model = tiny.lora_model()
     optimizer = scalora.create_scalora_optimizer(
-        model, torch.optim.AdamW, lr=1e-2, weight_decay=0.0, fused=True, lifetime=4
+        model, torch.optim.AdamW, lr=1e-2, weight_decay=0.0, fused=True, interval=4
     )
     passed = losses("passed", callback=None, model=model, optimizers=(optimizer, None))
     assert passed == by_callback

@@ -97,7 +97,7 @@ def reference_logits(model, tiny):
 
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_reference_stays_the_model_before_training(kind, tiny, tmp_path):
-    callback = scalora.ScaLoRACallback(lifetime=4)
+    callback = scalora.ScaLoRACallback(interval=4)
     trainer = make_trainer(kind, tiny.base_model(), tmp_path, tiny, callback, steps=8)
     before = reference_logits(trainer.model, tiny)
     trainer.train()
@@ -112,7 +112,7 @@ def test_reference_stays_the_model_before_training(kind, tiny, tmp_path):
 
 @pytest.mark.parametrize("kind", ["KTO", "GRPO"])
 def test_reference_is_an_adapter_that_was_there_before(kind, tiny, tmp_path):
-    callback = scalora.ScaLoRACallback(lifetime=4)
+    callback = scalora.ScaLoRACallback(interval=4)
     trainer = make_trainer(kind, tiny.lora_model(), tmp_path, tiny, callback, steps=8)
     assert set(trainer.model.peft_config) == {"default", "ref"}
     before = reference_logits(trainer.model, tiny)
@@ -142,7 +142,7 @@ def test_without_the_callback_a_reference_that_would_change_is_refused(existing,
     )
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     inner = torch.optim.AdamW(trained, lr=1e-3)
-    trainer.optimizer = scalora.ScaLoRA(inner, trainer.model, lifetime=2)
+    trainer.optimizer = scalora.ScaLoRA(inner, trainer.model, interval=2)
     before = reference_logits(trainer.model, tiny)
     with pytest.raises(ValueError, match=r"(?s)reference model of DPO.*accumulator='carry'"):
         trainer.train()

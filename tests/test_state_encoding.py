@@ -21,8 +21,8 @@ from scalora.state_encoding import flattened, packed, sealed, unpacked
 INPUTS = models.vectors(16, 12)
 STOP = 5
 KINDS: dict[str, dict[str, Any]] = {
-    "calibrating": {"lifetime": 3},
-    "carry": {"lifetime": 3, "accumulator": "carry"},
+    "calibrating": {"interval": 3},
+    "carry": {"interval": 3, "accumulator": "carry"},
     "exact": {"rule": "exact"},
     "compensated": {"rule": "exact", "rounding": "compensated"},
 }

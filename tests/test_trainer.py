@@ -256,7 +256,7 @@ def test_optimizer_passed_in_without_the_callback_refuses_to_resume_on_the_wrong
 
 
 @pytest.mark.parametrize("accumulator", ["dense", "carry"])
-@pytest.mark.parametrize("options", [{"rule": "exact"}, {"lifetime": 2, "calibration": 5}])
+@pytest.mark.parametrize("options", [{"rule": "exact"}, {"interval": 2, "calibration": 5}])
 def test_best_model_at_the_end_has_the_base_that_belongs_to_it(tmp_path, options, accumulator):
     trainer = make_trainer(
         tmp_path,
@@ -314,7 +314,7 @@ def test_only_what_the_callback_does_not_complete_is_warned_of(tmp_path):
     assert len(alone) == 1 and "final" in alone[0]
 
 
-@pytest.mark.parametrize("options", [{"rule": "exact", "interval": 6}, {"lifetime": 6}])
+@pytest.mark.parametrize("options", [{"rule": "exact", "interval": 6}, {"interval": 6}])
 def test_best_model_from_before_the_first_rebasing_has_its_base_again(tmp_path, options):
     callback = scalora.ScaLoRACallback(**options)
     trainer = make_trainer(

@@ -340,7 +340,7 @@ DAMAGES = {
     "no record of the adapter": _without("adapter"),
     "no record of the base": _without("base"),
     "no step count": _without("steps"),
-    "no time of the newest renewal": _without("asked"),
+    "no record of what was learned": _without("learned"),
     "no length of the step": _without("step_length"),
     "an older version": _of_another_version(3),
     "a newer version": _of_another_version(99),

@@ -86,12 +86,12 @@ def test_type_checker_sees_options_that_are_misspelt_or_of_another_type(tmp_path
 # What the chosen rule ignores
 
 IGNORED: list[tuple[dict[str, Any], str]] = [
-    ({"rule": "exact", "lifetime": 50}, "rule='exact' ignores lifetime=50.*'auto'"),
+    ({"rule": "exact", "memory": 50}, "rule='exact' ignores memory=50.*'auto'"),
     ({"rule": "direction", "lipschitz": 1.0}, "rule='direction' ignores lipschitz=1.0.*'exact'"),
     ({"rule": "none", "lipschitz": "auto"}, "rule='none' ignores lipschitz='auto'"),
     ({"lipschitz": 1.0}, "rule='auto' ignores lipschitz=1.0"),
     ({"bound": 10.0}, "rule='auto' ignores bound=10.0.*'exact'"),
-    ({"rule": "renew", "bound": 10.0}, "rule='renew' ignores bound=10.0"),
+    ({"rule": "leak", "bound": 10.0}, "rule='leak' ignores bound=10.0"),
     ({"rule": "none", "interval": 10}, "rule='none' ignores interval=10"),
     ({"rule": "none", "accumulator": "carry"}, "rule='none' ignores accumulator='carry'"),
     ({"rule": "none", "rounding": "nearest"}, "rule='none' ignores rounding='nearest'"),

@@ -43,7 +43,6 @@ def begin(accelerator: Accelerator, steps: int) -> tuple:
     optimizer = scalora.ScaLoRA(
         torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3),
         model,
-        lifetime=tiny.LIFETIME,
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     return optimizer, *accelerator.prepare(model, optimizer, schedule)

@@ -20,7 +20,7 @@ def main(steps: int) -> tiny.Run:
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATION)
     model = tiny.lora_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    optimizer = scalora.ScaLoRA(optimizer, model, lifetime=tiny.LIFETIME)  # the line that changes
+    optimizer = scalora.ScaLoRA(optimizer, model)  # the line that changes
 
     data = DataLoader(torch.cat(tiny.batches(ACCUMULATION * steps)), batch_size=8)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, 2 * steps)

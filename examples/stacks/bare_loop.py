@@ -17,7 +17,7 @@ ACCUMULATION = 2
 def main(steps: int) -> tiny.Run:
     model = tiny.lora_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    optimizer = scalora.ScaLoRA(optimizer, model, lifetime=tiny.LIFETIME)  # the line that changes
+    optimizer = scalora.ScaLoRA(optimizer, model)  # the line that changes
 
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, 2 * steps)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)

@@ -18,7 +18,7 @@ def main(steps: int, backend: str = "inductor") -> tiny.Run:
     model = tiny.lora_model()
     compiled = torch.compile(model, backend=backend)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    optimizer = scalora.ScaLoRA(optimizer, model, lifetime=tiny.LIFETIME)  # the line that changes
+    optimizer = scalora.ScaLoRA(optimizer, model)  # the line that changes
 
     step = torch.compile(optimizer.step, backend=backend)
     losses = []

@@ -28,9 +28,7 @@ class Module(lightning.LightningModule):
 
     def configure_optimizers(self) -> dict:
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
-        optimizer = scalora.ScaLoRA(  # the line that changes
-            optimizer, self.model, lifetime=tiny.LIFETIME
-        )
+        optimizer = scalora.ScaLoRA(optimizer, self.model)  # the line that changes
         schedule = get_cosine_schedule_with_warmup(optimizer, self.steps // 10, 2 * self.steps)
         return {
             "optimizer": optimizer,

@@ -26,14 +26,12 @@ import scalora
 
 TEXT = [
     "The model is frozen, and two thin matrices beside every weight are trained.",
-    "What a column has learned is frozen too, and a new column takes its place.",
-    "The function of the model does not change when a column is frozen.",
+    "The adapter remembers the last steps, and the weight remembers the rest.",
+    "The function of the model does not change when a part of it is frozen.",
     "A sum of many increments of low rank has a high rank.",
 ]
 LENGTH = 32  # tokens of an example
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-# A column lives for 200 steps by default; these runs are over before that.
-LIFETIME = 20
 
 
 @dataclass

@@ -53,7 +53,7 @@ def make_trainer(
 
 
 def main(steps: int, output: str) -> tiny.Run:
-    callback = scalora.ScaLoRACallback(lifetime=tiny.LIFETIME)
+    callback = scalora.ScaLoRACallback()
     trainer = make_trainer(output, callback, max_steps=steps)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -27,7 +27,7 @@ def main(steps: int, output: str, **arguments: object) -> tiny.Run:
         "use_cpu": True,
         "bf16": False,
     }
-    callback = scalora.ScaLoRACallback(lifetime=tiny.LIFETIME)
+    callback = scalora.ScaLoRACallback()
     trainer = SFTTrainer(
         tiny.base_model(),
         SFTConfig(**{**options, **arguments}),

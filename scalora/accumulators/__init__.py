@@ -2,7 +2,7 @@
 
 from scalora.accumulators.accumulator import Accumulator
 from scalora.accumulators.beside import CarryAccumulator
-from scalora.accumulators.increment import increment, increment_columns
+from scalora.accumulators.increment import increment, increment_columns, increment_of_P
 from scalora.accumulators.into_base import DenseAccumulator
 from scalora.accumulators.memory import LayerMemory
 
@@ -13,4 +13,5 @@ __all__ = [
     "LayerMemory",
     "increment",
     "increment_columns",
+    "increment_of_P",
 ]

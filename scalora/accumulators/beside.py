@@ -51,7 +51,8 @@ class CarryAccumulator:
         """The layer's, with as much room as was asked for."""
         wanted = self.options.carry_rank
         columns = _AUTO_FIRST * pair.rank if isinstance(wanted, str) else wanted
-        return pair.ensure_carry(min(max(columns, 2 * increment_columns(pair)), _most(pair)))
+        least, most = 2 * self._increment_columns(pair), self._most_useful(pair)
+        return pair.ensure_carry(min(max(columns, least), most))
 
     @torch.no_grad()
     def make_room(self, pairs: Sequence[LoRAPair], columns: int, count: int) -> None:
@@ -156,7 +157,14 @@ class CarryAccumulator:
         """Up to where the layer's carry may grow."""
         if not isinstance(self.options.carry_rank, str):
             return 0
-        return min(_AUTO_MOST * pair.rank, _most(pair))
+        return min(_AUTO_MOST * pair.rank, self._most_useful(pair))
+
+    def _most_useful(self, pair: LoRAPair) -> int:
+        """Columns with which nothing of a layer's carry is ever cut."""
+        return _full_rank(pair) + 4 * self._increment_columns(pair)
+
+    def _increment_columns(self, pair: LoRAPair) -> int:
+        return increment_columns(pair, P_alone=self.options.scales_P_alone)
 
     def _warn(self, pair: LoRAPair, carry: Carry, share: float) -> None:
         if self._warned:
@@ -181,11 +189,6 @@ def _carry(pair: LoRAPair) -> Carry:
     carry = pair.carry
     assert carry is not None
     return carry
-
-
-def _most(pair: LoRAPair) -> int:
-    """Columns with which nothing of a layer's carry is ever cut."""
-    return _full_rank(pair) + 4 * increment_columns(pair)
 
 
 def _full_rank(pair: LoRAPair) -> int:

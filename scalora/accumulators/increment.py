@@ -36,7 +36,30 @@ def increment(
     return torch.where(changed, left, zero), torch.where(changed, right, zero)
 
 
-def increment_columns(pair: LoRAPair) -> int:
-    """K of the layer's increments."""
+def increment_of_P(P: Tensor, P_new: Tensor, Q: Tensor, changed: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``(P - P_new) Q^T`` as two factors, (layers, m, r) and (layers, n, r).
+
+    In float32 at least, so that half-precision factors lose nothing either.
+
+    Args:
+        P, P_new: (layers, m, r, ...), as PEFT stores them.
+        Q: (layers, r, n, ...), likewise.
+        changed: (layers,), which layers are re-based; the others' factors are zero.
+    """
+    dtype = torch.promote_types(torch.promote_types(P.dtype, Q.dtype), torch.float32)
+    left = P.flatten(2).to(dtype) - P_new.flatten(2)
+    right = Q.flatten(2).to(dtype).mT
+    changed, zero = changed[:, None, None], left.new_zeros(())
+    return torch.where(changed, left, zero), torch.where(changed, right, zero)
+
+
+def increment_columns(pair: LoRAPair, *, P_alone: bool) -> int:
+    """Return k of the layer's increments.
+
+    Args:
+        pair: the layer.
+        P_alone: whether Q stays as it is.
+    """
     P, Q = pair.P_parameter, pair.Q_parameter
-    return pair.rank if P.dtype in _EXACT and Q.dtype == P.dtype else 2 * pair.rank
+    exact = P.dtype in _EXACT and Q.dtype == P.dtype
+    return pair.rank if P_alone or exact else 2 * pair.rank

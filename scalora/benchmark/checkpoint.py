@@ -13,17 +13,17 @@ import scalora
 from scalora.benchmark.demo_model import demo_model
 from scalora.benchmark.table import markdown
 
-_LIFETIME, _COLUMNS, _RANK = 8, 64, 8
+_INTERVAL, _COLUMNS, _RANK = 8, 64, 8
 _FILES = ("adapter_model.safetensors", "optimizer.pt", "scalora.safetensors")
-_DEFAULT: dict[str, Any] = {"lifetime": _LIFETIME, "calibration": _LIFETIME}
+_DEFAULT: dict[str, Any] = {"interval": _INTERVAL, "calibration": _INTERVAL}
 _CARRY: dict[str, Any] = {"rule": "exact", "accumulator": "carry", "carry_rank": _COLUMNS}
 # What is written, the options, and after how many steps.
 _CASES: list[tuple[str, dict[str, Any], int]] = [
     ("rule='none'", {"rule": "none"}, 2),
-    ("default, calibrating, nothing frozen yet", _DEFAULT, _LIFETIME - 1),
-    ("default, columns frozen in every layer", _DEFAULT, _LIFETIME + 1),
-    ("the same, base in bfloat16", _DEFAULT, _LIFETIME + 1),
-    ("the same, rounding='compensated'", {**_DEFAULT, "rounding": "compensated"}, _LIFETIME + 1),
+    ("default, calibrating, nothing frozen yet", _DEFAULT, _INTERVAL - 1),
+    ("default, columns frozen in every layer", _DEFAULT, _INTERVAL + 1),
+    ("the same, base in bfloat16", _DEFAULT, _INTERVAL + 1),
+    ("the same, rounding='compensated'", {**_DEFAULT, "rounding": "compensated"}, _INTERVAL + 1),
     (f"exact, carry with {_COLUMNS} columns", _CARRY, _COLUMNS // _RANK + 1),
 ]
 _IN_BFLOAT16 = ("bfloat16", "compensated")

@@ -24,9 +24,9 @@ from scalora.optimizer import ScaLoRA
 from scalora.options import RebasingOptions
 
 _PROCESSES = 2
-_RANK, _LIFETIME = 4, 8
+_RANK, _INTERVAL = 4, 8
 _COLUMNS = 8 * _RANK  # of a carry
-_MEASURED = ("training", "with carries", "a step", "a renewal", "exact", "exact, carry")
+_MEASURED = ("training", "with carries", "a step", "a re-basing", "exact", "exact, carry")
 _PLANNED = (8, 64, 512)
 
 
@@ -119,7 +119,7 @@ def planned(plan: Plan) -> dict[str, float]:
         "training": plan.training(),
         "with carries": plan.training() + plan.carrying(_COLUMNS),
         "a step": plan.every_step(calibrating=True),
-        "a renewal": plan.every_step(calibrating=True) + plan.renewal(),
+        "a re-basing": plan.every_step(calibrating=True) + plan.rebasing_of_P(),
         "exact": plan.every_step(calibrating=False) + plan.rebasing(with_direction=False),
         "exact, carry": plan.every_step(calibrating=False)
         + plan.rebasing(with_direction=False, dense=False),
@@ -146,10 +146,10 @@ def measured(processes: int, replicas: int = 1) -> tuple[dict[str, float], int]:
         trainable = [p for p in model.parameters() if p.requires_grad]
         inner = torch.optim.AdamW(trainable, lr=1e-3)
         options: dict[str, Any] = {"rule": rule, "accumulator": accumulator}
-        options |= {"lifetime": _LIFETIME} if rule == "auto" else {}
+        options |= {"interval": _INTERVAL if rule == "auto" else 1}
         options |= {"carry_rank": _COLUMNS} if accumulator == "carry" else {}
         optimizer = ScaLoRA(inner, model, **options)
-        for step in range(1, _LIFETIME + 1):
+        for step in range(1, _INTERVAL + 1):
             optimizer.zero_grad()
             training = ReceivedBytes(processes)
             with training if replicas == 1 else nullcontext():
@@ -162,8 +162,8 @@ def measured(processes: int, replicas: int = 1) -> tuple[dict[str, float], int]:
                 found["with carries"], found["exact, carry"] = training.total, stepping.total
             elif rule == "exact":
                 found["exact"] = stepping.total
-            elif step == _LIFETIME:
-                found["a renewal"] = stepping.total
+            elif step == _INTERVAL:
+                found["a re-basing"] = stepping.total
             else:
                 found["training"], found["a step"] = training.total, stepping.total
     return found, largest
@@ -201,17 +201,16 @@ def _plan() -> str:
     rows = []
     for processes in _PLANNED:
         plan = llama_70b(processes)
-        every = RebasingOptions.lifetime / plan.rank
-        step, renewal = plan.every_step(calibrating=False), plan.renewal()
+        step, rebasing = plan.every_step(calibrating=False), plan.rebasing_of_P()
         exact = step + plan.rebasing(with_direction=True)
         carries = plan.carrying(8 * plan.rank)
         own = plan.training()
-        default = step + renewal / every
+        default = step + rebasing / RebasingOptions().interval_steps
         rows.append(
             [
                 str(processes),
                 f"{own / 1e9:.1f}",
-                f"{renewal / 1e6:.1f}",
+                f"{rebasing / 1e6:.1f}",
                 f"{default / 1e6:.2f}",
                 f"{default / own:.1e}",
                 f"{exact / 1e9:.2f}",
@@ -223,7 +222,7 @@ def _plan() -> str:
     header = [
         "70B, processes",
         "FSDP2 GB",
-        "a renewal MB",
+        "a re-basing MB",
         "default MB",
         "share",
         "exact GB",

@@ -106,7 +106,7 @@ def _measure(
     pairs = scalora.peft_layers.lora_pairs(model, "default")
     drift = _Drift(pairs)
     rebaser: Any = optimizer._rebaser
-    rebaser.rebase, rebaser.renew = drift.watched(rebaser.rebase), drift.watched(rebaser.renew)
+    rebaser.rebase = drift.watched(rebaser.rebase)
 
     def loss(inputs: Tensor) -> Tensor:
         found = model(inputs.to(dtype)).float()

@@ -32,12 +32,9 @@ _FOR_GOOD = 10**9  # steps
 _CONTESTANTS: dict[str, dict[str, Any] | None] = {
     "AdamW alone": None,
     "rule='none'": {"rule": "none"},
-    "default, while it calibrates": {"calibration": _FOR_GOOD, "lifetime": _FOR_GOOD},
-    "default, afterwards": {"calibration": 1, "lifetime": _FOR_GOOD},
-    "default, afterwards, renewing a column of every layer": {
-        "calibration": 1,
-        "lifetime": _RANK,
-    },
+    "default, while it calibrates": {"calibration": _FOR_GOOD, "interval": _FOR_GOOD},
+    "default, afterwards": {"calibration": 1, "interval": _FOR_GOOD},
+    "default, afterwards, re-basing": {"calibration": 1, "interval": 1},
     "exact": {"rule": "exact"},
 }
 

@@ -66,13 +66,12 @@ class Plan:
         """Whether a gradient overflowed, and the sums that calibration asks for."""
         return self.summed(1) + (self.summed(5) + self.summed(1) if calibrating else 0)
 
-    def renewal(self, columns: int = 1) -> float:
-        """Of a step in which ``columns`` of every layer are renewed, and folded into the base."""
-        item = self.factor_bytes
+    def rebasing_of_P(self) -> float:
+        """Of a step with the default rule that folds into the base: Q is gathered for it."""
         return sum(
-            self.turned(n, columns, held=0, item=item)
-            + self.gathered(n, columns, item)
-            + self.summed(columns + 1)  # lengths, and whether all is finite
+            self.summed(1)  # whether all is finite
+            + self.turned(n, self.rank, self._least_rows, self.factor_bytes)
+            + self.gathered(n, self.rank, self.factor_bytes)
             for _, n in self.adapted
         )
 
@@ -91,14 +90,18 @@ class Plan:
         models = 2 if with_direction else 1
         exchanges = 6 if with_direction else 3
         small = self.summed(4) + self.summed(8 * r * r + 2 * r, _WIDE)
-        least = r // self.processes if r % self.processes == 0 else 0
         return sum(
             models * small
             + self.summed(1)
-            + exchanges * self.turned(n, r, least, item)
+            + exchanges * self.turned(n, r, self._least_rows, item)
             + (self.gathered(n, r, item) if dense else 0)
             for _, n in self.adapted
         )
+
+    @property
+    def _least_rows(self) -> int:
+        """Rows of Q that the process with the fewest holds."""
+        return self.rank // self.processes if self.rank % self.processes == 0 else 0
 
     def turned(self, n: int, rows: int, held: int, item: int) -> int:
         """Of exchanging ``rows`` rows for columns, where a process holds ``held`` of them."""

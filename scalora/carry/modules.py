@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 from scalora.carry.carry import Carry
@@ -42,8 +43,9 @@ class _Joined(torch.autograd.Function):
             grad_x = grad @ _cat(weight, frozen, ctx.axis, ctx.rows)
         if ctx.needs_input_grad[1]:
             rows, columns = weight.shape
-            grad = grad[..., :rows].reshape(-1, rows)
-            grad_weight = grad.mT @ x[..., :columns].reshape(-1, columns)
+            # Not slices: of a whole axis these are aliases, which a vmap over gradients refuses.
+            grad = grad.narrow(-1, 0, rows).reshape(-1, rows)
+            grad_weight = grad.mT @ x.narrow(-1, 0, columns).reshape(-1, columns)
         return grad_x, grad_weight, None, None, None
 
 
@@ -58,8 +60,19 @@ def _joined(x: Tensor, weight: Tensor, frozen: Tensor, axis: int, rows: Rows) ->
         dtype = torch.get_autocast_dtype(kind)
         x, weight = x.to(dtype), weight.to(dtype)
         with torch.autocast(kind, enabled=False):
-            return _Joined.apply(x, weight, frozen.to(dtype), axis, rows)
-    return _Joined.apply(x, weight, frozen.to(weight.dtype), axis, rows)
+            return _product(x, weight, frozen.to(dtype), axis, rows)
+    return _product(x, weight, frozen.to(weight.dtype), axis, rows)
+
+
+def _product(x: Tensor, weight: Tensor, frozen: Tensor, axis: int, rows: Rows) -> Tensor:
+    """Return `_Joined`'s product, which has rules for the backward pass alone.
+
+    Under the transforms of ``torch.func`` and in forward mode all of the product is differentiated,
+    the frozen half too: rules of one's own for those are what torch.compile cannot trace.
+    """
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return functional.linear(x, _cat(weight, frozen, axis, rows))
+    return _Joined.apply(x, weight, frozen, axis, rows)
 
 
 class _Carrying:

@@ -25,14 +25,14 @@ class Moments:
         direction: computes the coming step's direction, for ``rule="direction"``; None if unknown.
         direction_degree: 0 if the step does not grow with the gradient (Adam), 1 if it does (SGD).
         partners: pairs of states that factor one second moment (Adafactor).
-        norms: states that say how large gradients are and not where they point, though of degree 1.
+        linear_in_rate: whether the step is proportional to the learning rate, weight decay and all.
     """
 
     degrees: Mapping[str, int]
     direction: Direction | None = None
     direction_degree: int = 0
     partners: Mapping[str, str] | None = None
-    norms: frozenset[str] = frozenset()
+    linear_in_rate: bool = True
 
     @property
     def tensor_names(self) -> set[str]:
@@ -48,9 +48,7 @@ _TABLE: dict[type[torch.optim.Optimizer], Moments] = {
     torch.optim.AdamW: Moments(_ADAM, directions.adam),
     torch.optim.NAdam: Moments({**_ADAM, "mu_product": 0}, directions.nadam),
     torch.optim.RAdam: Moments(_ADAM, directions.radam),
-    torch.optim.Adamax: Moments(
-        {**_STEP, "exp_avg": 1, "exp_inf": 1}, directions.adamax, norms=frozenset({"exp_inf"})
-    ),
+    torch.optim.Adamax: Moments({**_STEP, "exp_avg": 1, "exp_inf": 1}, directions.adamax),
     torch.optim.SGD: Moments({"momentum_buffer": 1}, directions.sgd, direction_degree=1),
     torch.optim.RMSprop: Moments(
         {**_STEP, "square_avg": 2, "grad_avg": 1, "momentum_buffer": 0}, directions.rmsprop
@@ -60,6 +58,7 @@ _TABLE: dict[type[torch.optim.Optimizer], Moments] = {
         {**_STEP, "row_var": 2, "col_var": 2, "variance": 2},
         directions.adafactor,
         partners={"row_var": "col_var", "col_var": "row_var"},
+        linear_in_rate=False,
     ),
 }
 
@@ -128,7 +127,9 @@ def register_moments(
             raise ValueError(f"degree {degree!r} of state {name!r} must be an integer, 0 or more.")
     if direction_degree not in (0, 1):
         raise ValueError(f"direction_degree={direction_degree!r} must be 0 or 1.")
-    _TABLE[optimizer_class] = Moments({**_STEP, **degrees}, direction, direction_degree)
+    _TABLE[optimizer_class] = Moments(
+        {**_STEP, **degrees}, direction, direction_degree, linear_in_rate=False
+    )
 
 
 def register_by_name(full_name: str, entry: Moments) -> None:

@@ -14,6 +14,7 @@ from scalora.peft_layers.adapter_files import (
 from scalora.peft_layers.base_watch import BaseWatch, watch_base
 from scalora.peft_layers.carried import attach_carry
 from scalora.peft_layers.checksums import adapter_checksums, base_checksums, checksums
+from scalora.peft_layers.factor_watch import FactorWatch, check_factors, watch_factors
 from scalora.peft_layers.finding import (
     active_adapter,
     adapter_names,
@@ -35,6 +36,7 @@ from scalora.peft_layers.support import is_quantized, why_no_carry, why_not_dens
 
 __all__ = [
     "BaseWatch",
+    "FactorWatch",
     "LoRAPair",
     "PeftModel",
     "active_adapter",
@@ -47,6 +49,7 @@ __all__ = [
     "base_layer_at",
     "base_model",
     "base_weight_name",
+    "check_factors",
     "checksums",
     "complete_checkpoints",
     "config_moves_base",
@@ -61,6 +64,7 @@ __all__ = [
     "untie_adapted_weights",
     "warn_when_saved_alone",
     "watch_base",
+    "watch_factors",
     "why_no_carry",
     "why_not_dense",
     "why_not_measured",

@@ -14,13 +14,14 @@ from typing import Any
 
 from scalora.ablation.task import Task
 from scalora.ablation.tasks.arithmetic import Arithmetic
+from scalora.ablation.tasks.capacity import Capacity
 from scalora.ablation.tasks.domain_shift import DomainShift
 from scalora.ablation.tasks.regression import Regression
 from scalora.ablation.tasks.sentiment import Sentiment
 from scalora.ablation.tasks.text import Text
 
 EMBEDDED: dict[str, type[Task]] = {
-    task.name: task for task in (DomainShift, Sentiment, Arithmetic, Regression, Text)
+    task.name: task for task in (DomainShift, Capacity, Sentiment, Arithmetic, Regression, Text)
 }
 
 

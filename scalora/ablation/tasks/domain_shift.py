@@ -42,7 +42,7 @@ class DomainShift(Task):
     name = "domain-shift"
     steps = 1500
     short_steps = 150
-    learning_rates = (2e-3, 5e-3, 1e-2, 2e-2, 6e-2)
+    learning_rates: ClassVar[tuple[float, ...]] = (2e-3, 5e-3, 1e-2, 2e-2, 6e-2)
     rank = 4
 
     pretraining_steps: ClassVar[int] = 1200
