@@ -49,6 +49,7 @@ from rich.progress import track
 from torch import Tensor
 
 import scalora
+from scalora.device_option import add_device_option
 
 # Name -> quantized, re-based.
 RUNS = {
@@ -273,7 +274,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model", help="folder or hub id (default: SmolLM2-135M-Instruct, installed)")
     add("--text", type=Path, nargs="+", help="text files (default: Python's own sources)")
     add("--output", type=Path, default=Path("qlora-output"), help="default: %(default)s")
-    add("--device", type=torch.device, help="default: cuda if there is one, else cpu")
+    add_device_option(parser)
     add("--steps", type=positive, help="default: 500; short: 12")
     add("--batch", type=positive, help="windows a step (default: 8; short: 2)")
     add("--length", type=positive, help="tokens of a window (default: 512; short: 64)")
@@ -291,7 +292,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, (full, short) in {**sizes, **chosen}.items():
         if getattr(args, name) is None:
             setattr(args, name, short if args.short else full)
-    args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return args
 
 

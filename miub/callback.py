@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from miub.monitor import MIUBMonitor
 from miub.report import MIUBReport
+from scalora.arguments import described, did_you_mean
 
 
 class MIUBCallback(TrainerCallback):
@@ -33,10 +35,20 @@ class MIUBCallback(TrainerCallback):
         monitor: the monitor, once training has begun; ``callback.report()`` is its report.
 
     Raises:
+        TypeError: an option of another name.
         TypeError, ValueError: as `miub.MIUBMonitor` does, when training begins.
     """
 
     def __init__(self, every: int = 50, *, per_layer: bool = True, **options: Any) -> None:
+        known = [name for name in inspect.signature(MIUBMonitor).parameters if name != "model"]
+        for name in options:
+            if name not in known:
+                raise TypeError(
+                    f"MIUBCallback has no option {name!r}.{did_you_mean(name, known)} Its options: "
+                    f"{', '.join(known)}."
+                )
+        if isinstance(every, bool) or not isinstance(every, int):
+            raise TypeError(f"every={described(every)} must be a number of steps.")
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}.")
         self.every = every

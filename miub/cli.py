@@ -17,6 +17,7 @@ from miub.estimators import ESTIMATORS
 from miub.monitor import MIUBMonitor
 from miub.report import MIUBReport
 from scalora import load_rebased_weights, peft_layers
+from scalora.device_option import add_device_option
 from scalora.training_state_file import STATE_FILE
 from scalora.transformers_models import model_class
 
@@ -51,7 +52,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--batches", type=int, default=8, help="at most so many; default: %(default)s")
     add("--max-length", type=int, default=128, help="tokens of a text; default: %(default)s")
     add("--dtype", default="auto", help="of the model: auto, float32, bfloat16; default: auto")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device_option(parser)
     add("--seed", type=int, default=0, help="of the draw; default: %(default)s")
     add("--csv", help="write every measurement to this file")
     add("--json", help="write the report to this file")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scalora import peft_layers, transformers_models
+from scalora.arguments import check_folder
 from scalora.files import folder_written_whole
 from scalora.saving import ADAPTER_CONFIG, MODEL_CONFIG, merged_model, save_adapter
 from scalora.training_state import load_rebased_weights
@@ -69,6 +70,7 @@ class _Checkpoint:
 
     @classmethod
     def read(cls, folder: Path) -> _Checkpoint:
+        check_folder(folder, "there is nothing to export")
         if not (folder / STATE_FILE).is_file():
             raise ValueError(
                 f"{folder} has no {STATE_FILE}, which ScaLoRACallback and "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,14 @@ from scalora.callers import level_of_caller
 from scalora.layer_batches import highest_rate
 from scalora.made_state import only_makes_state
 from scalora.moments import moments_of
-from scalora.optimizer_wrapper import OptimizerWrapper
-from scalora.options import RebasingOptions
+from scalora.optimizer_wrapper import (
+    OptimizerWrapper,
+    calls_global_hooks_once,
+    calls_load_state_dict_hooks,
+    calls_state_dict_hooks,
+    check_inner,
+)
+from scalora.options import Accumulator, RebasingOptions, Rounding, Rule, WhenFull
 from scalora.overflow import can_skip, not_finite, step_unless
 from scalora.peft_layers import LoRAPair
 from scalora.rebasing import Rebaser
@@ -130,19 +136,19 @@ class ScaLoRA(OptimizerWrapper):
         optimizer: torch.optim.Optimizer,
         model: nn.Module,
         *,
-        interval: int | str = "auto",
-        rule: str = "auto",
-        lipschitz: float | str | None = None,
-        accumulator: str = "auto",
+        interval: int | Literal["auto"] = "auto",
+        rule: Rule = "auto",
+        lipschitz: float | Literal["auto"] | None = None,
+        accumulator: Accumulator = "auto",
         adapter_name: str = "default",
-        rounding: str = "stochastic",
+        rounding: Rounding = "stochastic",
         bound: float = RebasingOptions.bound,
         seed: int = 0,
-        carry_rank: int | str = "auto",
-        when_full: str = "compress",
+        carry_rank: int | Literal["auto"] = "auto",
+        when_full: WhenFull = "compress",
         carry_tolerance: float = RebasingOptions.carry_tolerance,
-        calibration: int | str = "auto",
-        memory: float | str = "auto",
+        calibration: int | Literal["auto"] = "auto",
+        memory: float | Literal["auto"] = "auto",
     ) -> None:
         options = RebasingOptions(
             interval=interval,
@@ -159,17 +165,7 @@ class ScaLoRA(OptimizerWrapper):
             calibration=calibration,
             memory=memory,
         )
-        if isinstance(optimizer, ScaLoRA):
-            raise TypeError("optimizer is a ScaLoRA already; pass the optimizer it wraps.")
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer={optimizer!r} is not a torch.optim.Optimizer.")
-        if isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-            raise TypeError(
-                f"optimizer is a {type(optimizer).__name__} around another: wrap the innermost "
-                "one, before accelerator.prepare."
-            )
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model={model!r} is not a torch.nn.Module.")
+        check_inner(optimizer, model)
         moments = moments_of(optimizer)
         if options.resolved_rule in ("direction", "age") and moments.direction is None:
             raise ValueError(
@@ -240,6 +236,7 @@ class ScaLoRA(OptimizerWrapper):
 
     # Traced by torch.compile, what a step leaves in this object would be lost without a word.
     @torch.compiler.disable
+    @calls_global_hooks_once
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step the inner optimizer, and re-base if it is time to.
 
@@ -294,6 +291,7 @@ class ScaLoRA(OptimizerWrapper):
             self._factors.note(self.rebase_count)
         return loss
 
+    @calls_state_dict_hooks
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's, and under ``"scalora"`` what a resumed run needs besides.
 
@@ -316,6 +314,7 @@ class ScaLoRA(OptimizerWrapper):
         first, *others = state["param_groups"]
         return {**state, "param_groups": [{**first, "scalora": packed(own)}, *others]}
 
+    @calls_load_state_dict_hooks
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where another ScaLoRA stopped, once the model's weights are loaded too.
 

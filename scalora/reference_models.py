@@ -81,4 +81,5 @@ def options_beside_base(options: RebasingOptions) -> RebasingOptions:
             "(with when_full='compress' or 'hold'), or precompute_ref_log_probs=True where the "
             "trainer has it."
         )
-    return dataclasses.replace(options, accumulator="carry")
+    # Nothing is rounded beside the base.
+    return dataclasses.replace(options, accumulator="carry", rounding=RebasingOptions.rounding)

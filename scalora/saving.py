@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scalora import peft_layers, sharding
+from scalora.arguments import check_model
 from scalora.carry import compress
 from scalora.files import folder_written_whole, write_tensors
 from scalora.pretrained import Base, base_has_moved, full_precision_base, weight_changes
@@ -49,6 +50,7 @@ def save_merged(model: nn.Module, path: str | PathLike[str], base: Base | None =
             quantized.
         OSError: the files cannot be written; what was in the folder is still there.
     """
+    check_model(model, "save_merged")
     merged = merged_model(model, base)
     whole = _with_what_is_around(model, merged)
     with folder_written_whole(Path(path), MODEL_CONFIG, _MODEL_FILES) as staged:
@@ -135,6 +137,7 @@ def save_adapter(
             is quantized and was changed by the adapter's initialisation.
         OSError: the files cannot be written; what was in the folder is still there.
     """
+    check_model(model, "save_adapter")
     if rank is not None and rank < 1:
         raise ValueError(f"rank={rank} must be at least 1.")
     wrapped = _require_peft_model(model)
@@ -149,7 +152,9 @@ def save_adapter(
         factors, keep_dora = _all_beside(wrapped, name, rank)
     else:
         keep_dora = False
-        thin = [pair for pair in beside if not pair.was_rebased and not pair.has_variant]
+        # An initialisation that moved the base moved it under a carry too.
+        moved = peft_layers.moves_base_at_creation(wrapped, name)
+        thin = [p for p in beside if not (moved or p.was_rebased or p.has_variant)]
         factors = {pair.name: _factors_beside(pair, rank) for pair in thin}
         for layer, (pair, change) in weight_changes(model, base, name, thin).items():
             factors[layer] = _best_factors(pair.as_matrix(change), rank)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from scalora.arguments import check_model
 from scalora.pretrained import Base, weight_changes
 
 
@@ -27,6 +28,7 @@ def delta_spectrum(
     Raises:
         ValueError: ``base`` is needed and missing, or belongs to another model.
     """
+    check_model(model, "delta_spectrum")
     return {
         name: torch.linalg.svdvals(pair.as_matrix(change))
         for name, (pair, change) in weight_changes(model, base, adapter_name).items()
@@ -44,6 +46,7 @@ def effective_rank(
     Args:
         model, base, adapter_name: as in `delta_spectrum`.
     """
+    check_model(model, "effective_rank")
     spectra = delta_spectrum(model, base, adapter_name=adapter_name)
     return {name: entropy_rank(spectrum) for name, spectrum in spectra.items()}
 

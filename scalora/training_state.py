@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from scalora import peft_layers, sharding, transformers_models
+from scalora.arguments import check_folder, check_model, described
 from scalora.optimizer import ScaLoRA
 from scalora.peft_layers import LoRAPair
 from scalora.state_encoding import flattened
@@ -38,6 +39,8 @@ def save_training_state(
     Returns:
         The file's path.
     """
+    _check_optimizer(optimizer, "save_training_state")
+    check_folder(Path(folder), "make it first; nothing was written")
     sharding.require_whole(optimizer.model, "save_training_state")
     tensors, state = flattened(optimizer.rebasing_state())
     pairs = optimizer.rebased_pairs
@@ -69,6 +72,7 @@ def load_training_state(optimizer: ScaLoRA, folder: str | PathLike[str]) -> None
         ValueError: the file is missing or damaged, or belongs to another model, rank, rule or
             adapter; nothing is changed then.
     """
+    _check_optimizer(optimizer, "load_training_state")
     sharding.require_whole(optimizer.model, "load_training_state")
     file = TrainingStateFile.read(folder)
     pairs = optimizer.rebased_pairs
@@ -98,6 +102,7 @@ def load_rebased_weights(
         ValueError: the file is missing or damaged, or belongs to another model, rank or adapter;
             nothing is changed then.
     """
+    check_model(model, "load_rebased_weights")
     sharding.require_whole(model, "load_rebased_weights")
     file = TrainingStateFile.read(folder)
     name = adapter_name or peft_layers.active_adapter(model)
@@ -114,6 +119,18 @@ def load_rebased_weights(
             pair.mark_rebased()
     if file.values["rebase_count"]:
         peft_layers.complete_what_is_saved(model)
+
+
+def _check_optimizer(optimizer: Any, caller: str) -> None:
+    """Raise a TypeError if it is no ScaLoRA; accelerate and schedulers have one inside."""
+    if isinstance(optimizer, ScaLoRA):
+        return
+    inside = " It is around one: pass its .optimizer." * isinstance(
+        getattr(optimizer, "optimizer", None), ScaLoRA
+    )
+    raise TypeError(
+        f"{caller}(optimizer, folder) got {described(optimizer)}, not a ScaLoRA.{inside}"
+    )
 
 
 def _pairs_of(file: TrainingStateFile, model: nn.Module, adapter: str) -> list[LoRAPair]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from scalora import peft_layers
+from scalora.arguments import check_folder
 from scalora.files import read_tensors, write_tensors
 from scalora.peft_layers import LoRAPair
 from scalora.state_encoding import carry_of, noted, opened, restored, sealed
@@ -64,6 +65,12 @@ class TrainingStateFile:
                 this package.
         """
         path = Path(folder) / STATE_FILE
+        check_folder(path.parent, "nothing was loaded")
+        if not path.is_file():
+            raise ValueError(
+                f"{path.parent} has no {STATE_FILE}, which ScaLoRACallback and "
+                "scalora.save_training_state write: nothing was loaded."
+            )
         tensors, metadata = read_tensors(path)
         beside = noted(metadata).get(_BESIDE)
         if beside is not None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -23,13 +23,17 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from scalora import sharding
+from scalora.arguments import check_folder
 from scalora.optimizer import ScaLoRA
-from scalora.options import RebasingOptions
+from scalora.options import RebasingKeywords, RebasingOptions, options_of
 from scalora.peft_layers import complete_checkpoints
 from scalora.reference_models import options_beside_base, refers_to_base
 from scalora.sharded_checkpoint import load_sharded, save_sharded
 from scalora.training_state import load_training_state, save_training_state
 from scalora.training_state_file import STATE_FILE
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _OPTIMIZER_FILE = "optimizer.pt"
 
@@ -62,8 +66,10 @@ class ScaLoRACallback(TrainerCallback):
             model, or its teacher is an average of the adapter's parameters.
     """
 
-    def __init__(self, *, resume_from: str | None = None, **options: Any) -> None:
-        self._options = RebasingOptions(**options)
+    def __init__(
+        self, *, resume_from: str | None = None, **options: Unpack[RebasingKeywords]
+    ) -> None:
+        self._options = options_of(options, "ScaLoRACallback")
         self.resume_from = resume_from
         self.options = options
         self.optimizer: ScaLoRA | None = None
@@ -191,6 +197,10 @@ class ScaLoRACallback(TrainerCallback):
         return self._sharded and control.should_save and not state.is_hyper_param_search
 
     def _checkpoint(self, args: TrainingArguments, state: TrainerState) -> Path:
+        if self.resume_from is not None:
+            check_folder(
+                Path(self.resume_from), "it was passed as ScaLoRACallback(resume_from=...)"
+            )
         candidates = [
             self.resume_from,
             args.resume_from_checkpoint,

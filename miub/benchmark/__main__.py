@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-import torch
-
 from miub.benchmark import cost, families, ground_truth
 from scalora.benchmark.machine import machine
+from scalora.device_option import add_device_option
 
 _ALL = ["truth", "families", "cost"]
 
@@ -19,15 +18,13 @@ def main() -> None:
     parser.add_argument(
         "--short", action="store_true", help="truth: N = 128 alone; families: 2,000"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device_option(parser)
     arguments = parser.parse_args()
     which = arguments.which or _ALL
     unknown = set(which) - set(_ALL)
     if unknown:
         parser.error(f"no benchmark named {', '.join(sorted(unknown))}")
-    device = torch.device(arguments.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no GPU here")
+    device = arguments.device
     print(machine(device))
     if "truth" in which:
         sizes = {"sizes": (128,)} if arguments.short else {}

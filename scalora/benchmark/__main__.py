@@ -20,6 +20,7 @@ from scalora.benchmark import (
     survival,
 )
 from scalora.benchmark.machine import machine
+from scalora.device_option import add_device_option
 
 BENCHMARKS: dict[str, Callable[[torch.device], str]] = {
     "step": step.run,
@@ -39,21 +40,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m scalora.benchmark", description=__doc__)
     names = f"of {', '.join(BENCHMARKS)}; default: all but long-run"
     parser.add_argument("which", nargs="*", help=names)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device_option(parser)
     parser.add_argument("--plot", type=Path, help="survival: draw its curves to this file")
     parser.add_argument("--steps", type=int, default=long_run.STEPS, help="long-run: of each row")
     arguments = parser.parse_args()
     unknown = set(arguments.which) - set(BENCHMARKS)
     if unknown:
         parser.error(f"no benchmark named {', '.join(sorted(unknown))}")
-    device = torch.device(arguments.device)
     benchmarks = dict(BENCHMARKS)
     benchmarks["survival"] = partial(survival.run, plot=arguments.plot)
     benchmarks["long-run"] = partial(long_run.run, steps=arguments.steps)
-    print(machine(device))
+    print(machine(arguments.device))
     for name in arguments.which or [name for name in BENCHMARKS if name != "long-run"]:
         print(f"\n## {name}\n", flush=True)
-        print(benchmarks[name](device), flush=True)
+        print(benchmarks[name](arguments.device), flush=True)
 
 
 if __name__ == "__main__":

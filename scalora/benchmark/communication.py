@@ -145,10 +145,10 @@ def measured(processes: int, replicas: int = 1) -> tuple[dict[str, float], int]:
         fully_shard(model, mesh=mesh)
         trainable = [p for p in model.parameters() if p.requires_grad]
         inner = torch.optim.AdamW(trainable, lr=1e-3)
-        options: dict[str, Any] = {"accumulator": accumulator, "carry_rank": _COLUMNS}
-        optimizer = ScaLoRA(
-            inner, model, rule=rule, interval=_INTERVAL if rule == "auto" else 1, **options
-        )
+        options: dict[str, Any] = {"rule": rule, "accumulator": accumulator}
+        options |= {"interval": _INTERVAL if rule == "auto" else 1}
+        options |= {"carry_rank": _COLUMNS} if accumulator == "carry" else {}
+        optimizer = ScaLoRA(inner, model, **options)
         for step in range(1, _INTERVAL + 1):
             optimizer.zero_grad()
             training = ReceivedBytes(processes)

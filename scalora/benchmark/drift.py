@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Literal
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 
 import scalora
 from scalora.benchmark.table import markdown
+from scalora.options import Rounding
 from scalora.peft_layers import lora_pairs
 
 _STEPS, _SIZE, _RANK = 10_000, 256, 8
-_CASES: list[tuple[torch.dtype, str, int | str]] = [
+_CASES: list[tuple[torch.dtype, Rounding, int | Literal["auto"]]] = [
     (torch.float32, "stochastic", "auto"),
     (torch.bfloat16, "nearest", "auto"),
     (torch.bfloat16, "stochastic", "auto"),
@@ -44,7 +46,7 @@ def run(device: torch.device) -> str:
 
 @torch.no_grad()
 def _measure(
-    dtype: torch.dtype, rounding: str, interval: int | str, device: torch.device
+    dtype: torch.dtype, rounding: Rounding, interval: int | Literal["auto"], device: torch.device
 ) -> list[str]:
     torch.manual_seed(0)
     layer = nn.Linear(_SIZE, _SIZE, bias=False)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import scalora
 from scalora.benchmark.table import markdown
 from scalora.fold import fold, noise_seed
+from scalora.options import Rule
 
 _LLAMA_8B_SHAPES = {(4096, 4096): 64, (1024, 4096): 64, (14336, 4096): 64, (4096, 14336): 32}
 _SMALL_SHAPES = {(384, 384): 24, (1536, 384): 6, (384, 1536): 6}
@@ -86,7 +87,7 @@ def _seconds(call: Callable[[], Any], device: torch.device) -> float:
 def _launches(device: torch.device) -> str:
     rows = []
     for layers in (8, 16, 32):
-        plain, rebased = (_kernels(layers, rule, device) for rule in ("none", "exact"))
+        plain, rebased = _kernels(layers, "none", device), _kernels(layers, "exact", device)
         rows.append([str(layers), str(plain), str(rebased), str(rebased - plain)])
     header = ["layers of one shape", "kernels, rule='none'", "kernels, rule='exact'", "added"]
     return markdown(header, rows)
@@ -97,7 +98,7 @@ def kernels_added(layers: int, device: torch.device) -> int:
     return _kernels(layers, "exact", device) - _kernels(layers, "none", device)
 
 
-def _kernels(layers: int, rule: str, device: torch.device) -> int:
+def _kernels(layers: int, rule: Rule, device: torch.device) -> int:
     torch.manual_seed(0)
     base = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(layers)))
     names = [str(i) for i in range(layers)]

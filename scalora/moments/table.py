@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from scalora.arguments import described
 from scalora.moments import directions
 from scalora.moments.directions import Direction
 
@@ -64,6 +65,32 @@ _TABLE: dict[type[torch.optim.Optimizer], Moments] = {
 # Classes of libraries that need not be installed, by their full names.
 _BY_NAME: dict[str, Moments] = {}
 
+# Beginnings of the full names of classes that no degrees describe -> why, and what to use instead.
+_IMPOSSIBLE = {
+    "transformers.optimization.Adafactor": (
+        "its second moment is factored. Use torch.optim.Adafactor instead; in a Trainer pass "
+        "optimizer_cls_and_kwargs=(torch.optim.Adafactor, {'lr': ...}) in place of "
+        "optim='adafactor'"
+    ),
+    "torchao.": (
+        "its states are codes. Use an 8-bit optimizer of bitsandbytes.optim instead; in a Trainer "
+        "optim='adamw_bnb_8bit'"
+    ),
+    "bitsandbytes.optim.lamb.": (
+        "its step depends on the norms of whole parameters. Use bitsandbytes.optim.AdamW instead"
+    ),
+    "bitsandbytes.optim.lars.": (
+        "its step depends on the norms of whole parameters. Use bitsandbytes.optim.SGD instead"
+    ),
+    "torch.optim.lbfgs.": (
+        "it keeps the history of all parameters in one. Use torch.optim.AdamW instead"
+    ),
+    "schedulefree.": (
+        "it keeps values of the parameters themselves in its state. Use torch.optim.AdamW or SGD "
+        "with a schedule instead"
+    ),
+}
+
 
 def register_moments(
     optimizer_class: type[torch.optim.Optimizer],
@@ -91,7 +118,10 @@ def register_moments(
     if not (
         isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)
     ):
-        raise TypeError(f"{optimizer_class!r} is not a subclass of torch.optim.Optimizer.")
+        raise TypeError(
+            f"optimizer_class is {described(optimizer_class)}, not a subclass of "
+            "torch.optim.Optimizer."
+        )
     for name, degree in degrees.items():
         if not isinstance(degree, int) or degree < 0:
             raise ValueError(f"degree {degree!r} of state {name!r} must be an integer, 0 or more.")
@@ -118,11 +148,17 @@ def moments_of(optimizer: torch.optim.Optimizer) -> Moments:
     entry = _TABLE.get(type(optimizer), _BY_NAME.get(name))
     if entry is not None:
         return entry
+    for beginning, reason in _IMPOSSIBLE.items():
+        if name.startswith(beginning):
+            raise TypeError(
+                f"ScaLoRA cannot carry the state of {name} across a re-basing: {reason}."
+            )
     others = (full.split(".") for full in _BY_NAME)
     known = ", ".join([*(cls.__name__ for cls in _TABLE), *(f"{o[0]}.{o[-1]}" for o in others)])
     raise TypeError(
         f"ScaLoRA does not know how the state of {name} depends on the gradient, so it cannot "
-        f"carry it across a re-basing. Known: {known}. Register it with "
+        f"carry it across a re-basing. Known: {known}. Use one of those; or, if every tensor of "
+        "its state has a column for each of the adapter's r and is no code, register it with "
         f"scalora.register_moments({type(optimizer).__name__}, {{'exp_avg': 1, 'exp_avg_sq': 2}}), "
-        "giving the degree of each state in the gradient history."
+        "giving the degree of each in the gradient history."
     )

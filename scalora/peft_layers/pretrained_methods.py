@@ -16,6 +16,7 @@ from scalora import sharding
 from scalora.callers import level_of_caller
 from scalora.peft_layers import whole_files
 from scalora.peft_layers.adapter_files import adapter_with_factors
+from scalora.peft_layers.combining import guard_combinations
 from scalora.peft_layers.finding import adapted_models, all_lora_pairs, lora_pairs
 from scalora.peft_layers.misleading import warn_of_changed_base
 from scalora.peft_layers.model_card import note_in_model_card
@@ -59,6 +60,7 @@ def complete_what_is_saved(model: nn.Module) -> None:
             if hasattr(adapted, name):
                 setattr(adapted, name, method(adapted))
         warn_of_changed_base(adapted)
+        guard_combinations(getattr(adapted, "base_model", adapted))
 
 
 def complete_checkpoints(
