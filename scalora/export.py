@@ -23,6 +23,7 @@ from scalora.files import folder_written_whole
 from scalora.saving import ADAPTER_CONFIG, MODEL_CONFIG, merged_model, save_adapter
 from scalora.training_state import load_rebased_weights
 from scalora.training_state_file import STATE_FILE, TrainingStateFile
+from scalora.transformers_ties import write_model
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 # What tokenizers of transformers save; each has some of them.
@@ -149,7 +150,7 @@ def export_checkpoint(
         if merged:
             model, errors = _merged(read, base, full_precision_base, dtype)
             with folder_written_whole(folder, MODEL_CONFIG) as staged:
-                model.save_pretrained(staged)
+                write_model(model, staged)
                 _copy_tokenizer(read.folder, staged)
             return Export(folder, True, errors, None, _bytes(folder))
         wrapped, start = _adapted(read, base)

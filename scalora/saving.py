@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from os import PathLike
 from pathlib import Path
@@ -15,6 +14,7 @@ from scalora import peft_layers, sharding
 from scalora.carry import compress
 from scalora.files import folder_written_whole, write_tensors
 from scalora.pretrained import Base, base_has_moved, full_precision_base, weight_changes
+from scalora.transformers_ties import keeping_ties, settle_ties, write_model
 
 # Without them nothing loads the other files.
 ADAPTER_CONFIG = "adapter_config.json"
@@ -49,7 +49,7 @@ def save_merged(model: nn.Module, path: str | PathLike[str], base: Base | None =
     """
     merged = merged_model(model, base)
     with folder_written_whole(Path(path), MODEL_CONFIG, _MODEL_FILES) as staged:
-        merged.save_pretrained(staged)
+        write_model(merged, staged)
 
 
 def merged_model(model: nn.Module, base: Base | None = None) -> PreTrainedModel:
@@ -67,9 +67,12 @@ def merged_model(model: nn.Module, base: Base | None = None) -> PreTrainedModel:
     elif base is not None:
         raise ValueError("this model is not quantized and has its own base: leave base out.")
     else:
-        apart = copy.deepcopy(wrapped)
+        apart = peft_layers.copied(wrapped)
     peft_layers.untie_adapted_weights(apart)
-    return apart.merge_and_unload()
+    with keeping_ties(apart):
+        merged = apart.merge_and_unload()
+    settle_ties(merged)
+    return merged
 
 
 def _in_full_precision(model: peft_layers.PeftModel, base: Base | None) -> peft_layers.PeftModel:

@@ -14,6 +14,7 @@ from scalora.peft_layers.adapter_files import (
 from scalora.peft_layers.base_watch import BaseWatch, watch_base
 from scalora.peft_layers.carried import attach_carry
 from scalora.peft_layers.checksums import adapter_checksums, base_checksums, checksums
+from scalora.peft_layers.copying import copied
 from scalora.peft_layers.finding import (
     active_adapter,
     adapter_names,
@@ -50,6 +51,7 @@ __all__ = [
     "checksums",
     "complete_checkpoints",
     "config_moves_base",
+    "copied",
     "dequantized",
     "is_quantized",
     "is_saved_with_adapter",
