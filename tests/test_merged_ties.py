@@ -35,12 +35,15 @@ from transformers import (
 )
 
 import scalora
+from scalora.cli import main
 from scalora.transformers_ties import differing_weights
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
     pytest.mark.filterwarnings("ignore:.*stay plain LoRA"),
+    pytest.mark.filterwarnings("ignore:save_pretrained writes the adapter alone"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
 ]
 
 SEQ2SEQ: dict[str, Any] = dict(
@@ -210,6 +213,29 @@ def test_merged_model_stays_tied_where_no_user_was_adapted(name: str, tmp_path: 
     assert again.get_expanded_tied_weights_keys(all_submodels=True) == ties
     for target, source in ties.items():
         assert again.get_parameter(target) is again.get_parameter(source)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["Marian", "T5"])
+def test_exported_merged_model_answers_the_same(name: str, dtype: str, tmp_path: Path) -> None:
+    shared = SHARED[name]
+    torch.manual_seed(5)
+    shared.model().save_pretrained(tmp_path / "base")
+    kind = type(shared.model())
+    base = kind.from_pretrained(tmp_path / "base")
+    model = models.with_lora(
+        base, target_modules=[*shared.others, "lm_head"], task_type="SEQ_2_SEQ_LM"
+    )
+    inner = torch.optim.AdamW(models.trainable(model), lr=2e-2)
+    optimizer = scalora.ScaLoRA(inner, model, rule="exact")
+    models.train(model, optimizer, IDS, 4, loss)
+    model.save_pretrained(tmp_path / "checkpoint")
+    scalora.save_training_state(optimizer, tmp_path / "checkpoint")
+    command = ["export", tmp_path / "checkpoint", tmp_path / "merged", "--merged", "--dtype", dtype]
+    assert main(list(map(str, command))) == 0
+    again = kind.from_pretrained(tmp_path / "merged")
+    tolerance = 1e-4 if dtype == "float32" else 0.02 * float(logits(model).abs().max())
+    torch.testing.assert_close(logits(again).float(), logits(model), rtol=0, atol=tolerance)
 
 
 def test_merged_model_of_replicated_layers_has_a_weight_for_each(tmp_path: Path) -> None:

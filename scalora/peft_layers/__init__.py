@@ -15,6 +15,12 @@ from scalora.peft_layers.base_watch import BaseWatch, watch_base
 from scalora.peft_layers.carried import attach_carry
 from scalora.peft_layers.checksums import adapter_checksums, base_checksums, checksums
 from scalora.peft_layers.copying import copied
+from scalora.peft_layers.embeddings import (
+    forgotten_embeddings,
+    saved_embeddings,
+    vocabulary_changed,
+    weights_in_files,
+)
 from scalora.peft_layers.finding import (
     active_adapter,
     adapter_names,
@@ -53,16 +59,20 @@ __all__ = [
     "config_moves_base",
     "copied",
     "dequantized",
+    "forgotten_embeddings",
     "is_quantized",
     "is_saved_with_adapter",
     "lora_pairs",
     "moves_base_at_creation",
     "peft_model",
+    "saved_embeddings",
     "sharing_modules",
     "storage_address",
     "untie_adapted_weights",
+    "vocabulary_changed",
     "warn_when_saved_alone",
     "watch_base",
+    "weights_in_files",
     "why_no_carry",
     "why_not_dense",
     "why_not_measured",
