@@ -36,7 +36,8 @@ def save_merged(model: nn.Module, path: str | PathLike[str], base: Base | None =
     """Write the model as a plain transformers checkpoint, the adapter merged into its weights.
 
     The model itself is left as it is: PEFT merges a copy, which needs as much memory again.  An
-    adapted weight that was tied to another is no longer tied there: each has its own change.  A
+    adapted weight that was tied to another is no longer tied there: each has its own change.  What
+    was written is loaded and compared before it is put in place.  A
     quantized base cannot take in the adapter without losing most of it, so what is written is in
     full precision: the quantized base's own weights, dequantized, which gives the model's own
     answers; or ``base``.
@@ -49,8 +50,8 @@ def save_merged(model: nn.Module, path: str | PathLike[str], base: Base | None =
             folder or a hub id) to merge onto instead.
 
     Raises:
-        ValueError: not a PEFT model around a transformers model, or a base for one that is not
-            quantized.
+        ValueError: not a PEFT model around a transformers model, a base for one that is not
+            quantized, or a model that would not load as it is; the folder is as it was then.
         OSError: the files cannot be written; what was in the folder is still there.
     """
     merged = merged_model(model, base)
@@ -138,6 +139,8 @@ def save_adapter(
     wrapped = _require_peft_model(model)
     sharding.require_whole(wrapped, "save_adapter")
     name = adapter_name or peft_layers.active_adapter(model)
+    if not peft_layers.lora_pairs(wrapped, name):
+        raise ValueError(f"the model has no LoRA adapter named {name!r}.")
     grown = peft_layers.vocabulary_changed(wrapped, name)
     return write_adapter(wrapped, Path(path), rank, base, name, grown)
 

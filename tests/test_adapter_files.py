@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import BitsAndBytesConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import scalora
 from scalora.cli import main
@@ -52,22 +52,21 @@ def fine_tuned(
     return model, optimizer
 
 
-def mixture() -> Qwen3MoeForCausalLM:
+def mixture(**changes: Any) -> Qwen3MoeForCausalLM:
     torch.manual_seed(3)
-    return Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(
-            vocab_size=models.VOCABULARY,
-            hidden_size=16,
-            intermediate_size=24,
-            moe_intermediate_size=12,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            head_dim=8,
-            num_experts=4,
-            num_experts_per_tok=2,
-        )
+    options = dict(
+        vocab_size=models.VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        moe_intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
     )
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**options, **changes}))
 
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -100,6 +99,21 @@ def test_adapter_of_experts_loads_again(
     scalora.save_merged(model, tmp_path / "merged")
     merged = Qwen3MoeForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged, ids), want, rtol=0, atol=1e-5)
+
+
+def test_quantized_mixture_is_merged_with_its_experts(tmp_path: Path) -> None:
+    mixture(hidden_size=64, head_dim=32).save_pretrained(tmp_path / "base")
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    base = Qwen3MoeForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantization)
+    ids = models.token_ids(4, 9)
+    model, _ = fine_tuned(base, ids, "auto", **MIXTURES["parameters"])
+    want = model.train()(input_ids=ids).logits.detach()  # evaluation on a CPU rounds the scales
+    scalora.save_merged(model, tmp_path / "merged")
+    merged = Qwen3MoeForCausalLM.from_pretrained(tmp_path / "merged")
+    # What bitsandbytes rounds on a CPU; plain PEFT's own files come back as far off.
+    torch.testing.assert_close(logits(merged, ids), want, rtol=0, atol=0.02)
+    start = Qwen3MoeForCausalLM.from_pretrained(tmp_path / "base")
+    assert (logits(start, ids) - want).abs().max() > 0.2
 
 
 def pretrained(folder: Path, tied: bool) -> LlamaForCausalLM:
