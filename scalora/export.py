@@ -21,9 +21,10 @@ from transformers import PreTrainedModel
 from scalora import peft_layers, transformers_models
 from scalora.arguments import check_folder
 from scalora.files import folder_written_whole
-from scalora.saving import ADAPTER_CONFIG, MODEL_CONFIG, merged_model, save_adapter
+from scalora.saving import ADAPTER_CONFIG, MODEL_CONFIG, merged_model, write_adapter
 from scalora.training_state import load_rebased_weights
 from scalora.training_state_file import STATE_FILE, TrainingStateFile
+from scalora.transformers_ties import shared_weights, write_model
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 # What tokenizers of transformers save; each has some of them.
@@ -106,6 +107,11 @@ class _Checkpoint:
         moving = self.state.base_dtype is not None
         return moving or peft_layers.config_moves_base(self.adapter)
 
+    def weights_with_adapter(self) -> set[str]:
+        """Names of the weights of the base that are in the adapter's files."""
+        with _loading(f"the adapter in {self.adapter_folder}"):
+            return peft_layers.weights_in_files(self.adapter_folder)
+
     def source(self, base: str | None) -> str:
         """Where the pretrained model comes from."""
         source = base or self.adapter.base_model_name_or_path
@@ -156,12 +162,14 @@ def export_checkpoint(
         if merged:
             model, errors = _merged(read, base, full_precision_base, dtype)
             with folder_written_whole(folder, MODEL_CONFIG) as staged:
-                model.save_pretrained(staged)
+                write_model(model, staged)
                 _copy_tokenizer(read.folder, staged)
             return Export(folder, True, errors, None, _bytes(folder))
         wrapped, start = _adapted(read, base)
         with folder_written_whole(folder, ADAPTER_CONFIG) as staged:
-            errors = save_adapter(wrapped, staged, rank, start)
+            name = peft_layers.active_adapter(wrapped)
+            grown = _vocabulary_changed(read, wrapped)
+            errors = write_adapter(wrapped, staged, rank, start, name, grown)
             _copy_tokenizer(read.folder, staged)
         written = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         return Export(folder, False, errors, int(written["r"]), _bytes(folder))
@@ -179,14 +187,48 @@ def _adapted(
             )
         model = _with_adapter(read, empty, assign=True)
         pairs = peft_layers.all_lora_pairs(model)
-        if all(pair.carry is not None or not pair.has_variant for pair in pairs):
+        thin = all(pair.carry is not None or not pair.has_variant for pair in pairs)
+        if thin and not any(
+            map(transformers_models.is_stand_in, _embeddings(read, model).values())
+        ):
             return model, None
     pretrained, missing = _pretrained(read, read.source(base), quantized=False)
-    lacking = missing & {f"{layer}.weight" for layer in read.state.values["ranks"]}
-    if lacking:
-        raise ValueError(f"{read.source(base)} has no weight {min(lacking)!r} that fits.")
+    missing -= _supplied(read, pretrained)
     start = {name: weight.clone() for name, weight in pretrained.state_dict().items()}
-    return _with_adapter(read, pretrained), start
+    model = _with_adapter(read, pretrained)
+    needed = {f"{layer}.weight" for layer in read.state.values["ranks"]}
+    needed |= set(map(peft_layers.base_weight_name, _embeddings(read, model)))
+    _require_all(missing & needed, read.source(base))
+    return model, start
+
+
+def _embeddings(read: _Checkpoint, model: peft_layers.PeftModel) -> dict[str, Tensor]:
+    """What `write_adapter` writes with the adapter."""
+    name = peft_layers.active_adapter(model)
+    return peft_layers.saved_embeddings(model, name, _vocabulary_changed(read, model))
+
+
+def _vocabulary_changed(read: _Checkpoint, model: peft_layers.PeftModel) -> bool:
+    """Whether the vocabulary was changed before training, as PEFT saw then or can be seen now."""
+    name = peft_layers.active_adapter(model)
+    if peft_layers.vocabulary_changed(model, name):
+        return True
+    always = peft_layers.saved_embeddings(model, name, False)
+    new = peft_layers.saved_embeddings(model, name, True).keys() - always.keys()
+    return not read.weights_with_adapter().isdisjoint(map(peft_layers.base_weight_name, new))
+
+
+def _supplied(read: _Checkpoint, base: nn.Module) -> set[str]:
+    """Names of the weights that loading the adapter puts in place, where they are tied too."""
+    held = read.weights_with_adapter()
+    return held.union(*(group for group in shared_weights(base) if not held.isdisjoint(group)))
+
+
+def _require_all(lacking: set[str], source: str) -> None:
+    if lacking:
+        raise ValueError(
+            f"neither {source} nor the checkpoint has a weight {min(lacking)!r} that fits."
+        )
 
 
 def _merged(
@@ -203,12 +245,8 @@ def _merged(
             f"the base was quantized in training, and neither {source} nor the checkpoint says "
             "how: pass --full-precision-base to merge onto weights that are not."
         )
+    _require_all(missing - _supplied(read, pretrained), source)
     model = _with_adapter(read, pretrained)
-    lacking = {name for name in missing if not peft_layers.is_saved_with_adapter(model, name)}
-    if lacking:
-        raise ValueError(
-            f"neither {source} nor the checkpoint has a weight {min(lacking)!r} that fits."
-        )
     merged = merged_model(model)
     if dtype is not None:
         merged = merged.to(dtype)

@@ -14,8 +14,14 @@ from torch import Tensor
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, whole or not at all."""
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    """Write a safetensors file, whole or not at all; tensors that share memory are written each."""
+    contiguous: dict[str, Tensor] = {}
+    written: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        address = own.untyped_storage().data_ptr()
+        contiguous[name] = own.clone() if address in written else own
+        written.add(address)
     with file_written_whole(path) as temporary:
         save_file(contiguous, temporary, metadata=dict(metadata))
 

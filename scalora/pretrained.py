@@ -43,7 +43,7 @@ def weight_changes(
     every = peft_layers.lora_pairs(model, name)
     if not every:
         raise ValueError(f"the model has no LoRA adapter named {name!r}.")
-    pairs = [pair for pair in every if _has_one_change(pair)]
+    pairs = [pair for pair in every if has_one_change(pair)]
     if not pairs:
         reason = peft_layers.why_not_dense(every[0])
         raise ValueError(f"the change of {every[0].name!r} cannot be measured: {reason}.")
@@ -174,7 +174,11 @@ def _loaded_full_precision_base(model: nn.Module, own: Any, source: str) -> nn.M
         raise ValueError(f"base={source!r} could not be loaded: {error}") from error
     if hasattr(loaded.config, "quantization_config"):
         raise ValueError(f"base={source!r} is quantized itself.")
+    adapter = peft_layers.active_adapter(model)
+    grown = peft_layers.vocabulary_changed(model, adapter)  # written by `save_adapter` then
+    embeddings = peft_layers.saved_embeddings(model, adapter, True) if grown else {}
     lacking = {name for name in lacking if not peft_layers.is_saved_with_adapter(model, name)}
+    lacking -= set(map(peft_layers.base_weight_name, embeddings))
     if lacking:
         raise ValueError(f"base={source!r} has no weight {min(lacking)!r} that fits this model.")
     return loaded
@@ -186,5 +190,6 @@ def _dequantized_weight(model: nn.Module, name: str) -> Tensor:
     return peft_layers.dequantized(module) if leaf == "weight" else getattr(module, leaf).detach()
 
 
-def _has_one_change(pair: LoRAPair) -> bool:
+def has_one_change(pair: LoRAPair) -> bool:
+    """Whether what the layer has learned is one matrix beside its base weight."""
     return peft_layers.why_not_dense(pair) is None or peft_layers.why_no_carry(pair) is None

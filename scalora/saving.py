@@ -16,7 +16,14 @@ from scalora import peft_layers, sharding
 from scalora.arguments import check_model
 from scalora.carry import compress
 from scalora.files import folder_written_whole, write_tensors
-from scalora.pretrained import Base, base_has_moved, full_precision_base, weight_changes
+from scalora.pretrained import (
+    Base,
+    base_has_moved,
+    full_precision_base,
+    has_one_change,
+    weight_changes,
+)
+from scalora.transformers_ties import keeping_ties, settle_ties, write_model
 
 # Without them nothing loads the other files.
 ADAPTER_CONFIG = "adapter_config.json"
@@ -32,7 +39,8 @@ def save_merged(model: nn.Module, path: str | PathLike[str], base: Base | None =
     """Write the model as a plain transformers checkpoint, the adapter merged into its weights.
 
     The model itself is left as it is: PEFT merges a copy, which needs as much memory again.  An
-    adapted weight that was tied to another is no longer tied there: each has its own change.  A
+    adapted weight that was tied to another is no longer tied there: each has its own change.  What
+    was written is loaded and compared before it is put in place.  A
     quantized base cannot take in the adapter without losing most of it, so what is written is in
     full precision: the quantized base's own weights, dequantized, which gives the model's own
     answers; or ``base``.
@@ -46,15 +54,15 @@ def save_merged(model: nn.Module, path: str | PathLike[str], base: Base | None =
             folder or a hub id) to merge onto instead.
 
     Raises:
-        ValueError: not a PEFT model around a transformers model, or a base for one that is not
-            quantized.
+        ValueError: not a PEFT model around a transformers model, a base for one that is not
+            quantized, or a model that would not load as it is; the folder is as it was then.
         OSError: the files cannot be written; what was in the folder is still there.
     """
     check_model(model, "save_merged")
     merged = merged_model(model, base)
     whole = _with_what_is_around(model, merged)
     with folder_written_whole(Path(path), MODEL_CONFIG, _MODEL_FILES) as staged:
-        whole.save_pretrained(str(staged))
+        write_model(whole, staged)
 
 
 def merged_model(model: nn.Module, base: Base | None = None) -> PreTrainedModel:
@@ -74,9 +82,12 @@ def merged_model(model: nn.Module, base: Base | None = None) -> PreTrainedModel:
     elif base is not None:
         raise ValueError("this model is not quantized and has its own base: leave base out.")
     else:
-        apart = copy.deepcopy(wrapped)
+        apart = peft_layers.copied(wrapped)
     peft_layers.untie_adapted_weights(apart)
-    return peft_layers.merge_and_unload(apart)
+    with keeping_ties(apart):
+        merged = peft_layers.merge_and_unload(apart)
+    settle_ties(merged)
+    return merged
 
 
 def _with_what_is_around(model: nn.Module, merged: PreTrainedModel) -> Any:
@@ -94,7 +105,8 @@ def _in_full_precision(model: nn.Module, base: Base | None) -> nn.Module:
     adapter = peft_layers.active_adapter(model)
     with tempfile.TemporaryDirectory() as folder:
         if base is None:  # onto the model's own base, which has in it what was folded
-            _write_adapter(model, Path(folder), adapter, *_all_beside(model, adapter, None))
+            factors, keep_dora = _all_beside(model, adapter, None)
+            _write_adapter(model, Path(folder), adapter, factors, {}, keep_dora)
         else:
             save_adapter(model, folder, base=base, adapter_name=adapter)
         target = full_precision_base(model, base)
@@ -116,6 +128,10 @@ def save_adapter(
     written as it is.  Where increments were folded into the base, the change of the weight is cut
     to ``rank`` by an SVD.  Either way no adapter of that rank is closer.  The adapter loads with
     ``PeftModel.from_pretrained`` where this package is not installed.
+
+    As PEFT does, it takes along an adapted embedding or head, and both of a vocabulary of another
+    size than the pretrained one's: resize the base alike before the adapter is loaded.  Where the
+    vocabulary was changed, what was folded into those stays in them.
 
     Args:
         model: the fine-tuned model (or a module around it), as for `save_merged`.
@@ -144,28 +160,56 @@ def save_adapter(
     peft_layers.check_factors(wrapped)
     sharding.require_whole(wrapped, "save_adapter")
     name = adapter_name or peft_layers.active_adapter(model)
-    pairs = peft_layers.lora_pairs(wrapped, name)
+    if not peft_layers.lora_pairs(wrapped, name):
+        raise ValueError(f"the model has no LoRA adapter named {name!r}.")
+    grown = peft_layers.vocabulary_changed(wrapped, name)
+    return write_adapter(wrapped, Path(path), rank, base, name, grown)
+
+
+@torch.no_grad()
+def write_adapter(
+    model: peft_layers.PeftModel,
+    folder: Path,
+    rank: int | None,
+    base: Base | None,
+    name: str,
+    grown: bool,
+) -> dict[str, float]:
+    """`save_adapter` for one who knows whether the vocabulary was changed (``grown``)."""
+    pairs = peft_layers.lora_pairs(model, name)
     beside = [pair for pair in pairs if pair.carry is not None or peft_layers.is_quantized(pair)]
     if any(map(peft_layers.is_quantized, pairs)):
-        _check_initialisation(wrapped, name)
-    if 0 < len(beside) == len(pairs) and not base_has_moved(wrapped, name):
-        factors, keep_dora = _all_beside(wrapped, name, rank)
+        _check_initialisation(model, name)
+    embeddings = peft_layers.saved_embeddings(model, name, grown)
+    moved = base_has_moved(model, name)
+    if 0 < len(beside) == len(pairs) and not moved:
+        factors, keep_dora = _all_beside(model, name, rank)
     else:
         keep_dora = False
         # An initialisation that moved the base moved it under a carry too.
-        moved = peft_layers.moves_base_at_creation(wrapped, name)
-        thin = [p for p in beside if not (moved or p.was_rebased or p.has_variant)]
+        at_creation = peft_layers.moves_base_at_creation(model, name)
+        thin = [p for p in beside if not (at_creation or p.was_rebased or p.has_variant)]
         factors = {pair.name: _factors_beside(pair, rank) for pair in thin}
-        for layer, (pair, change) in weight_changes(model, base, name, thin).items():
+        stored = set(map(peft_layers.base_weight_name, embeddings)) if grown else set()
+        whole = [p for p in pairs if f"{p.name}.weight" in stored and p not in thin]
+        factors |= {pair.name: _factors_on_own_base(pair, rank) for pair in whole}
+        changes = weight_changes(model, base, name, [*thin, *whole])
+        for layer, (pair, change) in changes.items():
             factors[layer] = _best_factors(pair.as_matrix(change), rank)
-    return _write_adapter(wrapped, Path(path), name, factors, keep_dora)
+        if moved or base is not None:  # those changes are beside the pretrained weights
+            embeddings = {
+                file_name: weight
+                for file_name, weight in embeddings.items()
+                if peft_layers.base_weight_name(file_name).rpartition(".")[0] not in changes
+            }
+    return _write_adapter(model, folder, name, factors, embeddings, keep_dora)
 
 
 def _all_beside(
     model: nn.Module, adapter: str, rank: int | None
 ) -> tuple[dict[str, _Factors], bool]:
     """What is beside the base of every layer, and that DoRA's magnitude is to be kept."""
-    pairs = peft_layers.lora_pairs(model, adapter)
+    pairs = filter(has_one_change, peft_layers.lora_pairs(model, adapter))
     return {pair.name: _factors_beside(pair, rank) for pair in pairs}, True
 
 
@@ -174,13 +218,15 @@ def _write_adapter(
     folder: Path,
     adapter: str,
     factors: dict[str, _Factors],
+    embeddings: dict[str, Tensor],
     keep_dora: bool,
 ) -> dict[str, float]:
-    """Write the adapter with these factors; layer name -> relative error."""
+    """Write the adapter with these factors and base weights; layer name -> relative error."""
     products = {layer: (P, Q) for layer, (P, Q, _) in factors.items()}
     tensors, config = peft_layers.adapter_with_factors(
         model, adapter, products, keep_dora=keep_dora
     )
+    tensors |= embeddings
     with folder_written_whole(folder, ADAPTER_CONFIG, ("adapter_model.bin",)) as staged:
         write_tensors(staged / _ADAPTER_FILE, tensors, {"format": "pt"})
         config.save_pretrained(str(staged))
@@ -203,6 +249,13 @@ def _factors_beside(pair: peft_layers.LoRAPair, rank: int | None) -> _Factors:
     cut = compress(up, down, rank)
     error = float((cut.cut / cut.energy).sqrt()) if cut.energy > 0 else 0.0
     return cut.up.float(), cut.down.mT.float(), error
+
+
+def _factors_on_own_base(pair: peft_layers.LoRAPair, rank: int | None) -> _Factors:
+    """Of what is beside the base weight as it is now, which the adapter's files hold too."""
+    if pair.has_variant:
+        return _best_factors(pair.as_matrix(pair.learned_change()), rank)
+    return _factors_beside(pair, rank)
 
 
 def _best_factors(matrix: Tensor, rank: int | None) -> _Factors:

@@ -42,11 +42,12 @@ def places_of_layers(
     places: dict[LoRAPair, str] = {}
     left: dict[str, str] = {}
     for pair in pairs:
-        reason = _why_nowhere(pair, options) or _why_not_stepped(pair, stepped, users)
+        reason = _why_nowhere(pair, users, options) or _why_not_stepped(pair, stepped, users)
         if reason is None:
             places[pair] = _place(pair, users, options)
         else:
             left[pair.name] = reason
+    _warn_of_vocabulary(model, options.adapter_name)
     if not places:
         name, reason = next(iter(left.items()))
         raise ValueError(f"no LoRA layer can be re-based; for example {name!r}: {reason}.")
@@ -58,6 +59,20 @@ def places_of_layers(
             stacklevel=level_of_caller(),
         )
     return places
+
+
+def _warn_of_vocabulary(model: nn.Module, adapter: str) -> None:
+    wrapped = peft_layers.peft_model(model)
+    lost = [] if wrapped is None else peft_layers.forgotten_embeddings(wrapped, adapter)
+    if lost:
+        warnings.warn(
+            f"the vocabulary was changed, and PEFT leaves {lost} out of the adapters that it "
+            "writes: a Trainer's checkpoint, or save_pretrained, does not bring the new tokens' "
+            "rows back. scalora.save_adapter and save_merged do; for checkpoints add those modules "
+            "to modules_to_save.",
+            UserWarning,
+            stacklevel=level_of_caller(),
+        )
 
 
 def check_processes(
@@ -108,18 +123,22 @@ def check_engine(model: nn.Module) -> None:
         )
 
 
-def _why_nowhere(pair: LoRAPair, options: RebasingOptions) -> str | None:
+def _why_nowhere(
+    pair: LoRAPair, users: dict[int, list[str]], options: RebasingOptions
+) -> str | None:
     """Why no accumulator that was asked for can take the layer's increments."""
     not_dense, no_carry = peft_layers.why_not_dense(pair), peft_layers.why_no_carry(pair)
     if options.accumulator == "auto":
-        return no_carry if not_dense is not None else None
+        # The base weight of a tied layer takes none.
+        dense = not_dense is None and len(_sharing(pair, users)) == 1
+        return None if dense else no_carry
     return not_dense if options.accumulator == "dense" else no_carry
 
 
 def _place(pair: LoRAPair, users: dict[int, list[str]], options: RebasingOptions) -> str:
     """Where the layer's increments go."""
     not_dense = peft_layers.why_not_dense(pair)
-    sharing = [] if not_dense else users[peft_layers.storage_address(pair.base_weight)]
+    sharing = [] if not_dense else _sharing(pair, users)
     if options.accumulator == "dense" and len(sharing) > 1:
         raise ValueError(
             f"the base weight of {pair.name!r} is tied: {sharing} share it, and folding an "
@@ -130,6 +149,11 @@ def _place(pair: LoRAPair, users: dict[int, list[str]], options: RebasingOptions
         _check_carry(pair, not_dense, sharing, options)
         return "carry"
     return "dense"
+
+
+def _sharing(pair: LoRAPair, users: dict[int, list[str]]) -> list[str]:
+    """The modules that use the layer's base weight, its own one of them."""
+    return users[peft_layers.storage_address(pair.base_weight)]
 
 
 def _check_carry(

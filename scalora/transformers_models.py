@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftConfig
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoQuantizationConfig
 
@@ -53,6 +53,29 @@ def recorded_config(model: nn.Module) -> dict[str, Any] | None:
         return None
 
 
+def has_other_vocabulary(model: nn.Module, source: str) -> bool:
+    """Whether a model's vocabulary has another size than at ``source``, a folder or a hub id.
+
+    False where that cannot be told: the model has no vocabulary, or no config is found there.
+    """
+    config: Any = getattr(model, "config", None)
+    size = _vocabulary_size(config)
+    if size is None:
+        return False
+    try:
+        stored = _vocabulary_size(type(config).from_pretrained(source))
+    except (OSError, ValueError):
+        return False
+    return stored is not None and stored != size
+
+
+def _vocabulary_size(config: Any) -> int | None:
+    """Of a model of text, or of the text in one of several kinds of input."""
+    if not isinstance(config, PretrainedConfig):
+        return None
+    return getattr(config.get_text_config(), "vocab_size", None)
+
+
 def config_from(recorded: dict[str, Any]) -> PretrainedConfig:
     """What `recorded_config` gave, as the config of a model that is not quantized.
 
@@ -89,6 +112,11 @@ def model_without_weights(
                 made = zeros.setdefault(weight, nn.Parameter(zero, requires_grad=False))
                 module._parameters[name] = made
     return model
+
+
+def is_stand_in(weight: Tensor) -> bool:
+    """Whether it is one of the zeros of `model_without_weights`."""
+    return weight.numel() > 1 and not any(weight.stride())
 
 
 def pretrained_model(

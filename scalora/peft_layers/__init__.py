@@ -10,6 +10,13 @@ from scalora.peft_layers.adapter_files import adapter_with_factors
 from scalora.peft_layers.base_watch import BaseWatch, watch_base
 from scalora.peft_layers.carried import attach_carry
 from scalora.peft_layers.checksums import adapter_checksums, base_checksums, checksums
+from scalora.peft_layers.copying import copied
+from scalora.peft_layers.embeddings import (
+    forgotten_embeddings,
+    saved_embeddings,
+    vocabulary_changed,
+    weights_in_files,
+)
 from scalora.peft_layers.factor_watch import FactorWatch, check_factors, watch_factors
 from scalora.peft_layers.finding import (
     active_adapter,
@@ -61,7 +68,9 @@ __all__ = [
     "complete_checkpoints",
     "complete_what_is_saved",
     "config_moves_base",
+    "copied",
     "dequantized",
+    "forgotten_embeddings",
     "is_quantized",
     "is_saved_with_adapter",
     "is_without_carry",
@@ -69,12 +78,15 @@ __all__ = [
     "merge_and_unload",
     "moves_base_at_creation",
     "peft_model",
+    "saved_embeddings",
     "sharing_modules",
     "storage_address",
     "untie_adapted_weights",
+    "vocabulary_changed",
     "watch_base",
     "watch_factors",
     "weights_beside_adapter",
+    "weights_in_files",
     "why_no_carry",
     "why_not_dense",
     "why_not_measured",

@@ -8,9 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora.layer import ParamWrapper
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from scalora.peft_layers.finding import PREFIX, lora_pairs
+from scalora.peft_layers.pair import LoRAPair
 
 
 def adapter_with_factors(
@@ -41,7 +44,7 @@ def adapter_with_factors(
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for pair in lora_pairs(model, adapter):
-        pattern = f"^{re.escape(pair.name)}"
+        pattern = f"^{re.escape(_name_in_patterns(pair))}"
         if pair.name not in factors:
             if pair.has_variant and not keep_dora:
                 raise ValueError(
@@ -72,4 +75,33 @@ def adapter_with_factors(
     config.use_rslora = False
     config.use_dora = config.use_dora and keep_dora
     config.init_lora_weights = config.inference_mode = True
+    for pair in lora_pairs(model, adapter):
+        _check_found(pair, config, tensors)
     return tensors, config
+
+
+def _check_found(pair: LoRAPair, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Raise unless PEFT makes the layer of this config as large as the factors that are loaded."""
+    name = _name_in_patterns(pair)
+    rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
+    leaf = "lora_embedding_B" if pair.is_embedding else "lora_B.weight"
+    written = tensors[f"{PREFIX}{pair.name}.{leaf}"].shape[1]
+    if written * pair.rank != rank * pair.P_parameter.shape[1]:
+        raise ValueError(
+            f"the adapter of {pair.name!r} cannot be written so that PEFT loads it: it would make "
+            f"a layer of rank {rank} for {written} columns. Use scalora.save_merged."
+        )
+
+
+def _name_in_patterns(pair: LoRAPair) -> str:
+    """What PEFT matches ``rank_pattern`` and ``alpha_pattern`` against.
+
+    Of ``target_parameters`` that is the parameter's name.  PEFT's layers over several of one module
+    are inside one another there, under ``base_layer``.
+    """
+    if not isinstance(pair.module, ParamWrapper):
+        return pair.name
+    owner = pair.name
+    while owner.endswith(".base_layer"):
+        owner = owner.removesuffix(".base_layer")
+    return f"{owner}.{pair.module.parameter_name}"

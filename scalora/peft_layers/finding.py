@@ -151,9 +151,6 @@ def untie_adapted_weights(model: nn.Module) -> None:
         if weight is None or len(users.get(storage_address(weight), [])) < 2:
             continue
         base.weight = nn.Parameter(weight.clone(), requires_grad=weight.requires_grad)
-        config: Any = getattr(base_model(model), "config", None)
-        for part in () if config is None else (config, config.get_text_config()):
-            part.tie_word_embeddings = False
 
 
 def storage_address(tensor: Tensor) -> int:
