@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from scalora.ablation.tasks.domain_shift import DomainShift
 
 
@@ -18,5 +16,4 @@ class Capacity(DomainShift):
     name = "capacity"
     steps = 2400
     short_steps = 240
-    learning_rates: ClassVar[tuple[float, ...]] = (2e-3, 5e-3, 1e-2, 2e-2)
     rank = 1
