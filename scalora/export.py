@@ -193,12 +193,15 @@ def _adapted(
         ):
             return model, None
     pretrained, missing = _pretrained(read, read.source(base), quantized=False)
-    missing -= _supplied(read, pretrained)
+    unsupplied = missing - _supplied(read, pretrained)
     start = {name: weight.clone() for name, weight in pretrained.state_dict().items()}
     model = _with_adapter(read, pretrained)
-    needed = {f"{layer}.weight" for layer in read.state.values["ranks"]}
-    needed |= set(map(peft_layers.base_weight_name, _embeddings(read, model)))
-    _require_all(missing & needed, read.source(base))
+    layers = {f"{layer}.weight" for layer in read.state.values["ranks"]}
+    embeddings = set(map(peft_layers.base_weight_name, _embeddings(read, model)))
+    # What the adapter's files hold of a layer is what was folded into, not what it began with; new
+    # rows of a vocabulary began nowhere.
+    began = layers - embeddings if _vocabulary_changed(read, model) else layers
+    _require_all((missing & began) | (unsupplied & (layers | embeddings)), read.source(base))
     return model, start
 
 

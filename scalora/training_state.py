@@ -40,8 +40,8 @@ def save_training_state(
         The file's path.
     """
     _check_optimizer(optimizer, "save_training_state")
-    check_folder(Path(folder), "make it first; nothing was written")
     sharding.require_whole(optimizer.model, "save_training_state")
+    check_folder(Path(folder), "make it first; nothing was written")
     tensors, state = flattened(optimizer.rebasing_state())
     pairs = optimizer.rebased_pairs
     # All but those with a carry that is kept.

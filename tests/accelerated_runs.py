@@ -96,7 +96,7 @@ def script_run(rank: int, folder: Path, steps: int) -> tuple[list[float], list[f
 
 
 def make_trainer(folder: Path, options: dict[str, Any], **arguments: Any) -> Trainer:
-    """Of the scripts' tiny Llama; a column is frozen in steps 8, 10, 12, and so on."""
+    """Of the scripts' tiny Llama; re-based in steps 8 and 16."""
     tiny, world = script().tiny, dist.get_world_size() if dist.is_initialized() else 1
     rows = [{"input_ids": ids, "labels": ids} for ids in torch.cat(tiny.batches(16))]
     return Trainer(

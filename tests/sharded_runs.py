@@ -61,7 +61,12 @@ def begin(run: Run, sharded: bool, seed: int = 0) -> tuple[nn.Module, scalora.Sc
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
     inner = run.optimizer(trainable(model), lr=1e-2)
-    return model, scalora.ScaLoRA(inner, model, **{"interval": 6, **run.options})
+    return model, scalora.ScaLoRA(inner, model, **rebasing_options(run))
+
+
+def rebasing_options(run: Run) -> dict[str, Any]:
+    """The run's options; the default rule re-bases often enough to be seen in so few steps."""
+    return run.options if "rule" in run.options else {"interval": 6, **run.options}
 
 
 def _mesh(replicas: int) -> DeviceMesh:

@@ -178,7 +178,7 @@ def test_the_schedule_is_the_same_for_all(name: str) -> None:
 def test_a_method_is_named_by_its_spec() -> None:
     assert method_of("lora").name == "lora"
     assert method_of("lora:rslora=TRUE:r=08").name == "lora:r=8:rslora=true"
-    assert method_of("scalora:interval=1").name == "scalora"
+    assert method_of("scalora:interval=auto").name == "scalora"
     assert method_of("scalora:lipschitz=2:rule=paper").name == "scalora:rule=paper:lipschitz=2.0"
     assert method_of("scalora:rule=exact:lipschitz=auto").name == (
         "scalora:rule=exact:lipschitz=auto"
@@ -201,9 +201,9 @@ def test_a_method_is_named_by_its_spec() -> None:
         ("lora:rslora=maybe", "not of type bool"),
         ("lora:r=8:ranks=2", "give one of them"),
         ("lora:r=0", "at least 1"),
-        ("scalora:interval=0", "interval=0 must be 1"),
+        ("scalora:interval=0", "interval=0 must be 'auto', 1"),
         ("scalora:rule=best", "is not one of"),
-        ("scalora:interval=1.5", "not of type int"),
+        ("scalora:interval=1.5", "interval='1.5' must be 'auto', 1"),
     ],
 )
 def test_a_wrong_spec_is_told_what_there_is(spec: str, message: str) -> None:

@@ -95,7 +95,7 @@ def test_run_resumed_without_them_continues_to_the_same_bits(steps: int, tmp_pat
 
 def test_plain_lora_writes_no_base_at_all(tmp_path: Path) -> None:
     model, _ = run()
-    optimizer = optimizer_of(model, rule="none")
+    optimizer = optimizer_of(model, rule="none", interval="auto")
     models.train(model, optimizer, INPUTS, STEPS)
     assert not bases(save(model, optimizer, tmp_path))
 

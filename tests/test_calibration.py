@@ -370,8 +370,7 @@ def test_calibration_0_is_no_calibration_to_the_bit(rule: str) -> None:
     plain = scalora.ScaLoRA(
         torch.optim.AdamW(models.trainable(other), lr=RATE),
         other,
-        rule="exact" if rule == "exact" else "none",
-        interval=1000,
+        **({"rule": "exact", "interval": 1000} if rule == "exact" else {"rule": "none"}),
     )
     train(model, optimizer, range(12))
     train(other, plain, range(12))

@@ -70,7 +70,7 @@ def train_replicas(rank: int, dtype: torch.dtype) -> tuple[list[float], dict[str
     base = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 6)).to(dtype)
     model = get_peft_model(base, LoraConfig(r=3, target_modules=["0", "2"]))
     parallel = nn.parallel.DistributedDataParallel(model.to(dtype))
-    optimizer = scalora.create_scalora_optimizer(parallel, torch.optim.AdamW, lr=1e-2, interval=20)
+    optimizer = scalora.create_scalora_optimizer(parallel, torch.optim.AdamW, lr=1e-2, interval=5)
     generator, losses = torch.Generator().manual_seed(0), []
     for _ in range(200):
         optimizer.zero_grad()

@@ -257,8 +257,7 @@ def test_rebasing_that_failed_is_not_made_up_for() -> None:
             optimizer.step()
         count = optimizer.rebase_count
         attempted.add(count)
-        due = INTERVAL // 2  # a column of two is due so often
-        models.train(model, optimizer, case.inputs, due - 1)
+        models.train(model, optimizer, case.inputs, INTERVAL - 1)
         if count:  # else it failed before, and this is its turn
             assert optimizer.rebase_count == count, k
         models.train(model, optimizer, case.inputs, 1)

@@ -28,7 +28,9 @@ def with_another_group(rate: float, **options: Any) -> tuple[Any, scalora.ScaLoR
 
 
 @pytest.mark.parametrize(
-    "other", [lambda step: 1.0, lambda step: 0.1**step, lambda step: 1e-4 * step], ids=str
+    "other",
+    [lambda step: 1.0, lambda step: 0.1**step, lambda step: 1e-4 * step],
+    ids=["constant", "falling", "rising"],
 )
 def test_length_of_the_step_is_calibrated_whatever_rate_another_group_has(
     other: Callable[[int], float],

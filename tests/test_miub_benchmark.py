@@ -132,7 +132,7 @@ def test_the_table_has_every_task_and_marks_what_is_not_covered():
 def test_a_benchmark_or_a_device_that_is_not_there_is_refused(monkeypatch, capsys):
     for arguments, message in (
         (["accuracy"], "no benchmark named accuracy"),
-        (["--device", "cuda"], "torch finds no GPU"),
+        (["--device", "cuda"], "'cuda' is no device of this machine"),
     ):
         monkeypatch.setattr("sys.argv", ["benchmark", *arguments])
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)

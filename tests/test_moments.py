@@ -264,14 +264,15 @@ def test_a_registered_class_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(_TABLE, _Unknown, raising=False)
     register_moments(_Unknown, {"exp_avg": 1, "exp_avg_sq": 2})
     entry = moments_of(_Unknown([nn.Parameter(torch.ones(1))]))
-    assert entry == Moments({"step": 0, "exp_avg": 1, "exp_avg_sq": 2})
+    degrees = {"step": 0, "exp_avg": 1, "exp_avg_sq": 2}
+    assert entry == Moments(degrees, linear_in_rate=False)  # that is not known of it
     del _TABLE[_Unknown]
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (("AdamW", {"exp_avg": 1}), TypeError, "'AdamW' is not a subclass"),
+        (("AdamW", {"exp_avg": 1}), TypeError, "optimizer_class is 'AdamW', not a subclass"),
         ((nn.Linear, {"exp_avg": 1}), TypeError, "not a subclass"),
         ((_Unknown, {"exp_avg": -1}), ValueError, "degree -1 of state 'exp_avg'"),
         ((_Unknown, {"exp_avg": 0.5}), ValueError, "degree 0.5 of state 'exp_avg'"),

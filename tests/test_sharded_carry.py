@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from models import trainable, with_lora
 from processes import run_processes
-from sharded_runs import Run, batch, begin, train
+from sharded_runs import Run, batch, begin, rebasing_options, train
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -25,7 +25,7 @@ from scalora.accumulators import beside
 from scalora.carry import compress
 from scalora.sharding import rows_of
 
-CARRIED = Run(options={"rule": "exact", "accumulator": "carry", "carry_rank": 12, "interval": 6})
+CARRIED = Run(options={"rule": "exact", "accumulator": "carry", "carry_rank": 12})
 
 
 def shares(rank: int) -> dict[str, Any]:
@@ -209,7 +209,7 @@ def needle(run: Run, sharded: bool) -> tuple[nn.Module, scalora.ScaLoRA]:
     if sharded:
         fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     inner = run.optimizer(trainable(model), lr=1e-2)
-    return model, scalora.ScaLoRA(inner, model, **{"interval": 6, **run.options})
+    return model, scalora.ScaLoRA(inner, model, **rebasing_options(run))
 
 
 NEEDLES = {

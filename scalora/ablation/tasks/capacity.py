@@ -18,5 +18,5 @@ class Capacity(DomainShift):
     name = "capacity"
     steps = 2400
     short_steps = 240
-    learning_rates: ClassVar[tuple[float, ...]] = (5e-3, 1e-2, 2e-2)
+    learning_rates: ClassVar[tuple[float, ...]] = (2e-3, 5e-3, 1e-2, 2e-2)
     rank = 1
