@@ -77,6 +77,7 @@ def merged_model(model: nn.Module, base: Base | None = None) -> PreTrainedModel:
             "scalora.save_adapter, or merge a copy (PEFT's merge_and_unload, or merge() of every "
             "layer) and save its state_dict yourself."
         )
+    peft_layers.check_mergeable(wrapped)
     if any(map(peft_layers.is_quantized, peft_layers.all_lora_pairs(wrapped))):
         apart = _in_full_precision(wrapped, base)
     elif base is not None:

@@ -15,13 +15,15 @@ import models
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import scalora
+from scalora.peft_layers import dequantized
 
-pytest.importorskip("bitsandbytes")
+bitsandbytes = pytest.importorskip("bitsandbytes")
 
 FORMATS: dict[str, dict[str, Any]] = {
     "NF4": dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
@@ -353,3 +355,70 @@ def test_initialisation_that_changed_a_quantized_base_is_not_saved_as_an_adapter
     scalora.save_merged(model, tmp_path / "merged")
     merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     torch.testing.assert_close(logits(merged), logits(model), rtol=0, atol=1e-4)
+
+
+def four_bits(folder: Path, *, double: bool) -> Any:
+    """With several scales in a row of the layer that is not adapted."""
+    models.llama(hidden_size=64, intermediate_size=128).save_pretrained(folder)
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double
+    )
+    base = LlamaForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+    return get_peft_model(base, LoraConfig(r=R, target_modules=["q_proj"]))
+
+
+def is_four_bits(module: nn.Module) -> bool:
+    return isinstance(module, bitsandbytes.nn.Linear4bit)
+
+
+@torch.no_grad()
+def lay_out_for_evaluation(model: nn.Module) -> None:
+    """What bitsandbytes does before it evaluates on a CPU that computes in bfloat16."""
+    for module in model.modules():
+        if is_four_bits(module):
+            weight: Any = module.weight
+            weight.data, weight.quant_state = (
+                bitsandbytes.functional._convert_weight_packed_for_cpu(
+                    weight.data, weight.quant_state
+                )
+            )
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_model_is_merged_as_it_is_after_an_evaluation_on_a_cpu(
+    double: bool, tmp_path: Path
+) -> None:
+    model = four_bits(tmp_path / "base", double=double)
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.down_proj")
+    before = dequantized(layer).clone()
+    lay_out_for_evaluation(model)
+
+    scalora.save_merged(model, tmp_path / "merged")
+
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged")
+    rounding = float(before.abs().max()) / 50  # of the scales, by bitsandbytes
+    for found in (merged.model.layers[0].mlp.down_proj.weight, dequantized(layer)):
+        torch.testing.assert_close(found.detach(), before, rtol=0, atol=rounding)
+
+
+@pytest.mark.parametrize("save", ["save_adapter", "save_pretrained"])
+def test_saving_an_adapter_after_an_evaluation_on_a_cpu_leaves_the_base_as_it_was(
+    save: str, tmp_path: Path
+) -> None:
+    model = four_bits(tmp_path / "base", double=False)
+    optimizer = scalora.create_scalora_optimizer(model, torch.optim.AdamW, lr=1e-2, interval=1)
+    for _ in range(2):
+        model(models.token_ids(6, 9)).logits.square().mean().backward()
+        optimizer.step()
+    weights = {name: module for name, module in model.named_modules() if is_four_bits(module)}
+    before = {name: dequantized(module).clone() for name, module in weights.items()}
+    lay_out_for_evaluation(model)
+
+    if save == "save_adapter":
+        scalora.save_adapter(model, tmp_path / "adapter")
+    else:
+        model.save_pretrained(tmp_path / "adapter")
+
+    for name, module in weights.items():
+        found, rounding = dequantize_module_weight(module), float(before[name].abs().max()) / 50
+        torch.testing.assert_close(found, before[name], rtol=0, atol=rounding, msg=name)

@@ -601,3 +601,12 @@ def test_model_and_optimizer_copied_together_go_on_alike() -> None:
     theirs = models.train(model, optimizer, tuned.inputs, steps=4)
     assert models.train(tuned.model, tuned.optimizer, tuned.inputs, steps=4) == theirs
     assert all(pair.module is models.layer(model, pair.name) for pair in optimizer.rebased_pairs)
+
+
+def test_bias_of_an_adapter_without_one_of_the_base_is_not_merged(tmp_path: Path) -> None:
+    model = models.with_lora(models.llama(), target_modules=["q_proj"], lora_bias=True)
+    with pytest.raises(
+        ValueError, match=r"'model.layers.0.self_attn.q_proj' has no bias .*save_adapter"
+    ):
+        scalora.save_merged(model, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

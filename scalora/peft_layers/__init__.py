@@ -35,7 +35,7 @@ from scalora.peft_layers.finding import (
     storage_address,
     untie_adapted_weights,
 )
-from scalora.peft_layers.merging import merge_and_unload
+from scalora.peft_layers.merging import check_mergeable, merge_and_unload
 from scalora.peft_layers.pair import LoRAPair, dequantized
 from scalora.peft_layers.pretrained_methods import complete_checkpoints, complete_what_is_saved
 from scalora.peft_layers.support import is_quantized, why_no_carry, why_not_dense, why_not_measured
@@ -64,6 +64,7 @@ __all__ = [
     "base_weight_name",
     "base_weights_at",
     "check_factors",
+    "check_mergeable",
     "checksums",
     "complete_checkpoints",
     "complete_what_is_saved",

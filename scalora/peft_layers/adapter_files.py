@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from scalora.peft_layers.finding import PREFIX, lora_pairs
 from scalora.peft_layers.pair import LoRAPair
+from scalora.peft_layers.unpacking import put_scales_back
 
 
 def adapter_with_factors(
@@ -39,6 +40,7 @@ def adapter_with_factors(
     adapted: Any = model
     config: Any = copy.deepcopy(adapted.peft_config[adapter])
     found = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    put_scales_back(model)
     prefix = "" if isinstance(model, PeftModel) else PREFIX  # which PEFT's files have
     tensors = {f"{prefix}{name}": tensor for name, tensor in found.items()}
     ranks: dict[str, int] = {}

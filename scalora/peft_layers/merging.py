@@ -9,6 +9,7 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from scalora.peft_layers.finding import all_lora_pairs
 from scalora.peft_layers.misleading import OUTSPOKEN
 from scalora.peft_layers.pretrained_methods import COMPLETED
 
@@ -26,6 +27,18 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     if hasattr(merged, "_hf_peft_config_loaded"):
         merged._hf_peft_config_loaded = False
     return merged
+
+
+def check_mergeable(model: nn.Module) -> None:
+    """Raise a ValueError if a bias of ``lora_bias`` has no bias of the base to be merged into."""
+    for pair in all_lora_pairs(model):
+        base: Any = pair.module.get_base_layer()
+        biased = getattr(pair.module, "lora_bias", {}).get(pair.adapter, False)
+        if biased and pair.runs and getattr(base, "bias", None) is None:
+            raise ValueError(
+                f"{pair.name!r} has no bias that the adapter's (lora_bias=True) could be merged "
+                "into: use scalora.save_adapter. Nothing was written."
+            )
 
 
 def _tuner_around(model: Any) -> LoraModel:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from scalora import sharding
 from scalora.carry import Carry
 from scalora.peft_layers.carried import attach_carry, carry_of
+from scalora.peft_layers.unpacking import unpack
 
 CONVOLUTIONS = (lora_layers.Conv1d, lora_layers.Conv2d, lora_layers.Conv3d)
 
@@ -254,8 +255,7 @@ def dequantized(base: Any) -> Tensor:
         ValueError: PEFT cannot dequantize layers of this kind.
     """
     weight = base._parameters.get("weight")
-    if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
-        base.state_dict()  # bitsandbytes packs anew to evaluate on a CPU; saving takes that back
+    unpack(base)
     try:
         found = dequantize_module_weight(base).detach()
     except (AttributeError, NotImplementedError, TypeError) as error:

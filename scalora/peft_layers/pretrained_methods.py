@@ -21,6 +21,7 @@ from scalora.peft_layers.finding import adapted_models, all_lora_pairs, lora_pai
 from scalora.peft_layers.misleading import warn_of_changed_base
 from scalora.peft_layers.model_card import note_in_model_card
 from scalora.peft_layers.pair import LoRAPair
+from scalora.peft_layers.unpacking import put_scales_back
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
@@ -113,6 +114,7 @@ class _SavePretrained:
             completed = self.completing(folder)
         with completed:
             result = type(self.model).save_pretrained(self.model, *args, **kwargs)
+            put_scales_back(self.model)
             if writes:
                 for adapter, form in forms.items():
                     self._complete(adapter, form, whole_files.adapter_folder(folder, adapter))
