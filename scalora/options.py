@@ -111,7 +111,7 @@ class RebasingOptions:
             return
         if not isinstance(memory, str):
             _check_number("memory", memory)
-        if isinstance(memory, str) or not (math.isfinite(memory) and memory > 1):
+        if isinstance(memory, str) or not 1 < memory <= 1e15:
             raise ValueError(f"memory={memory!r} must be 'auto' or more than 1 step.")
 
     def _check_carry(self) -> None:

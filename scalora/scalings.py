@@ -71,12 +71,14 @@ class RememberedColumns:
             own = steps(pair) if id(pair.P_parameter) in groups else 0.0
             return key_of(pair), None if isinstance(own, Tensor) else own
 
+        least = 1 / self.options.bound  # a column must not vanish
         for batch in batches_with_gradients(pairs, optimizer, key):
             counts = [steps(pair) for pair in batch.pairs]
             if self.options.resolved_rule == "age":
-                yield batch, self._bounded(batch, optimizer, groups[id(batch.P[0])]), None
+                bounded = self._bounded(batch, optimizer, groups[id(batch.P[0])])
+                yield batch, bounded.clamp_min(least), None
             elif any(isinstance(count, Tensor) or count > 0 for count in counts):
-                yield batch, self._leaked(batch, counts), None
+                yield batch, self._leaked(batch, counts).clamp_min(least), None
             self.learned.mark([pair.name for pair in batch.pairs], groups[id(batch.P[0])])
 
     def _leaked(self, batch: LayerBatch, counts: Sequence[Count]) -> Tensor:

@@ -447,3 +447,10 @@ def test_rule_age_needs_the_direction_of_the_optimizer() -> None:
 def test_options_of_the_rule_are_what_was_asked_for(pair_index: int) -> None:
     optimizer = scalora_of(perceptron(), memory="auto", rule=RULES[pair_index])
     assert optimizer.options.memory_steps == (100, 15)[pair_index]
+
+
+def test_no_column_vanishes_however_short_the_memory() -> None:
+    model = perceptron()
+    optimizer = scalora_of(model, memory=1.001, interval=8)
+    train(model, optimizer, range(8))
+    assert alphas(optimizer)["first"].tolist() == pytest.approx([1e-3] * R)
