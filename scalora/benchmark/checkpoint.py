@@ -21,7 +21,7 @@ _CARRY: dict[str, Any] = {"rule": "exact", "accumulator": "carry", "carry_rank":
 _CASES: list[tuple[str, dict[str, Any], int]] = [
     ("rule='none'", {"rule": "none"}, 2),
     ("default, calibrating, nothing frozen yet", _DEFAULT, _INTERVAL - 1),
-    ("default, columns frozen in every layer", _DEFAULT, _INTERVAL + 1),
+    ("default, every layer re-based", _DEFAULT, _INTERVAL + 1),
     ("the same, base in bfloat16", _DEFAULT, _INTERVAL + 1),
     ("the same, rounding='compensated'", {**_DEFAULT, "rounding": "compensated"}, _INTERVAL + 1),
     (f"exact, carry with {_COLUMNS} columns", _CARRY, _COLUMNS // _RANK + 1),
