@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from scalora.layer_batches import host_rate
+from scalora.scaling.quadratic import solver_dtype
 
 Count = float | Tensor  # a tensor, 0-d, where the learning rate is kept on a device
 
@@ -67,10 +68,12 @@ def _floats(counts: Iterable[Count]) -> list[float]:
 
 
 def _larger(peak: Count, rate: Count) -> Count:
-    if not isinstance(rate, Tensor):
-        return max(float(peak), rate)
-    rate = rate.to(torch.float64)  # float32 ends counting at 16 million, and halves before
-    return torch.maximum(rate, torch.as_tensor(peak, dtype=rate.dtype, device=rate.device))
+    # A number beside a tensor goes into its kernel: copied to the device it would be waited for.
+    if isinstance(rate, Tensor):
+        # float32 ends counting whole steps at 16 million, and halves before.
+        rate = rate.to(solver_dtype(rate.device))
+        return torch.maximum(rate, peak) if isinstance(peak, Tensor) else rate.clamp_min(peak)
+    return peak.clamp_min(rate) if isinstance(peak, Tensor) else max(peak, rate)
 
 
 def _share(rate: Count, peak: Count) -> Count:

@@ -22,7 +22,7 @@ _WITH_MEMORY = ("auto", "leak", "age")
 # The rules that an option means something to.  Those that are not here mean something to all.
 _RULES_OF: dict[str, tuple[str, ...]] = {
     "lipschitz": ("exact", "paper", "scalar"),
-    "bound": ("exact", "paper", "scalar", "direction"),
+    "bound": _REBASING,
     "memory": _WITH_MEMORY,
     "interval": _REBASING,
     "calibration": _REBASING,

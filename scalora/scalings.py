@@ -118,13 +118,7 @@ class OptimalColumns:
     def scalings(
         self, pairs: Sequence[LoRAPair], optimizer: torch.optim.Optimizer, key_of: Key
     ) -> Iterator[Scaling]:
-        """Yield the scaling of every batch of layers; it counts as done when the next is asked for.
-
-        Args:
-            pairs: the layers.
-            optimizer: the inner optimizer, with gradients.
-            key_of: what must agree within a batch.
-        """
+        """Yield the scaling of every batch of layers, as `RememberedColumns.scalings` does."""
         batches = batches_with_gradients(pairs, optimizer, key_of)
         models = [self._model(batch, optimizer) for batch in batches]
         for batch, model, x in zip(batches, models, self._solve(models), strict=True):

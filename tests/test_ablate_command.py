@@ -65,7 +65,7 @@ def test_output_has_a_record_a_run_tables_json_and_pictures(finished: Path) -> N
         assert row["forgetting"]["mean"] > 0 and row["robustness"] > 0
     assert results["scalora"]["difference"]["n"] == 2 and results["lora"]["difference"] is None
     text = (finished / "results.md").read_text("utf-8")
-    for expected in ("test loss", "test accuracy", "forgetting", "MIUB by layer", "ms a step"):
+    for expected in ("test loss", "test accuracy", "forgetting", "MIUB by layer", "ms per step"):
         assert expected in text
     assert {path.name for path in finished.glob("tiny/*.png")} == {
         *("learning-curves.png", "learning-rates.png"),

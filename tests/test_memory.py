@@ -134,6 +134,17 @@ def test_steps_are_counted_by_their_share_of_the_highest_rate() -> None:
     assert (again.since("layer", 0), again.since("other", 1)) == (0.5, 6)
 
 
+def test_rate_may_change_from_a_number_to_a_tensor_and_back() -> None:
+    learned = LearnedSteps()
+    for rate in (2.0, torch.tensor(4.0, dtype=torch.float64), 1.0, torch.tensor(2.0)):
+        learned.count([{"lr": rate}])
+    assert float(learned.since("layer", 0)) == 2.75
+    on_device = LearnedSteps()  # a tensor that is not on the host is not read
+    for peak, rate in ((1.0, 3.0), (torch.tensor(1.0), 3.0), (1.0, torch.tensor(3.0))):
+        on_device._peaks, on_device._counts = [peak], [0.0]
+        assert float(on_device.peak(0, rate)) == 3.0
+
+
 def test_rates_of_zero_count_nothing() -> None:
     learned = LearnedSteps()
     learned.count([{"lr": 0.0}])
@@ -450,7 +461,8 @@ def test_options_of_the_rule_are_what_was_asked_for(pair_index: int) -> None:
 
 
 def test_no_column_vanishes_however_short_the_memory() -> None:
-    model = perceptron()
-    optimizer = scalora_of(model, memory=1.001, interval=8)
-    train(model, optimizer, range(8))
-    assert alphas(optimizer)["first"].tolist() == pytest.approx([1e-3] * R)
+    for options, least in (({}, 1e-3), ({"bound": 4.0}, 0.25)):
+        model = perceptron()
+        optimizer = scalora_of(model, memory=1.001, interval=8, **options)
+        train(model, optimizer, range(8))
+        assert alphas(optimizer)["first"].tolist() == pytest.approx([least] * R)

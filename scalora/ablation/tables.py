@@ -112,7 +112,7 @@ def _change(plan: TaskPlan, rows: Sequence[Row]) -> Table:
 
 
 def _cost(rows: Sequence[Row]) -> Table:
-    header = ("method", "ms a step", "peak MiB", "trainable parameters")
+    header = ("method", "ms per step", "peak MiB", "trainable parameters")
     body = [
         (
             row.method,

@@ -104,7 +104,7 @@ def _table(contestants: list[_Contestant], device: torch.device) -> str:
                 f"{peak / peaks[0]:.3f}",
             ]
         )
-    header = ["optimizer", "ms a step", "ratio", "extra state", "peak MiB", "ratio"]
+    header = ["optimizer", "ms per step", "ratio", "extra state", "peak MiB", "ratio"]
     note = (
         f"ratio: time of {_BLOCK} steps over the first's in the same rounds, median of {_BLOCKS}.\n"
         "extra state: bytes kept between steps over those of adapter and AdamW.\n"
