@@ -32,8 +32,8 @@ test-all: $(STAMP) ## every test
 # A GPU machine brings its own torch, so this one uses no .venv.
 test-gpu: ## GPU tests and benchmark, with $(PYTHON) as it is
 	$(PYTHON) -m pytest -m gpu
-	$(PYTHON) -m scalora.benchmark step fold drift --device cuda
-	$(PYTHON) -m miub.benchmark --device cuda
+	$(PYTHON) -m examples.benchmark step fold drift --device cuda
+	$(PYTHON) -m examples.benchmark.miub --device cuda
 
 check: $(STAMP) ## linter, formatter, types
 	$(BIN)/ruff check .
@@ -73,10 +73,10 @@ ablation-smoke: $(STAMP) ## that it runs
 		--output ablation-smoke
 
 benchmark: $(STAMP) ## step time and memory against the inner optimizer alone
-	$(BIN)/python -m scalora.benchmark step overhead
+	$(BIN)/python -m examples.benchmark step overhead
 
 benchmark-miub: $(STAMP) ## MIUB's estimators on known answers, and the monitor's cost
-	$(BIN)/python -m miub.benchmark
+	$(BIN)/python -m examples.benchmark.miub
 
 clean: ## remove .venv, caches, builds and all results, those of ablations too
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output qlora-output ablation ablation-short ablation-smoke

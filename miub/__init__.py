@@ -7,6 +7,6 @@ its adapter contributes, in nats, during training or of a finished adapter.
 from miub import estimators
 from miub.callback import MIUBCallback
 from miub.monitor import MIUBMonitor
-from miub.report import MIUBReport
+from miub.report.report import MIUBReport
 
 __all__ = ["MIUBCallback", "MIUBMonitor", "MIUBReport", "estimators"]

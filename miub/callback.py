@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler
 
 from miub.monitor import MIUBMonitor
-from miub.report import MIUBReport
+from miub.report.report import MIUBReport
 from scalora.arguments import described, did_you_mean
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from miub.estimators import ESTIMATORS
 from miub.monitor import MIUBMonitor
-from miub.report import MIUBReport
+from miub.report.report import MIUBReport
 from scalora import load_rebased_weights, peft_layers
 from scalora.device_option import add_device_option
-from scalora.training_state_file import STATE_FILE
+from scalora.saving.training_state_file import STATE_FILE
 from scalora.transformers_models import model_class
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from miub.draw import mask_of
+from miub.token_sample import mask_of
 from scalora.peft_layers import base_model, peft_model, storage_address
 from scalora.transformers_models import padding_of
 

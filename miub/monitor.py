@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
-from miub.draw import Draw, draw
 from miub.estimators import ESTIMATORS, Estimate
 from miub.estimators.bracket import bracket
 from miub.estimators.crossfit import fewest_in_a_half
@@ -24,17 +22,18 @@ from miub.estimators.infonce import infonce
 from miub.masks import Masks
 from miub.paths import MOST_COORDINATES, adapter_code, learned_since
 from miub.processes import gathered, process_rank
-from miub.record import LayerRecord
-from miub.report import MIUBReport
-from scalora.callers import level_of_caller
+from miub.report.record import LayerRecord
+from miub.report.report import MIUBReport
+from miub.token_sample import Draw, draw
 from scalora.peft_layers import (
     LoRAPair,
     adapter_names,
     lora_pairs,
     why_not_measured,
 )
-from scalora.pretrained import Base, pretrained_weights
+from scalora.saving.pretrained import Base, pretrained_weights
 from scalora.transformers_models import decoder_of
+from scalora.warning import warn
 
 _FEWEST = 16
 _ORDERS = {"tempered": 0.5, "gaussian": 1.0}
@@ -284,12 +283,10 @@ class MIUBMonitor:
         layers = [layer for layer in layers if layer not in self._heavy]
         self._heavy.update(layers)
         if layers:
-            warnings.warn(
+            warn(
                 f"in {len(layers)} layers, {layers[0]!r} for one, a single token holds more than a "
                 "tenth of the variance of the samples; estimates from their moments mean little "
-                "there, and bound nothing.",
-                UserWarning,
-                stacklevel=level_of_caller(),
+                "there, and bound nothing."
             )
 
     def _needed(self, coordinates: int) -> int:
@@ -301,11 +298,9 @@ class MIUBMonitor:
     def _warn_unmeasured(self, layer: str, rows: int, needed: int) -> None:
         if layer not in self._unmeasured:
             self._unmeasured.add(layer)
-            warnings.warn(
+            warn(
                 f"{layer!r} had {rows} tokens in a forward pass; {needed} are needed, so it was "
-                "not measured.",
-                UserWarning,
-                stacklevel=level_of_caller(),
+                "not measured."
             )
 
 
@@ -395,11 +390,7 @@ def _measured_pairs(model: nn.Module, adapter_name: str | None) -> list[LoRAPair
         raise ValueError(f"no LoRA layer can be measured, {name!r} for one: {reason}.")
     if left_out:
         name, reason = next(iter(left_out.items()))
-        warnings.warn(
-            f"{len(left_out)} LoRA layers are not measured, {name!r} for one: {reason}.",
-            UserWarning,
-            stacklevel=level_of_caller(),
-        )
+        warn(f"{len(left_out)} LoRA layers are not measured, {name!r} for one: {reason}.")
     return pairs
 
 

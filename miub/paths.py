@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from scalora.peft_layers import LoRAPair
-from scalora.pretrained import change_since
+from scalora.saving.pretrained import change_since
 
 # A change that was folded over many re-basings has no fixed rank; so many coordinates hold it.
 MOST_COORDINATES = 64

@@ -1,17 +1,17 @@
 """ScaLoRA: fine-tuning with LoRA whose updates are not confined to the adapter's rank."""
 
-from scalora.factory import create_scalora_optimizer
+from scalora.integrations.peft_factory import create_scalora_optimizer
+from scalora.integrations.trainer import ScaLoRACallback
 from scalora.moments import register_moments
 from scalora.optimizer import ScaLoRA
-from scalora.saving import save_adapter, save_merged
-from scalora.scaling import optimal_scaling
-from scalora.spectrum import delta_spectrum, effective_rank
-from scalora.training_state import (
+from scalora.saving.finished import save_adapter, save_merged
+from scalora.saving.spectrum import delta_spectrum, effective_rank
+from scalora.saving.training_state import (
     load_rebased_weights,
     load_training_state,
     save_training_state,
 )
-from scalora.transformers_callback import ScaLoRACallback
+from scalora.scaling import optimal_scaling
 
 __version__ = "0.1.0"
 

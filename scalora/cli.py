@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import scalora
-from scalora import export_command
 from scalora.ablation import command as ablate_command
+from scalora.saving import export_command
 
 
 class _Parser(argparse.ArgumentParser):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -10,10 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from scalora import peft_layers, sharding
-from scalora.calibration import StepCalibration
-from scalora.callers import level_of_caller
-from scalora.layer_batches import highest_rate
-from scalora.made_state import only_makes_state
+from scalora.guards.base_watch import BaseWatch, watch_base
+from scalora.guards.empty_step import only_makes_state
+from scalora.guards.engines import check_engine, check_processes
+from scalora.guards.factor_watch import FactorWatch
+from scalora.guards.gradients import can_skip, not_finite, step_unless
+from scalora.guards.reference_model import check_reference
+from scalora.guards.stale_layers import checked_factors, warn_without_gradients, watched_factors
 from scalora.moments import moments_of
 from scalora.optimizer_wrapper import (
     OptimizerWrapper,
@@ -23,16 +25,16 @@ from scalora.optimizer_wrapper import (
     check_inner,
 )
 from scalora.options import Accumulator, RebasingOptions, Rounding, Rule, WhenFull
-from scalora.overflow import can_skip, not_finite, step_unless
 from scalora.peft_layers import LoRAPair
-from scalora.rebasing import Rebaser
-from scalora.reference_models import check_reference
-from scalora.report import RebasingReport, rebasing_report
-from scalora.resuming import ExpectedWeights
-from scalora.run_state import RunState
-from scalora.selection import check_engine, check_processes, places_of_layers
-from scalora.stale import checked_factors, warn_without_gradients, watched_factors
-from scalora.state_encoding import packed, unpacked
+from scalora.rebasing.rebaser import Rebaser
+from scalora.rebasing.report import RebasingReport, rebasing_report
+from scalora.rebasing.selection import places_of_layers
+from scalora.resuming.encoding import packed, unpacked
+from scalora.resuming.run_state import RunState
+from scalora.resuming.same_run import ExpectedWeights
+from scalora.step_length.calibration import StepCalibration
+from scalora.step_length.rates import highest_rate
+from scalora.warning import warn
 
 
 class ScaLoRA(OptimizerWrapper):
@@ -41,8 +43,9 @@ class ScaLoRA(OptimizerWrapper):
     By default ``lora_B`` decays into the weight: before a step in every ``interval``, what the
     adapter has learned more than ``memory`` steps ago is frozen, and the optimizer's moments are
     carried into the new coordinates exactly (`scalora.scaling.memory`).  The first steps find how
-    long a step should be (`scalora.calibration`).  The paper's rules rescale the columns of both
-    factors by the amounts that bring the coming step closest to the full fine-tuning step.
+    long a step should be (`scalora.step_length.calibration`).  The paper's rules rescale the
+    columns of both factors by the amounts that bring the coming step closest to the full
+    fine-tuning step.
 
     Whatever is frozen is folded into the base weight, or kept beside it where that is quantized, so
     the model's function does not change.  The frozen increments add up to a rank far above the
@@ -128,8 +131,8 @@ class ScaLoRA(OptimizerWrapper):
     _calibration: StepCalibration
     _run: RunState
     _owner: object
-    _watch: peft_layers.BaseWatch | None
-    _factors: peft_layers.FactorWatch | None
+    _watch: BaseWatch | None
+    _factors: FactorWatch | None
 
     def __init__(
         self,
@@ -190,7 +193,7 @@ class ScaLoRA(OptimizerWrapper):
                 "_calibration": length,
                 "_run": RunState(options, rebaser, length),
                 "_owner": owner,
-                "_watch": peft_layers.watch_base(rebaser.pairs[0]) if rebaser.folds else None,
+                "_watch": watch_base(rebaser.pairs[0]) if rebaser.folds else None,
                 "_factors": watched_factors(places),
             }
         )
@@ -265,11 +268,7 @@ class ScaLoRA(OptimizerWrapper):
             warn_without_gradients(self.param_groups)
         if overflow is not None and overflow.device.type == "cpu" and bool(overflow):
             self._count_skipped(overflow)
-            warnings.warn(
-                "a gradient is not finite: this step was skipped, and nothing was changed.",
-                UserWarning,
-                stacklevel=level_of_caller(),
-            )
+            warn("a gradient is not finite: this step was skipped, and nothing was changed.")
             return loss
         if self._factors is not None:
             self._factors.check(wait=False)
@@ -330,11 +329,9 @@ class ScaLoRA(OptimizerWrapper):
         if own is not None:
             self.check_rebasing_state(own)
         elif state["state"]:
-            warnings.warn(
+            warn(
                 "this optimizer state holds nothing of re-basing, which begins anew: carries and "
-                "the calibrated length of the step are not restored.",
-                UserWarning,
-                stacklevel=level_of_caller(),
+                "the calibrated length of the step are not restored."
             )
         self.inner.load_state_dict(state)
         self._reshard()

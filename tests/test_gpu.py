@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import scalora
+from examples.benchmark.miub.distributions import layer_paths
 from miub import MIUBMonitor
-from miub.benchmark.distributions import layer_paths
 from miub.estimators import tempered
 from scalora.peft_layers import lora_pairs
 
@@ -196,7 +196,7 @@ def test_non_finite_gradient_never_reaches_the_base():
 
 
 def test_launches_do_not_grow_with_the_layers_of_one_shape():
-    from scalora.benchmark.fold import kernels_added
+    from examples.benchmark.fold import kernels_added
 
     device = torch.device("cuda")
     assert kernels_added(8, device) == kernels_added(32, device)

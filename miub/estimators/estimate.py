@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ParamSpec
@@ -12,7 +11,7 @@ from typing import ParamSpec
 from torch import Tensor
 
 from miub.estimators.samples import Samples
-from scalora.callers import level_of_caller
+from scalora.warning import warn
 
 P = ParamSpec("P")
 
@@ -70,12 +69,10 @@ def warns_of_heavy_tails(estimator: Callable[P, Estimate]) -> Callable[P, Estima
         if found.heaviest is None or found.heaviest.device.type != "cpu":
             return found
         if is_heavy(float(found.heaviest.max()), found.n):
-            warnings.warn(
+            warn(
                 f"{estimator.__name__}: a single sample holds more than a tenth of the variance of "
                 "u or of v. Their moments, and what is estimated from them, mean little, and "
-                "nothing is bounded; miub.estimators.ranked has no need of moments.",
-                UserWarning,
-                stacklevel=level_of_caller(),
+                "nothing is bounded; miub.estimators.ranked has no need of moments."
             )
         return found
 

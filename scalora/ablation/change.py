@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from miub import MIUBMonitor
 from scalora.ablation.record import LayerSpectrum
 from scalora.ablation.task import Task
-from scalora.spectrum import entropy_rank
+from scalora.saving.spectrum import entropy_rank
 
 SPECTRUM_LENGTH = 256
 """The most singular values of the mean spectrum that are kept."""

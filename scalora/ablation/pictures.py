@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from miub.report_files import write_whole
+from miub.report.files import write_whole
 from scalora.ablation.plan import TaskPlan
 from scalora.ablation.rows import Row
 from scalora.ablation.summary import Statistic

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from miub.report_files import write_whole
+from miub.report.files import write_whole
 from scalora.ablation.job import Job
 
 Status = Literal["ok", "diverged", "failed"]

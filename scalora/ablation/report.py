@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from miub.report_files import write_whole
+from miub.report.files import write_whole
 from scalora.ablation.job import Job
 from scalora.ablation.pictures import draw_pictures
 from scalora.ablation.plan import TaskPlan

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from examples.benchmark.table import markdown
 from scalora.ablation.plan import TaskPlan
 from scalora.ablation.rows import BASELINE, Row
 from scalora.ablation.summary import Statistic
-from scalora.benchmark.table import markdown
 
 NONE = "–"
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from scalora.carry.factors import inner_product, relative_cut
-from scalora.rows import HERE, Rows
+from scalora.sharding.rows import HERE, Rows
 
 
 class Carry:

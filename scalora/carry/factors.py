@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from scalora.rows import HERE, Rows
+from scalora.sharding.rows import HERE, Rows
 
 
 class Compressed(NamedTuple):

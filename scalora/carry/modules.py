@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 
 from scalora.carry.carry import Carry
-from scalora.rows import Rows
+from scalora.sharding.rows import Rows
 
 
 class _Joined(torch.autograd.Function):

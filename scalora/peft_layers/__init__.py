@@ -6,18 +6,14 @@ nothing else says "A" or "B".
 
 from peft import PeftModel
 
-from scalora.peft_layers.adapter_files import adapter_with_factors
-from scalora.peft_layers.base_watch import BaseWatch, watch_base
 from scalora.peft_layers.carried import attach_carry
 from scalora.peft_layers.checksums import adapter_checksums, base_checksums, checksums
-from scalora.peft_layers.copying import copied
 from scalora.peft_layers.embeddings import (
     forgotten_embeddings,
     saved_embeddings,
     vocabulary_changed,
     weights_in_files,
 )
-from scalora.peft_layers.factor_watch import FactorWatch, check_factors, watch_factors
 from scalora.peft_layers.finding import (
     active_adapter,
     adapted_models,
@@ -35,20 +31,23 @@ from scalora.peft_layers.finding import (
     storage_address,
     untie_adapted_weights,
 )
-from scalora.peft_layers.merging import check_mergeable, merge_and_unload
-from scalora.peft_layers.pair import LoRAPair, dequantized
-from scalora.peft_layers.pretrained_methods import complete_checkpoints, complete_what_is_saved
-from scalora.peft_layers.support import is_quantized, why_no_carry, why_not_dense, why_not_measured
-from scalora.peft_layers.whole_files import (
+from scalora.peft_layers.methods.adapter_files import adapter_with_factors
+from scalora.peft_layers.methods.copying import copied
+from scalora.peft_layers.methods.merging import check_mergeable, merge_and_unload
+from scalora.peft_layers.methods.pretrained_methods import (
+    complete_checkpoints,
+    complete_what_is_saved,
+)
+from scalora.peft_layers.methods.whole_files import (
     base_weights_at,
     is_without_carry,
     weights_beside_adapter,
     without_notes,
 )
+from scalora.peft_layers.pair import LoRAPair, dequantized
+from scalora.peft_layers.support import is_quantized, why_no_carry, why_not_dense, why_not_measured
 
 __all__ = [
-    "BaseWatch",
-    "FactorWatch",
     "LoRAPair",
     "PeftModel",
     "active_adapter",
@@ -63,7 +62,6 @@ __all__ = [
     "base_model",
     "base_weight_name",
     "base_weights_at",
-    "check_factors",
     "check_mergeable",
     "checksums",
     "complete_checkpoints",
@@ -84,8 +82,6 @@ __all__ = [
     "storage_address",
     "untie_adapted_weights",
     "vocabulary_changed",
-    "watch_base",
-    "watch_factors",
     "weights_beside_adapter",
     "weights_in_files",
     "why_no_carry",

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from scalora.rows import HERE, Rows
+from scalora.sharding.rows import HERE, Rows
 
 
 class QuadraticModel(NamedTuple):

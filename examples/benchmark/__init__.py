@@ -1,0 +1,1 @@
+"""Benchmarks that print their own tables: ``python -m examples.benchmark``."""

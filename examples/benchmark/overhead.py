@@ -1,0 +1,103 @@
+"""What a step costs besides arithmetic: many layers of tiny matrices, optimizers alone."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import scalora
+from examples.benchmark.table import markdown
+
+_BLOCKS, _RANK = 80, 2
+_WARM_UP, _ROUNDS = 3, 30
+# (out, in) of a decoder block's linear layers, a few hundred times too small to cost anything.
+_SHAPES = {
+    "q_proj": (16, 16),
+    "k_proj": (8, 16),
+    "v_proj": (8, 16),
+    "o_proj": (16, 16),
+    "gate_proj": (32, 16),
+    "up_proj": (32, 16),
+    "down_proj": (16, 32),
+}
+_FOR_GOOD = 10**9  # steps
+# None: the inner optimizer alone.
+_CONTESTANTS: dict[str, dict[str, Any] | None] = {
+    "AdamW alone": None,
+    "rule='none'": {"rule": "none"},
+    "default, while it calibrates": {"calibration": _FOR_GOOD, "interval": _FOR_GOOD},
+    "default, afterwards": {"calibration": 1, "interval": _FOR_GOOD},
+    "default, afterwards, re-basing": {"calibration": 1, "interval": 1},
+    "exact": {"rule": "exact"},
+}
+
+
+@dataclass
+class _Contestant:
+    optimizer: torch.optim.Optimizer
+    parameters: list[nn.Parameter]
+    seconds: list[float] = field(default_factory=list)
+
+
+def run(device: torch.device) -> str:
+    """LoRA of r = 2 on 560 linear layers of at most 32 x 32, random gradients.
+
+    The contestants take their steps in turn, in one process.
+    """
+    contestants = {name: _contestant(options, device) for name, options in _CONTESTANTS.items()}
+    generator = torch.Generator(device).manual_seed(0)
+    for turn in range(_WARM_UP + _ROUNDS):
+        names = list(contestants)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            seconds = _timed_step(contestants[name], generator)
+            if turn >= _WARM_UP:
+                contestants[name].seconds.append(seconds)
+    alone = contestants["AdamW alone"].seconds
+    rows = [
+        [
+            name,
+            f"{1e3 * min(contestant.seconds):.1f}",
+            f"{1e3 * statistics.median(contestant.seconds):.1f}",
+            f"{min(contestant.seconds) / min(alone):.2f}",
+        ]
+        for name, contestant in contestants.items()
+    ]
+    note = (
+        f"{_BLOCKS * len(_SHAPES)} layers, {2 * _BLOCKS * len(_SHAPES)} factors.\n"
+        f"ms: processor time of optimizer.step() in {_ROUNDS} steps; ratio: of the least."
+    )
+    return markdown(["optimizer", "least ms", "median ms", "ratio"], rows) + "\n\n" + note
+
+
+def _contestant(options: dict[str, Any] | None, device: torch.device) -> _Contestant:
+    torch.manual_seed(0)
+    base = nn.ModuleList(
+        nn.ModuleDict({name: nn.Linear(n, m, bias=False) for name, (m, n) in _SHAPES.items()})
+        for _ in range(_BLOCKS)
+    )
+    model = get_peft_model(base, LoraConfig(r=_RANK, target_modules=list(_SHAPES))).to(device)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    inner = torch.optim.AdamW(parameters, lr=1e-4, foreach=True)
+    if options is None:
+        return _Contestant(inner, parameters)
+    return _Contestant(scalora.ScaLoRA(inner, model, **options), parameters)
+
+
+def _timed_step(contestant: _Contestant, generator: torch.Generator) -> float:
+    for parameter in contestant.parameters:
+        device = parameter.device
+        parameter.grad = torch.randn(parameter.shape, generator=generator, device=device)
+    if contestant.parameters[0].device.type == "cuda":
+        torch.cuda.synchronize()  # what the step waits for is not what was asked before it
+    start = time.thread_time()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="save_pretrained writes the adapter alone")
+        contestant.optimizer.step()
+    return time.thread_time() - start

@@ -1,0 +1,216 @@
+"""A whole training step with ScaLoRA relative to the inner optimizer alone."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
+
+import scalora
+from examples.benchmark.demo_model import demo_batch, demo_model, quantized_demo_model
+from examples.benchmark.table import markdown
+
+_WARM_UP, _BLOCKS, _BLOCK = 4, 6, 10  # rounds; a block holds one re-basing of interval=10
+
+_COLUMNS = 64
+_IN_A_CARRY: dict[str, object] = {"accumulator": "carry", "carry_rank": _COLUMNS}
+
+
+@dataclass
+class _Contestant:
+    name: str
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    seconds: list[float]
+
+
+def run(device: torch.device) -> str:
+    """MiniLM-L6 (the demo's model, random weights), batch 32 of 32 tokens, r = 8 on all linears.
+
+    The contestants take their steps in turn, in one process, so that the ratio of each round is of
+    steps made under the same conditions.
+    """
+    return _table(
+        [
+            _contestant("AdamW alone", demo_model(device), _alone),
+            _contestant("rule='none'", demo_model(device), _scalora(rule="none")),
+            _contestant("the default", demo_model(device), _scalora(rule="auto")),
+            _contestant("exact", demo_model(device), _scalora()),
+            _contestant("exact, interval=10", demo_model(device), _scalora(interval=10)),
+            _contestant(
+                "direction",
+                demo_model(device),
+                _scalora(rule="direction"),
+            ),
+            _contestant("exact, carry", demo_model(device), _scalora(**_IN_A_CARRY)),
+            _contestant(
+                "exact, interval=10, carry",
+                demo_model(device),
+                _scalora(interval=10, **_IN_A_CARRY),
+            ),
+        ],
+        device,
+    )
+
+
+def run_quantized(device: torch.device) -> str:
+    """The same encoder in NF4, every increment in a carry of rank 64.
+
+    The second adapter is PEFT's own, of rank 64 and frozen: what a carry would cost if it were one.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return "Not run: bitsandbytes is not installed."
+    return _table(
+        [
+            _contestant("QLoRA", quantized_demo_model(device), _alone),
+            _contestant("QLoRA, second adapter", _with_second_adapter(device), _alone),
+            _contestant("interval=1", quantized_demo_model(device), _scalora(**_IN_A_CARRY)),
+            _contestant(
+                "interval=10", quantized_demo_model(device), _scalora(interval=10, **_IN_A_CARRY)
+            ),
+        ],
+        device,
+    )
+
+
+def _table(contestants: list[_Contestant], device: torch.device) -> str:
+    ids, labels = demo_batch(device)
+    for contestant in contestants:
+        _fill_carries(contestant, ids, labels)
+    for turn in range(_WARM_UP + _BLOCKS * _BLOCK):
+        order = contestants[turn % len(contestants) :] + contestants[: turn % len(contestants)]
+        for contestant in order:
+            seconds = _timed_step(contestant, ids, labels)
+            if turn >= _WARM_UP:
+                contestant.seconds.append(seconds)
+    alone = contestants[0]
+    own = _bytes_of(alone)
+    peaks = [_peak_bytes(contestant, ids, labels) for contestant in contestants]
+    rows = []
+    for contestant, peak in zip(contestants, peaks, strict=True):
+        rows.append(
+            [
+                contestant.name,
+                f"{1e3 * statistics.median(contestant.seconds):.1f}",
+                f"{_ratio(contestant.seconds, alone.seconds):.3f}",
+                f"{100 * (_bytes_of(contestant) - own) / own:.2f} %",
+                f"{peak / 2**20:.1f}",
+                f"{peak / peaks[0]:.3f}",
+            ]
+        )
+    header = ["optimizer", "ms per step", "ratio", "extra state", "peak MiB", "ratio"]
+    note = (
+        f"ratio: time of {_BLOCK} steps over the first's in the same rounds, median of {_BLOCKS}.\n"
+        "extra state: bytes kept between steps over those of adapter and AdamW.\n"
+        "peak: most bytes allocated at once during a step (one that re-bases)."
+    )
+    return markdown(header, rows) + "\n\n" + note
+
+
+def _scalora(**options: object) -> Callable[[torch.optim.Optimizer, nn.Module], scalora.ScaLoRA]:
+    return lambda inner, model: scalora.ScaLoRA(inner, model, **{"rule": "exact", **options})  # type: ignore[arg-type]
+
+
+def _alone(inner: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+    return inner
+
+
+def _with_second_adapter(device: torch.device) -> PeftModel:
+    model = quantized_demo_model(device)
+    encoder = model.peft_config["default"].target_modules
+    model.add_adapter("carry", LoraConfig(r=64, lora_alpha=64, target_modules=encoder))
+    model.base_model.set_adapter(["default", "carry"])
+    for name, parameter in model.named_parameters():
+        if ".carry." in name:
+            parameter.requires_grad_(False)
+    return model
+
+
+def _contestant(
+    name: str,
+    model: PeftModel,
+    wrap: Callable[[torch.optim.Optimizer, nn.Module], torch.optim.Optimizer],
+) -> _Contestant:
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return _Contestant(name, model, wrap(torch.optim.AdamW(trainable, lr=1e-3), model), [])
+
+
+def _fill_carries(contestant: _Contestant, ids: Tensor, labels: Tensor) -> None:
+    """Re-base until a carry is full: its compressions are part of what a step costs."""
+    optimizer = contestant.optimizer
+    if not isinstance(optimizer, scalora.ScaLoRA) or optimizer.options.accumulator == "auto":
+        return
+    while min(row.columns for row in optimizer.report()) < _COLUMNS:
+        optimizer.zero_grad()
+        contestant.model(input_ids=ids, labels=labels).loss.backward()
+        optimizer._rebaser.rebase(optimizer.inner, 0)
+        optimizer.inner.step()
+
+
+def _step(contestant: _Contestant, ids: Tensor, labels: Tensor) -> None:
+    contestant.optimizer.zero_grad()
+    contestant.model(input_ids=ids, labels=labels).loss.backward()
+    contestant.optimizer.step()
+
+
+def _timed_step(contestant: _Contestant, ids: Tensor, labels: Tensor) -> float:
+    _wait(ids.device)
+    start = time.perf_counter()
+    _step(contestant, ids, labels)
+    _wait(ids.device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _ratio(seconds: list[float], alone: list[float]) -> float:
+    """Median over blocks: a block's sum counts the re-basing steps at their true share."""
+    starts = range(0, len(seconds), _BLOCK)
+    return statistics.median(
+        sum(seconds[start : start + _BLOCK]) / sum(alone[start : start + _BLOCK])
+        for start in starts
+    )
+
+
+def _bytes_of(contestant: _Contestant) -> int:
+    """Bytes kept between steps: trainable parameters, the optimizer's state, ScaLoRA's own."""
+    tensors: list[Tensor] = [p for p in contestant.model.parameters() if p.requires_grad]
+    for state in contestant.optimizer.state.values():
+        tensors += [value for value in state.values() if isinstance(value, Tensor)]
+    if isinstance(contestant.optimizer, scalora.ScaLoRA):
+        tensors += contestant.optimizer.kept_tensors()
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _peak_bytes(contestant: _Contestant, ids: Tensor, labels: Tensor) -> int:
+    """Most bytes allocated at once during one step, beyond those allocated before it."""
+    steps_to_rebasing = -(_WARM_UP + _BLOCKS * _BLOCK + 1) % _BLOCK
+    for _ in range(steps_to_rebasing):
+        _step(contestant, ids, labels)
+    contestant.optimizer.zero_grad()
+    if ids.device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        _step(contestant, ids, labels)
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
+        _step(contestant, ids, labels)
+    assert profiler.profiler is not None
+    live = peak = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak

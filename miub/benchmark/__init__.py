@@ -1,1 +1,0 @@
-"""Benchmarks that print their own tables: ``python -m miub.benchmark``."""

@@ -1,0 +1,205 @@
+"""A report as a picture: blocks against kinds of module, and lines over steps."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from miub.report.module_kinds import Place
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from miub.report.report import LayerRow, MIUBReport
+
+_CELLS_WITH_NUMBERS = 120  # the most that have room for them
+_UNMEASURED = "#eeeeee"
+# Paul Tol's bright and muted schemes, which the colour-blind can tell apart.
+_COLOURS = (
+    *("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#222222"),
+    *("#44aa99", "#999933", "#882255", "#ee8866", "#888888"),
+)
+
+
+def draw(report: MIUBReport, path: str | os.PathLike[str]) -> bytes:
+    """The picture, in the format that the path's suffix names, png without one.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: matplotlib does not know the format.
+    """
+    image = io.BytesIO()
+    figure(report).savefig(image, format=Path(path).suffix[1:] or "png", dpi=150)
+    return image.getvalue()
+
+
+def figure(report: MIUBReport) -> Figure:
+    """A row of panels for every adapter: a heat map, and lines where there are several steps."""
+    try:
+        # Not pyplot: a script's own figures and backend stay as they are.
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("MIUBReport.plot needs matplotlib: pip install scalora[plot]") from error
+    maps = {
+        adapter: heat_map([row for row in report if row.adapter == adapter], report.places)
+        for adapter in report.adapters
+    }
+    over_time = any(len(rows) > 1 for rows in report.history.values())
+    widths = [3.2 + 0.7 * max(len(cells.columns) for cells in maps.values())]
+    if over_time:
+        widths.append(7.5)
+    height = min(12.0, max(3.6, 2.2 + 0.26 * max(len(cells.rows) for cells in maps.values())))
+    picture = Figure(figsize=(max(5.5, sum(widths)), len(maps) * height), layout="constrained")
+    panels = picture.subplots(len(maps), len(widths), squeeze=False, width_ratios=widths)
+    finite = [row.value for row in report if math.isfinite(row.value)]
+    limits = (min([0.0, *finite]), max([0.0, *finite]) or 1.0)
+    for (adapter, cells), axes in zip(maps.items(), panels, strict=True):
+        _draw_cells(axes[0], cells, limits)
+        axes[0].set_title(_title(report, adapter), fontsize=10)
+        if over_time:
+            _draw_lines(axes[1], report, adapter)
+    picture.suptitle(f"MIUB: {report.estimator} estimator, noise tau = {report.noise:g}")
+    return picture
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Labels, and the mean of the layers in every cell, in nats; nan where there is none."""
+
+    rows: list[str]
+    columns: list[str]
+    cells: list[list[float]]
+
+
+def heat_map(rows: Sequence[LayerRow], where: dict[str, Place]) -> HeatMap:
+    """Blocks against kinds; where no layer is in a block, layers by name in one column.
+
+    Layers that are in no block, where others are, share the last row.
+    """
+    if all(where[row.layer].index is None for row in rows):
+        return HeatMap([row.layer for row in rows], [""], [[row.value] for row in rows])
+    stacks = list(dict.fromkeys(where[row.layer].stack for row in rows))
+    blocks = sorted(
+        {(place.stack, place.index) for place in (where[row.layer] for row in rows)},
+        key=lambda block: (block[1] is None, stacks.index(block[0]), block[1] or 0),
+    )
+    names = _told_apart([stack for stack, index in blocks if index is not None])
+    kinds = list(dict.fromkeys(row.kind for row in rows))
+    found: dict[tuple[str, int | None, str], list[float]] = {}
+    for row in rows:
+        place = where[row.layer]
+        found.setdefault((place.stack, place.index, row.kind), []).append(row.value)
+    return HeatMap(
+        [
+            "other" if index is None else f"{names[stack]} {index}".strip()
+            for stack, index in blocks
+        ],
+        kinds,
+        [[_mean(found.get((*block, kind), [])) for kind in kinds] for block in blocks],
+    )
+
+
+def _told_apart(stacks: Sequence[str]) -> dict[str, str]:
+    """Names without the components that all have in front or at the end."""
+    names = {stack: stack.split(".") for stack in stacks}
+    for end in (0, -1):
+        while all(names.values()) and len({parts[end] for parts in names.values()}) == 1:
+            for parts in names.values():
+                del parts[end]
+    return {stack: ".".join(parts) for stack, parts in names.items()}
+
+
+def _title(report: MIUBReport, adapter: str) -> str:
+    rows = [row for row in report if row.adapter == adapter]
+    steps = max(row.steps for row in rows)
+    when = f"mean over {steps} steps" if steps > 1 else f"step {max(row.step for row in rows)}"
+    return f"adapter {adapter}, {when}" if len(report.adapters) > 1 else when
+
+
+def _draw_cells(axes: Axes, cells: HeatMap, limits: tuple[float, float]) -> None:
+    from matplotlib import colormaps
+    from matplotlib.ticker import MaxNLocator
+
+    colours = colormaps["viridis"].with_extremes(bad=_UNMEASURED)
+    image = axes.imshow(
+        cells.cells, cmap=colours, aspect="auto", vmin=limits[0], vmax=limits[1], origin="upper"
+    )
+    axes.set_xticks(range(len(cells.columns)), cells.columns, rotation=40, fontsize=9)
+    for label in axes.get_xticklabels():
+        label.set(horizontalalignment="right", rotation_mode="anchor")
+    if all(label.isdecimal() for label in cells.rows) and len(cells.rows) > 16:
+        axes.yaxis.set_major_locator(MaxNLocator(16, integer=True, steps=[1, 2, 4, 5, 10]))
+        axes.yaxis.set_major_formatter(
+            lambda i, _: cells.rows[int(i)] if 0 <= i < len(cells.rows) else ""
+        )
+    else:
+        axes.set_yticks(range(len(cells.rows)), cells.rows, fontsize=9)
+    if cells.rows[0].isdecimal():
+        axes.set_ylabel("block")
+    axes.tick_params(length=0)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    bar = axes.figure.colorbar(image, ax=axes, pad=0.02, aspect=30)
+    bar.set_label("MIUB (nats)")
+    bar.outline.set_visible(False)
+    if len(cells.rows) * len(cells.columns) <= _CELLS_WITH_NUMBERS:
+        _write_numbers(axes, cells, limits)
+
+
+def _write_numbers(axes: Axes, cells: HeatMap, limits: tuple[float, float]) -> None:
+    middle = (limits[0] + limits[1]) / 2
+    decimals = 1 if limits[1] >= 10 else 2
+    for i, line in enumerate(cells.cells):
+        for j, value in enumerate(line):
+            if math.isnan(value):
+                continue
+            # Dark on the light end of the scale, light on the dark one.
+            colour = "black" if value > middle else "white"
+            axes.text(
+                j, i, f"{value:.{decimals}f}", color=colour, ha="center", va="center", fontsize=8
+            )
+
+
+def _draw_lines(axes: Axes, report: MIUBReport, adapter: str) -> None:
+    """A thin line for each layer, a thick one for the mean of each kind."""
+    by_kind: dict[str, list[list[LayerRow]]] = {}
+    for rows in report.history.values():
+        if rows[0].adapter == adapter:
+            by_kind.setdefault(rows[0].kind, []).append(rows)
+    for k, (kind, layers) in enumerate(by_kind.items()):
+        colour, style = _COLOURS[k % len(_COLOURS)], ("-", "--", ":")[k // len(_COLOURS) % 3]
+        if len(layers) > 1:
+            for rows in layers:
+                points = [row.step for row in rows], [row.value for row in rows]
+                axes.plot(*points, color=colour, linewidth=0.6, alpha=0.4)
+        at_step: dict[int, list[float]] = {}
+        for rows in layers:
+            for row in rows:
+                at_step.setdefault(row.step, []).append(row.value)
+        steps = sorted(at_step)
+        means = [_mean(at_step[step]) for step in steps]
+        axes.plot(steps, means, style, color=colour, linewidth=2.2, label=kind, zorder=3)
+    axes.set_xlabel("step")
+    axes.set_ylabel("MIUB (nats)")
+    axes.set_title("layers (thin) and the mean of each kind (thick)", fontsize=10)
+    axes.grid(alpha=0.25)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.legend(
+        loc="upper left",
+        bbox_to_anchor=(1.0, 1.0),
+        frameon=False,
+        fontsize=8,
+        ncols=1 + len(by_kind) // 25,
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    measured = [value for value in values if not math.isnan(value)]
+    return sum(measured) / len(measured) if measured else math.nan

@@ -1,0 +1,1 @@
+"""Refuse, skip or warn before a step changes anything; compute nothing."""

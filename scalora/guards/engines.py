@@ -1,0 +1,62 @@
+"""Refuse what wrappers and engines have made of a model's parameters and cannot be re-based."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from scalora import peft_layers, sharding
+from scalora.moments import Moments
+from scalora.moments.bitsandbytes import BitsandbytesMoments
+from scalora.options import RebasingOptions
+from scalora.peft_layers import LoRAPair
+
+
+def check_processes(
+    optimizer: torch.optim.Optimizer,
+    pairs: Sequence[LoRAPair],
+    places: Mapping[str, str],
+    options: RebasingOptions,
+    moments: Moments,
+) -> None:
+    """Raise a ValueError if what was made of the parameters since cannot be re-based.
+
+    Wrappers (accelerate, DeepSpeed) shard a model after its optimizer was made.
+    """
+    for pair in pairs:
+        if not sharding.is_sharded(pair.P_parameter):
+            continue
+        in_place = peft_layers.why_not_dense if places[pair.name] == "dense" else None
+        reason = (in_place or peft_layers.why_no_carry)(pair)
+        if reason is not None:
+            raise ValueError(f"{pair.name!r} cannot be re-based any more: {reason}.")
+    spread = sharding.layouts(pair.P_parameter for pair in pairs)
+    if not spread:
+        return
+    if len(spread) > 1 or not all(sharding.is_sharded(pair.P_parameter) for pair in pairs):
+        raise ValueError(
+            "LoRA layers are sharded in different ways: call fully_shard with one mesh for all of "
+            "them, or leave the others out of target_modules."
+        )
+    if isinstance(moments, BitsandbytesMoments) or moments.partners is not None:
+        raise ValueError(
+            f"the state of {type(optimizer).__name__} cannot be re-based where it is sharded: use "
+            "an optimizer of torch.optim other than Adafactor."
+        )
+    if options.rounding == "compensated":
+        raise ValueError(
+            "rounding='compensated' keeps a residual beside every base weight, which a checkpoint "
+            "of a sharded model would lose: use rounding='stochastic'."
+        )
+
+
+def check_engine(model: nn.Module) -> None:
+    """Raise a ValueError if an engine has made of the parameters what is not handled."""
+    reason = sharding.why_not_sharded_so(model)
+    if reason is not None:
+        raise ValueError(
+            f"ScaLoRA cannot re-base this model: {reason}. Use torch.distributed.fsdp.fully_shard "
+            "(accelerate: fsdp_version=2), or DistributedDataParallel."
+        )

@@ -1,0 +1,245 @@
+"""Whether an adapter's factors are still those that belong to what was taken out of them.
+
+Re-basing moves part of what the factors hold into the base weight or a carry.  Factors from another
+moment (the best of a run that were kept in memory, an average, another adapter) do not fit what is
+there now, and nothing in PyTorch or PEFT can tell.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scalora import sharding
+from scalora.peft_layers.pair import LoRAPair
+from scalora.warning import warn
+
+_SAMPLE = 4096  # elements of each tensor that are looked at: adapters are put back whole
+_ROUND_OFF = 16  # in units of the dtype's: an average that is taken back may leave so much
+
+
+class _Lineage:
+    """How often increments have left the factors of a model; one for it and for all its copies."""
+
+    def __init__(self, moves: int = 0) -> None:
+        self.moves = moves
+
+    def __deepcopy__(self, memo: Any) -> _Lineage:
+        return self
+
+
+@dataclass(frozen=True)
+class _Left:
+    """What the newest step has left.
+
+    Attributes:
+        factors: (elements,) of P and Q.
+        tolerance: (), by which they may differ and be the same.
+        base: (elements,) of the base weight, where increments go into it.
+        versions: of P and Q.
+        moves: of the lineage.
+        is_sharded: whether all this is of the rows of one process.
+    """
+
+    factors: Tensor
+    tolerance: Tensor
+    base: Tensor | None
+    versions: tuple[int, int]
+    moves: int
+    is_sharded: bool
+
+
+class FactorWatch:
+    """Says when factors are used that are not those that the newest step has left.
+
+    In a model's own copies, which no step of its optimizer reaches, that is an error where
+    increments have left the model's factors since: an average of factors alone, for example.
+
+    Where all weights were replaced together, the base among them, nothing is said: a whole state
+    was put back, or the average is one of whole models.  A carry is in no state of the model.
+
+    Args:
+        pair: one layer of the adapter, which tells of all.
+        folds: whether its increments go into its base weight.
+    """
+
+    def __init__(self, pair: LoRAPair, folds: bool) -> None:
+        self.pair = pair
+        self._folds = folds
+        self._lineage = _Lineage()
+        self._count = 0
+        self._left: _Left | None = None
+        self._is_copy = self._told = self._trained_by_another = False
+        self._seen: Tensor | None = None  # () bool on an accelerator, and what has arrived of it
+        self._arrived: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_is_copy": True, "_seen": None, "_arrived": None}
+
+    def begin(self, folds: bool) -> None:
+        """Take the factors as they are for those that an optimizer begins with."""
+        self._folds, self._count, self._told = folds, 0, False
+        self.note(0)
+
+    def kept_tensors(self) -> list[Tensor]:
+        """What is kept between steps."""
+        left = self._left
+        found = () if left is None else (left.factors, left.tolerance, left.base)
+        return [tensor for tensor in found if tensor is not None]
+
+    def suspend(self) -> None:
+        """Expect nothing until the step is done that begins now; it may fail half way."""
+        self._left = None
+
+    def forget(self) -> None:
+        """Expect nothing until the next step is done: another state was loaded."""
+        self._left = self._seen = self._arrived = None
+
+    @torch.no_grad()
+    def note(self, count: int) -> None:
+        """Note what a step has left.
+
+        Args:
+            count: of the re-basings so far.
+        """
+        if self._is_copy:  # which is trained by an optimizer of its own
+            self._is_copy, self._lineage = False, _Lineage(self._lineage.moves)
+        if count != self._count:
+            self._count, self._lineage.moves = count, self._lineage.moves + 1
+        factors = self._factors()
+        span = factors.abs().max() if factors.numel() else factors.new_zeros(())
+        self._left = _Left(
+            factors,
+            _ROUND_OFF * torch.finfo(factors.dtype).eps * span,
+            _sample(self.pair.base_weight).clone() if self._folds else None,
+            self._versions(),
+            self._lineage.moves,
+            sharding.is_sharded(self.pair.P_parameter),
+        )
+        self._trained_by_another = False
+        if self._seen is None and factors.device.type == "cuda":
+            self._seen = torch.zeros((), dtype=torch.bool, device=factors.device)
+            self._arrived = torch.zeros((), dtype=torch.bool, pin_memory=True)
+
+    def __call__(self, layer: nn.Module, args: Any) -> None:
+        """Forward pre-hook of the layer: look, where a model is evaluated."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return
+        pair, left = self.pair, self._left
+        if left is None or not pair.exists or not pair.runs or pair.is_merged:
+            return
+        # Not within torch.func, and not where a sharded layer is whole for as long as it computes.
+        if left.is_sharded or not isinstance(pair.P_parameter, nn.Parameter):
+            return
+        rewritten = self._versions() != left.versions
+        if layer.training and torch.is_grad_enabled():
+            self._trained_by_another |= rewritten
+        elif not self._trained_by_another:
+            # A copy may be a reference model, which runs in every step and is not written to.
+            self.check(wait=self._is_copy and rewritten)
+
+    @torch.no_grad()
+    def check(self, *, wait: bool) -> None:
+        """Warn if the factors are others; raise where a copy cannot be right.
+
+        Args:
+            wait: for an accelerator.  Otherwise what it finds is said the next time.
+
+        Raises:
+            ValueError: in a copy, increments have left the model's factors since it was made.
+        """
+        left = self._left
+        if left is None or self._told or self._lineage.moves == 0 or not self.pair.exists:
+            return
+        if not self._differs(left, wait):
+            return
+        if self._is_copy and self._lineage.moves > left.moves:
+            raise ValueError(self._refusal())
+        self._told = True
+        warn(self._message())
+
+    def _differs(self, left: _Left, wait: bool) -> bool:
+        found = self._factors()
+        kept = left.factors
+        if found.is_meta or (found.dtype, found.device) != (kept.dtype, kept.device):
+            return False  # converted or moved: what was kept does not tell
+        if found.shape != kept.shape:
+            return True
+        differs = ((found - kept).abs() > left.tolerance).any()
+        if left.base is not None:
+            base = _sample(self.pair.base_weight)
+            if base.shape != left.base.shape or base.dtype != left.base.dtype or not base.numel():
+                return False
+            differs = differs & (base == left.base).all()
+        if wait or self._seen is None or self._arrived is None:
+            return bool(differs)
+        arrived = bool(self._arrived)
+        self._seen |= differs
+        self._arrived.copy_(self._seen, non_blocking=True)
+        return arrived
+
+    def _factors(self) -> Tensor:
+        return torch.cat([_sample(self.pair.P_parameter), _sample(self.pair.Q_parameter)])
+
+    def _versions(self) -> tuple[int, int]:
+        return self.pair.P_parameter._version, self.pair.Q_parameter._version
+
+    @property
+    def _place(self) -> str:
+        return "the base weights" if self._folds else "a carry beside the base weights"
+
+    def _message(self) -> str:
+        whole = "model.state_dict()" if self._folds else "optimizer.state_dict()"
+        return (
+            f"the factors of the adapter {self.pair.adapter!r} are not those that ScaLoRA left "
+            f"(seen at {self.pair.name!r}): they were put back, exchanged or averaged, and what "
+            f"ScaLoRA has put into {self._place} since was not. Unless they are from after the "
+            "newest re-basing, this is neither the model they were taken from nor the one in "
+            f"training. Keep and put back {whole} as well, or use scalora.save_training_state and "
+            "load_training_state; load another adapter on the pretrained model."
+        )
+
+    def _refusal(self) -> str:
+        return (
+            f"this copy of the model has other factors than it was made with (seen at "
+            f"{self.pair.name!r}), but what ScaLoRA has put into {self._place} of the model in "
+            "training since did not reach it: an average or a copy of the factors alone is no "
+            "model. Average or copy all parameters, with accumulator='dense' (an AveragedModel "
+            "does), or copy the model anew with copy.deepcopy."
+        )
+
+
+def watch_factors(pair: LoRAPair, folds: bool) -> FactorWatch:
+    """Watch an adapter from now on, at one of its layers; there is one watch for all who ask.
+
+    Args:
+        pair: the layer.
+        folds: whether its increments go into its base weight.
+    """
+    found = [watch for watch in _watches(pair.module) if watch.pair.adapter == pair.adapter]
+    watch = found[0] if found else FactorWatch(pair, folds)
+    if not found:
+        pair.module.register_forward_pre_hook(watch)
+    watch.begin(folds)
+    return watch
+
+
+def check_factors(model: nn.Module) -> None:
+    """Warn or raise, as `FactorWatch.check`, for every adapter of a model that is to be saved."""
+    for module in model.modules():
+        for watch in _watches(module):
+            watch.check(wait=True)
+
+
+def _watches(module: nn.Module) -> list[FactorWatch]:
+    return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, FactorWatch)]
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """(elements,): the first of those held here, most often in the same memory."""
+    held = sharding.local(tensor).detach()
+    width = max(1, held.shape[1:].numel())
+    return held[: -(-_SAMPLE // width)].flatten()[:_SAMPLE]  # few rows: some have no flat view

@@ -1,0 +1,1 @@
+"""Other libraries' own ways to attach ScaLoRA: transformers' callback, PEFT's factory."""

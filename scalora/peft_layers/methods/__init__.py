@@ -1,0 +1,1 @@
+"""PEFT's own methods on a re-based model: made right, refused, or warned about."""

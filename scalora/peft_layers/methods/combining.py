@@ -1,0 +1,121 @@
+"""``add_weighted_adapter``, which makes one adapter of several: what has been frozen besides."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from scalora.peft_layers.finding import all_lora_pairs
+from scalora.peft_layers.pair import LoRAPair
+from scalora.warning import warn
+
+_METHOD = "add_weighted_adapter"
+
+
+def guard_combinations(tuner: Any) -> None:
+    """Let ``add_weighted_adapter`` of PEFT's LoRA model leave nothing out in silence."""
+    if hasattr(type(tuner), _METHOD) and _METHOD not in vars(tuner):
+        setattr(tuner, _METHOD, _AddWeightedAdapter(tuner))
+
+
+class _AddWeightedAdapter:
+    """The method with carries in what it makes; an object, so that it can be pickled."""
+
+    def __init__(self, tuner: nn.Module) -> None:
+        self.tuner: Any = tuner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        method = getattr(type(self.tuner), _METHOD)
+        call = inspect.signature(method).bind(self.tuner, *args, **kwargs)
+        call.apply_defaults()
+        combination = call.arguments
+        if combination["adapter_name"] in self.tuner.peft_config:  # PEFT does nothing then
+            return method(self.tuner, *args, **kwargs)
+        pairs = all_lora_pairs(self.tuner)
+        combined = [pair for pair in pairs if pair.adapter in combination["adapters"]]
+        adds_products = _adds_products(combination)
+        if any(map(_carries, combined)) and not adds_products:
+            _check_carries(combined, combination)
+        _warn_of_folded(pairs)
+        result = method(self.tuner, *args, **kwargs)
+        if adds_products:
+            made = [
+                p for p in all_lora_pairs(self.tuner) if p.adapter == combination["adapter_name"]
+            ]
+            _carry_along(combined, made, combination)
+        return result
+
+
+def _adds_products(combination: Mapping[str, Any]) -> bool:
+    """Whether the new adapter is the weighted sum of the others, column beside column."""
+    return len(combination["adapters"]) == 1 or combination["combination_type"] == "cat"
+
+
+def _carries(pair: LoRAPair) -> bool:
+    carry = pair.carry
+    return carry is not None and carry.columns > 0
+
+
+def _check_carries(combined: Sequence[LoRAPair], combination: Mapping[str, Any]) -> None:
+    """Raise a ValueError, or warn, where a carry would be left out or cut."""
+    names = ", ".join(map(repr, sorted({pair.adapter for pair in combined if _carries(pair)})))
+    ranks: dict[str, int] = {}
+    for pair in combined:
+        ranks[pair.name] = ranks.get(pair.name, 0) + pair.learned_rank
+    whole = max(min(ranks[pair.name], *pair.shape) for pair in combined)
+    kind = combination["combination_type"]
+    # PEFT takes these from the weights' changes, which have the carry in them; all others from the
+    # factors alone.
+    if not kind.endswith("svd"):
+        raise ValueError(
+            f"combination_type={kind!r} mixes factors, and part of what {names} learned is in "
+            "ScaLoRA's carry beside them, which would be left out. Use combination_type='cat', "
+            "which keeps all of it, or 'svd' with a svd_rank. Nothing was changed."
+        )
+    if combination["svd_rank"] is None:
+        warn(
+            f"the combination of {names} is cut to the adapters' own rank, but with ScaLoRA's "
+            f"carry it has up to {whole} ranks: use combination_type='cat', which keeps all of "
+            "them, or pass a svd_rank."
+        )
+
+
+def _carry_along(
+    combined: Sequence[LoRAPair], made: Sequence[LoRAPair], combination: Mapping[str, Any]
+) -> None:
+    """Give the new adapter the carries of those that it is the weighted sum of."""
+    sources = {(pair.name, pair.adapter): pair for pair in combined if _carries(pair)}
+    weights = list(zip(combination["adapters"], combination["weights"], strict=True))
+    for pair in made:
+        ups, downs, cut, columns = [], [], torch.zeros(()), 0
+        for adapter, weight in weights:
+            source = sources.get((pair.name, adapter))
+            if source is None or source.carry is None:
+                continue
+            factor = weight * source.scaling / pair.scaling
+            state = source.carry.state()
+            ups.append(state["up"])
+            downs.append(factor * state["down"])
+            cut = cut.to(state["cut"]) + factor**2 * state["cut"]
+            columns += state["up"].shape[1]
+        if columns:
+            whole = {"up": torch.cat(ups, 1), "down": torch.cat(downs), "cut": cut}
+            pair.ensure_carry(columns).load({**whole, "capacity": torch.tensor(columns)})
+
+
+def _warn_of_folded(pairs: Sequence[LoRAPair]) -> None:
+    folded = sorted(
+        {p.adapter for p in pairs if p.adapter in getattr(p.module, "scalora_folded", ())}
+    )
+    if folded:
+        names = ", ".join(map(repr, folded))
+        warn(
+            f"ScaLoRA has folded part of what {names} learned into the base weights: that is under "
+            "every combination, and with the weight 1. Call scalora.save_adapter(model, path, "
+            "base=...) and combine that with others on the pretrained model, or train with "
+            "accumulator='carry'."
+        )

@@ -1,0 +1,1 @@
+"""One re-basing: which layers, by which rule, and where the increments go."""

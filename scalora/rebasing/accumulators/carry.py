@@ -1,0 +1,200 @@
+"""The carry accumulator: increments are kept as low-rank factors beside the base weight."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from scalora.carry import Carry, compress, relative_cut
+from scalora.options import RebasingOptions
+from scalora.peft_layers import LoRAPair
+from scalora.rebasing.accumulators.commit import write_all
+from scalora.rebasing.accumulators.dense import DenseAccumulator
+from scalora.rebasing.accumulators.increment import increment_columns
+from scalora.rebasing.batches import thin_factors
+from scalora.sharding.stacks import Write
+from scalora.warning import warn
+
+# In units of the adapter's rank: where carry_rank="auto" begins, and where it stops growing.
+_AUTO_FIRST, _AUTO_MOST = 8, 32
+# So many numbers of carries are recompressed at once: 8 bytes each, several times over.
+_NUMBERS_AT_ONCE = 1 << 23
+
+
+class CarryAccumulator:
+    """Keeps increments beside base weights, which it never touches unless told to fold.
+
+    Args:
+        options: of the carry.
+        dense: where full carries are folded with ``when_full="fold"``.
+    """
+
+    def __init__(self, options: RebasingOptions, dense: DenseAccumulator) -> None:
+        self.options = options
+        self.dense = dense
+        self._warned = False
+
+    def key(self, pair: LoRAPair) -> Hashable:
+        """Nothing but the factors must agree."""
+        return "carry"
+
+    def takes(self, pair: LoRAPair, columns: int) -> bool:
+        """With ``when_full="hold"``: until its carry is full."""
+        carry = pair.carry
+        if self.options.when_full != "hold" or carry is None:
+            return True
+        return carry.columns + columns <= carry.capacity
+
+    def carry_of(self, pair: LoRAPair) -> Carry:
+        """The layer's, with as much room as was asked for."""
+        wanted = self.options.carry_rank
+        columns = _AUTO_FIRST * pair.rank if isinstance(wanted, str) else wanted
+        least, most = 2 * self._increment_columns(pair), self._most_useful(pair)
+        return pair.ensure_carry(min(max(columns, least), most))
+
+    @torch.no_grad()
+    def make_room(self, pairs: Sequence[LoRAPair], columns: int, count: int) -> None:
+        """Recompress the carries that are full, let them grow, or fold them."""
+        full: dict[Hashable, list[LoRAPair]] = {}
+        for pair in pairs:
+            carry = self.carry_of(pair)
+            if carry.columns + columns > carry.capacity:
+                shape = carry.up.shape, carry.down.shape, carry.columns
+                key = (*shape, carry.up.device, self.dense.key(pair) if self._folds else None)
+                full.setdefault(key, []).append(pair)
+        for alike in full.values():
+            carry = _carry(alike[0])
+            # Of whole carries, so that all processes that share them cut at the same places.
+            at_once = max(1, _NUMBERS_AT_ONCE // (carry.capacity * (carry.m + carry.n)))
+            for start in range(0, len(alike), at_once):
+                part = alike[start : start + at_once]
+                if self._folds:
+                    self._fold(part, count)
+                else:
+                    self._compress(part, columns)
+
+    def commit(
+        self,
+        pairs: Sequence[LoRAPair],
+        left: Tensor,
+        right: Tensor,
+        writes: Sequence[Write],
+        count: int,
+    ) -> None:
+        """Append the increments to the carries, and write the rest with them."""
+        carries = [_carry(pair) for pair in pairs]
+        left, right = left.to(carries[0].up.dtype), right.to(carries[0].down.dtype).mT
+        k = left.shape[-1]
+        ups = [carry.up[:, carry.columns : carry.columns + k] for carry in carries]
+        downs = [carry.down[carry.columns : carry.columns + k] for carry in carries]
+        counts = [carry.columns + k for carry in carries]
+        writes = [(ups, left, left), (downs, right, right), *writes]
+        write_all(writes, range(len(pairs)), lambda: _count(carries, counts))
+
+    @property
+    def _folds(self) -> bool:
+        return self.options.when_full == "fold"
+
+    def _compress(self, pairs: Sequence[LoRAPair], columns: int) -> None:
+        """Recompress the carries, or let them grow where ``"auto"`` would cut too much."""
+        carries = [_carry(pair) for pair in pairs]
+        keep = _kept_columns(pairs[0], carries[0], columns)
+        up = torch.stack([carry.used_up for carry in carries])
+        down = torch.stack([carry.used_down for carry in carries])
+        rows = carries[0].rows
+        new = compress(up, down, keep, rows)
+        cuts = torch.stack([carry.cut for carry in carries]) + new.cut
+        P, Q = thin_factors(pairs)
+        # The eigenproblem has waited for the device; reading these costs nothing more.
+        shares = relative_cut(cuts, new.energy, up, down, P, Q, rows).tolist()
+        chosen = []
+        for i, (pair, carry) in enumerate(zip(pairs, carries, strict=True)):
+            too_much = shares[i] > self.options.carry_tolerance
+            larger = min(2 * carry.capacity, self._most_columns(pair))
+            if too_much and larger >= carry.columns + columns:
+                carry.grow(larger)
+                continue
+            chosen.append(i)
+            if too_much:
+                self._warn(pair, carry, shares[i])
+        if chosen:
+            self._replace(
+                [carries[i] for i in chosen],
+                torch.stack([new.up[i] for i in chosen]),
+                torch.stack([new.down[i] for i in chosen]),
+                torch.stack([cuts[i] for i in chosen]),
+            )
+
+    def _replace(self, carries: Sequence[Carry], up: Tensor, down: Tensor, cuts: Tensor) -> None:
+        keep = up.shape[-1]
+        more = carries[0].capacity - keep
+        up = torch.nn.functional.pad(up, (0, more))
+        down = torch.nn.functional.pad(down, (0, 0, 0, more))
+        writes = [
+            ([carry.up for carry in carries], up, up),
+            ([carry.down for carry in carries], down, down),
+            ([carry.cut for carry in carries], cuts, cuts),
+        ]
+        counts = [keep] * len(carries)
+        write_all(writes, range(len(carries)), lambda: _count(carries, counts))
+
+    def _fold(self, pairs: Sequence[LoRAPair], count: int) -> None:
+        """Into the base weights; the carries are empty then."""
+        carries = [_carry(pair) for pair in pairs]
+        up = torch.stack([carry.used_up for carry in carries])
+        down = torch.stack([carry.used_down for carry in carries])
+        writes = [
+            ([carry.used_down for carry in carries], down, torch.zeros_like(down)),
+            ([carry.used_up for carry in carries], up, torch.zeros_like(up)),
+        ]
+        # What an interruption leaves counted is zero.
+        self.dense.commit(pairs, up, down.mT, writes, count)
+        _count(carries, [0] * len(carries))
+
+    def _most_columns(self, pair: LoRAPair) -> int:
+        """Up to where the layer's carry may grow."""
+        if not isinstance(self.options.carry_rank, str):
+            return 0
+        return min(_AUTO_MOST * pair.rank, self._most_useful(pair))
+
+    def _most_useful(self, pair: LoRAPair) -> int:
+        """Columns with which nothing of a layer's carry is ever cut."""
+        return _full_rank(pair) + 4 * self._increment_columns(pair)
+
+    def _increment_columns(self, pair: LoRAPair) -> int:
+        return increment_columns(pair, P_alone=self.options.scales_P_alone)
+
+    def _warn(self, pair: LoRAPair, carry: Carry, share: float) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        warn(
+            f"the carry of {pair.name!r} is full at {carry.capacity} columns, and the energy that "
+            f"was cut from it by now is {share:.1e} of what the layer has learned "
+            f"(carry_tolerance={self.options.carry_tolerance:g}): so much the model's function was "
+            "moved. Pass a larger carry_rank or interval; optimizer.report() has every layer."
+        )
+
+
+def _count(carries: Sequence[Carry], columns: Sequence[int]) -> None:
+    for carry, count in zip(carries, columns, strict=True):
+        carry.columns = count
+
+
+def _carry(pair: LoRAPair) -> Carry:
+    carry = pair.carry
+    assert carry is not None
+    return carry
+
+
+def _full_rank(pair: LoRAPair) -> int:
+    return min(pair.P_parameter.shape[0], pair.Q_parameter.shape[1:].numel())
+
+
+def _kept_columns(pair: LoRAPair, carry: Carry, k: int) -> int:
+    """What a compression keeps: a quarter is left free, so that not every re-basing compresses."""
+    if carry.capacity - k >= _full_rank(pair):
+        return _full_rank(pair)
+    return carry.capacity - max(k, carry.capacity // 4 // k * k)

@@ -1,0 +1,74 @@
+"""Writing one re-basing so that every layer takes all of it or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from scalora import sharding
+from scalora.sharding.stacks import Write
+
+
+def write_all(writes: Sequence[Write], layers: Sequence[int], done: Callable[[], None]) -> None:
+    """Write some layers, whatever is raised in between.
+
+    Writing twice does no harm, so an interruption is answered by writing again.
+
+    Args:
+        writes: stacks over the same layers, and their targets.
+        layers: the places of those to write.
+        done: called last; it may be called twice.
+    """
+
+    def write() -> None:
+        for targets, _, new in writes:
+            own, rows = [sharding.local(targets[i]) for i in layers], new.unbind()
+            torch._foreach_copy_(
+                own, [rows[i].view_as(target) for i, target in zip(layers, own, strict=True)]
+            )
+        done()
+
+    try:
+        write()
+    except BaseException:
+        write()
+        raise
+
+
+def commit(
+    fold: Callable[[], None],
+    bases: Sequence[Tensor],
+    writes: Sequence[Write],
+    done: Callable[[int], None],
+) -> None:
+    """Fold, then write the rest for exactly those layers whose base has changed.
+
+    Folding twice would do harm: a base's version counter tells whether it has taken its increment.
+
+    Args:
+        fold: changes the bases, one after the other.
+        bases: one a layer.
+        writes: as for `write_all`.
+        done: called with the place of each layer that has changed, last.
+    """
+    versions = [base._version for base in bases]
+
+    def follow() -> None:
+        folded = [i for i, base in enumerate(bases) if base._version != versions[i]]
+
+        def note() -> None:
+            for i in folded:
+                done(i)
+
+        if folded:
+            write_all(writes, folded, note)
+
+    # Following twice does no harm.  Not `finally`: an interrupt may come between two lines of that.
+    try:
+        fold()
+        follow()
+    except BaseException:
+        follow()
+        raise

@@ -1,0 +1,1 @@
+"""What a resumed run takes up, and what must agree for it to continue another."""

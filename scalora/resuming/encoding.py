@@ -1,0 +1,171 @@
+"""A state of re-basing as tensors, JSON and a checksum of both: never pickled.
+
+So it is written to ``scalora.safetensors``, and so it travels in a distributed checkpoint, which
+keeps one value of a parameter group.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from scalora.resuming.same_run import check_version
+
+_KEYS = (
+    *("version", "steps", "rebase_count", "ranks", "shapes", "places", "base", "adapter"),
+    *("learned", "step_length"),
+)
+_CARRY = ("up", "down", "cut", "capacity")
+
+
+def flattened(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `scalora.ScaLoRA.rebasing_state` returns, as named tensors and what JSON can express.
+
+    Returns:
+        ``carry.up:``, ``carry.down:``, ``carry.cut:``, ``carry.capacity:``, ``product:`` or
+        ``residual:`` and a layer's name, or ``step_length:`` and a name -> the tensor, for those
+        that are not None; and all other values.
+    """
+    values = {key: value for key, value in state.items() if key != "layers"}
+    tensors: dict[str, Tensor] = {}
+    for name, layer in state["layers"].items():
+        carry = {f"carry.{key}": value for key, value in (layer["carry"] or {}).items()}
+        memory = {"product": layer["product"], "residual": layer["residual"], **carry}
+        tensors |= {f"{key}:{name}": value for key, value in memory.items() if value is not None}
+    length = state["step_length"]
+    found = {key: value for key, value in length.items() if isinstance(value, Tensor)}
+    tensors |= {f"step_length:{key}": value for key, value in found.items()}
+    values["step_length"] = {key: None if key in found else length[key] for key in length}
+    return tensors, values
+
+
+def restored(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The state that `flattened` was given."""
+    length = values["step_length"]
+    return {
+        **values,
+        "layers": {layer: _memory(tensors, layer) for layer in values["ranks"]},
+        "step_length": {key: tensors.get(f"step_length:{key}", length[key]) for key in length},
+    }
+
+
+def carry_of(tensors: Mapping[str, Tensor], layer: str) -> dict[str, Tensor] | None:
+    """A layer's ``up`` (m, c), ``down`` (c, n), ``cut`` and ``capacity``; None without one."""
+    carry = {key: tensors.get(f"carry.{key}:{layer}") for key in _CARRY}
+    found = {key: tensor for key, tensor in carry.items() if tensor is not None}
+    return found if len(found) == len(_CARRY) else None
+
+
+def _memory(tensors: Mapping[str, Tensor], layer: str) -> dict[str, Any]:
+    return {
+        "product": tensors.get(f"product:{layer}"),
+        "residual": tensors.get(f"residual:{layer}"),
+        "carry": carry_of(tensors, layer),
+    }
+
+
+def sealed(
+    tensors: Mapping[str, Tensor], values: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors, contiguous and on the CPU, and safetensors' metadata: values and checksum."""
+    text = json.dumps(values)
+    here = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return here, {"scalora": text, "sha256": _sha256(here, text)}
+
+
+def opened(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: object
+) -> dict[str, Any]:
+    """The values that were `sealed` with these tensors.
+
+    Args:
+        tensors, metadata: as they were read.
+        source: where from, for the messages.
+
+    Raises:
+        ValueError: they are not as they were written, or not by this version of this package.
+    """
+    try:
+        text = metadata["scalora"]
+        values = json.loads(text)
+        version = values["version"]
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{source} was not written by this package. Nothing was loaded."
+        ) from error
+    check_version(version)
+    if metadata.get("sha256") != _sha256(tensors, text):
+        raise ValueError(
+            f"{source} is damaged: it is not what was written. Nothing was loaded; take an "
+            "earlier checkpoint."
+        )
+    missing = [key for key in _KEYS if key not in values]
+    if missing:
+        raise ValueError(
+            f"{source} is damaged: its entry {missing[0]!r} is missing. Nothing was loaded."
+        )
+    return values
+
+
+def noted(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The values as they are there, not compared with anything; {} if there are none."""
+    try:
+        values = json.loads(metadata["scalora"])
+    except (KeyError, json.JSONDecodeError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def packed(state: Mapping[str, Any]) -> bytes:
+    """A state of re-basing as one value, which a distributed checkpoint writes as it is."""
+    tensors, metadata = sealed(*flattened(state))
+    return save(tensors, metadata)
+
+
+def unpacked(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """An optimizer's state dict -> the state of re-basing, if it holds one, and the inner one's.
+
+    Raises:
+        ValueError: it is in a parameter group and damaged, or was not written by this version of
+            this package.
+    """
+    own = state_dict.get("scalora")
+    groups = []
+    for group in state_dict["param_groups"]:
+        held = group.get("scalora")
+        if own is None and held is not None:
+            own = _from_bytes(held)
+        groups.append({name: value for name, value in group.items() if name != "scalora"})
+    inner = {name: value for name, value in state_dict.items() if name != "scalora"}
+    return own, {**inner, "param_groups": groups}
+
+
+def _from_bytes(held: bytes) -> dict[str, Any]:
+    source = "what the optimizer's parameter group holds of re-basing"
+    try:
+        tensors = load(held)
+        # Which safetensors does not give: eight bytes of length, then JSON.
+        header = json.loads(held[8 : 8 + int.from_bytes(held[:8], "little")])
+    except (SafetensorError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{source} cannot be read: it is damaged, or was written by another version of "
+            "scalora. Nothing was loaded; take an earlier checkpoint."
+        ) from error
+    return restored(tensors, opened(tensors, header.get("__metadata__", {}), source))
+
+
+def _sha256(tensors: Mapping[str, Tensor], text: str) -> str:
+    """Of contiguous tensors on the CPU, with names, dtypes and shapes, and of the text."""
+    found = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()

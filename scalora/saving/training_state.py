@@ -1,0 +1,153 @@
+"""What a resumed run needs beyond adapter and inner optimizer: folded base weights, carries."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from scalora import peft_layers, sharding, transformers_models
+from scalora.arguments import check_folder, check_model, described
+from scalora.optimizer import ScaLoRA
+from scalora.peft_layers import LoRAPair
+from scalora.resuming.encoding import flattened
+from scalora.saving.training_state_file import (
+    TrainingStateFile,
+    noted_beside_adapter,
+    pretrained_weights,
+)
+
+
+def save_training_state(
+    optimizer: ScaLoRA, folder: str | PathLike[str], *, all_base_weights: bool = False
+) -> Path:
+    """Write the folded base weights or the carries, and the state of re-basing.
+
+    Together with the adapter (``model.save_pretrained``, best called before) and
+    ``optimizer.state_dict()`` that is a complete checkpoint.  The file is written whole or not at
+    all.  Base weights that nothing has been folded into yet are the pretrained ones: they are left
+    out, and recognised when loading; those that are in the adapter's file are not written twice.
+
+    Args:
+        optimizer: the optimizer in training.
+        folder: an existing folder; the file in it is named ``scalora.safetensors``.
+        all_base_weights: write those too, so that the very model that is in training can be taken
+            back to this state later, without loading the pretrained one anew.
+
+    Returns:
+        The file's path.
+    """
+    _check_optimizer(optimizer, "save_training_state")
+    sharding.require_whole(optimizer.model, "save_training_state")
+    check_folder(Path(folder), "make it first; nothing was written")
+    tensors, state = flattened(optimizer.rebasing_state())
+    pairs = optimizer.rebased_pairs
+    # All but those with a carry that is kept.
+    folded = [p for p in pairs if state["places"][p.name] == "dense" or p.was_rebased]
+    left_out = [p for p in folded if not (p.was_rebased or all_base_weights)]
+    written = [pair for pair in folded if pair not in left_out]
+    tensors |= {f"base:{pair.name}": pair.base_weight for pair in written}
+    state["pretrained"] = pretrained_weights(left_out)
+    state |= noted_beside_adapter(written, Path(folder), optimizer.options.adapter_name)
+    state["adapter"] = peft_layers.adapter_checksums(pairs)
+    # So that `scalora export` can make the model anew.
+    state["adapter_name"] = optimizer.options.adapter_name
+    base = peft_layers.base_model(optimizer.model)
+    state["config"] = transformers_models.recorded_config(base)
+    state["model_class"] = type(base).__name__
+    state["quantized"] = any(map(peft_layers.is_quantized, pairs))
+    return TrainingStateFile.write(folder, tensors, state)
+
+
+def load_training_state(optimizer: ScaLoRA, folder: str | PathLike[str]) -> None:
+    """Restore what `save_training_state` wrote; load the adapter of the same checkpoint first.
+
+    Args:
+        optimizer: a new optimizer over the same kind of model, with the same rule and seed.
+        folder: the checkpoint's folder.
+
+    Raises:
+        ValueError: the file is missing or damaged, or belongs to another model, rank, rule or
+            adapter; nothing is changed then.
+    """
+    _check_optimizer(optimizer, "load_training_state")
+    sharding.require_whole(optimizer.model, "load_training_state")
+    file = TrainingStateFile.read(folder)
+    pairs = optimizer.rebased_pairs
+    optimizer.check_rebasing_state(file.values)
+    file.check(pairs)
+    file.put_weights(pairs)
+    optimizer.load_rebasing_state(file.state)
+
+
+def load_rebased_weights(
+    model: nn.Module, folder: str | PathLike[str], adapter_name: str | None = None
+) -> None:
+    """Make a model with a checkpoint's adapter the model that was trained; no optimizer is needed.
+
+    The folded base weights or the carries, of what `save_training_state` wrote::
+
+        model = PeftModel.from_pretrained(base, "checkpoint-500")
+        scalora.load_rebased_weights(model, "checkpoint-500")
+
+    Args:
+        model: the PEFT model (or a module around it), on the same base.  A carry fits that base in
+            any precision, quantized or not.
+        folder: the checkpoint's folder.
+        adapter_name: None for the active adapter.
+
+    Raises:
+        ValueError: the file is missing or damaged, or belongs to another model, rank or adapter;
+            nothing is changed then.
+    """
+    check_model(model, "load_rebased_weights")
+    sharding.require_whole(model, "load_rebased_weights")
+    file = TrainingStateFile.read(folder)
+    name = adapter_name or peft_layers.active_adapter(model)
+    pairs = _pairs_of(file, model, name)
+    file.check(pairs)
+    file.put_weights(pairs)
+    for pair in pairs:
+        saved = file.carry(pair.name)
+        if saved is not None:
+            pair.ensure_carry(int(saved["capacity"])).load(saved)
+        elif pair.carry is not None or file.values["places"][pair.name] == "carry":
+            pair.ensure_carry(2 * pair.rank).clear()
+        if pair.name in file.values["base"]:
+            pair.mark_rebased()
+    if file.values["rebase_count"]:
+        peft_layers.complete_what_is_saved(model)
+
+
+def _check_optimizer(optimizer: Any, caller: str) -> None:
+    """Raise a TypeError if it is no ScaLoRA; accelerate and schedulers have one inside."""
+    if isinstance(optimizer, ScaLoRA):
+        return
+    inside = " It is around one: pass its .optimizer." * isinstance(
+        getattr(optimizer, "optimizer", None), ScaLoRA
+    )
+    raise TypeError(
+        f"{caller}(optimizer, folder) got {described(optimizer)}, not a ScaLoRA.{inside}"
+    )
+
+
+def _pairs_of(file: TrainingStateFile, model: nn.Module, adapter: str) -> list[LoRAPair]:
+    """The model's layers that the file speaks of."""
+    ranks = file.values["ranks"]
+    pairs = {pair.name: pair for pair in peft_layers.lora_pairs(model, adapter)}
+    for name, rank in ranks.items():
+        if name not in pairs or pairs[name].rank != rank:
+            found: Any = f"has rank {pairs[name].rank}" if name in pairs else "is missing"
+            raise ValueError(
+                f"{file.path} belongs to another model: the layer {name!r} has rank {rank} there "
+                f"and {found} in this model's adapter {adapter!r}. Nothing was loaded."
+            )
+        if list(pairs[name].shape) != file.values["shapes"][name]:
+            raise ValueError(
+                f"{file.path} belongs to another model: the weight of {name!r} is "
+                f"{tuple(file.values['shapes'][name])} there and {pairs[name].shape} here. "
+                "Nothing was loaded."
+            )
+    return [pairs[name] for name in ranks]

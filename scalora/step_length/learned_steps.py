@@ -1,0 +1,82 @@
+"""Steps counted by how far they go: one at half the highest learning rate is half a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scalora.scaling.quadratic import solver_dtype
+from scalora.step_length.rates import host_rate
+
+Count = float | Tensor  # a tensor, 0-d, where the learning rate is kept on a device
+
+
+class LearnedSteps:
+    """Counts what each layer has learned since it was last re-based, in steps at the highest rate.
+
+    A schedule then has its meaning: while the rate falls, less is learned per step, and less is
+    forgotten.  During a warm-up every rate is the highest so far, so every step counts in full.
+    """
+
+    def __init__(self) -> None:
+        self._peaks: list[Count] = []  # of each parameter group, the highest learning rate so far
+        self._counts: list[Count] = []  # likewise, its steps so far
+        self._marks: dict[str, Count] = {}  # layer name -> its count when it was last re-based
+
+    @torch.no_grad()
+    def count(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Count the step that every parameter group has just taken."""
+        new = len(groups) - len(self._counts)  # add_param_group
+        self._peaks += [0.0] * new
+        self._counts += [0.0] * new
+        for i, group in enumerate(groups):
+            rate = host_rate(group["lr"])
+            self._peaks[i] = peak = _larger(self._peaks[i], rate)
+            self._counts[i] = self._counts[i] + _share(rate, peak)
+
+    def since(self, layer: str, group: int) -> Count:
+        """Return the steps of a layer, whose P is in that group, since it was last re-based."""
+        count = self._counts[group] if group < len(self._counts) else 0.0
+        return count - self._marks.get(layer, 0.0)
+
+    def peak(self, group: int, rate: Count) -> Count:
+        """Return the highest learning rate of a group, the coming step's among them."""
+        return _larger(self._peaks[group] if group < len(self._peaks) else 0.0, rate)
+
+    def mark(self, layers: Iterable[str], group: int) -> None:
+        """Note that these layers have just been re-based."""
+        count = self._counts[group] if group < len(self._counts) else 0.0
+        self._marks.update(dict.fromkeys(layers, count))
+
+    def state(self) -> dict[str, Any]:
+        """Numbers that `load` needs to go on.  Waits for the device if a rate is kept there."""
+        marks = {layer: float(mark) for layer, mark in self._marks.items()}
+        return {"peaks": _floats(self._peaks), "counts": _floats(self._counts), "marks": marks}
+
+    def load(self, state: Mapping[str, Any] | None) -> None:
+        """Take up what `state` returned; ``None``: begin anew."""
+        state = state or {"peaks": [], "counts": [], "marks": {}}
+        self._peaks, self._counts = list(state["peaks"]), list(state["counts"])
+        self._marks = dict(state["marks"])
+
+
+def _floats(counts: Iterable[Count]) -> list[float]:
+    return [float(count) for count in counts]
+
+
+def _larger(peak: Count, rate: Count) -> Count:
+    # A number beside a tensor goes into its kernel: copied to the device it would be waited for.
+    if isinstance(rate, Tensor):
+        # float32 ends counting whole steps at 16 million, and halves before.
+        rate = rate.to(solver_dtype(rate.device))
+        return torch.maximum(rate, peak) if isinstance(peak, Tensor) else rate.clamp_min(peak)
+    return peak.clamp_min(rate) if isinstance(peak, Tensor) else max(peak, rate)
+
+
+def _share(rate: Count, peak: Count) -> Count:
+    if isinstance(peak, Tensor):
+        return torch.nan_to_num(rate / peak)
+    return rate / peak if peak > 0 else 0.0

@@ -1,0 +1,35 @@
+"""Learning rates of parameter groups, read without waiting for a device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def host_rate(lr: float | Tensor) -> float | Tensor:
+    """A learning rate; one kept in a host tensor can be read without waiting."""
+    return lr if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr)
+
+
+def highest_rate(
+    groups: Sequence[dict[str, Any]], parameters: Sequence[nn.Parameter]
+) -> float | None:
+    """Return the highest learning rate of some parameters; None where one is kept on a device.
+
+    Args:
+        groups: an optimizer's, others among them: a new head's rate says nothing of an adapter's.
+        parameters: whose rates are asked for.
+    """
+    wanted = {id(p) for p in parameters}
+    of_these = [group for group in groups if any(id(p) in wanted for p in group["params"])]
+    rates = [host_rate(group["lr"]) for group in of_these]
+    known = [rate for rate in rates if not isinstance(rate, Tensor)]
+    return max(known) if known and len(known) == len(rates) else None
+
+
+def is_zero(lr: float | Tensor) -> bool:
+    """Whether a learning rate is 0, and is known to be without waiting."""
+    rate = host_rate(lr)
+    return not isinstance(rate, Tensor) and rate == 0

@@ -1,0 +1,468 @@
+"""Scaling P alone: what the adapter remembers, what is frozen, and at what pace."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+from typing import Any
+
+import models
+import numpy as np
+import pytest
+import reference
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import OPTIMIZERS, OptimizerCase
+from test_layers import CASES, TOLERANCE, Case
+from torch import Tensor, nn
+
+import scalora
+from scalora.moments import moments_of
+from scalora.moments.inner_states import stacked_states
+from scalora.peft_layers import lora_pairs
+from scalora.scaling.memory import bounded_age, leak
+from scalora.step_length.learned_steps import LearnedSteps
+
+R = 3
+RULES = ("leak", "age")
+
+
+def perceptron(dtype: torch.dtype = torch.float32, **config: Any) -> Any:
+    torch.manual_seed(0)
+    options = {"r": R, "target_modules": ["first", "second"], **config}
+    return models.with_lora(
+        models.Perceptron().to(dtype), autocast_adapter_dtype=False, **options
+    ).to(dtype)
+
+
+def scalora_of(model: Any, *, lr: float | Tensor = 1e-2, **options: Any) -> scalora.ScaLoRA:
+    inner = torch.optim.AdamW(models.trainable(model), lr=lr, weight_decay=0.0)
+    options = {"rule": "leak", "interval": 2, "memory": 10, **options}
+    return scalora.ScaLoRA(inner, model, **options)
+
+
+def backward(model: nn.Module, step: int) -> float:
+    dtype = next(model.parameters()).dtype
+    loss = models.loss(model, (models.vectors(16, 12) * (1 + step / 10)).to(dtype))
+    loss.backward()
+    return loss.item()
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
+    losses = []
+    for step in steps:
+        optimizer.zero_grad()
+        losses.append(backward(model, step))
+        optimizer.step()
+    return losses
+
+
+def alphas(optimizer: scalora.ScaLoRA) -> dict[str, Tensor]:
+    return {name: alpha for name, (alpha, _) in optimizer.last_scaling.items()}
+
+
+# The mathematics
+
+
+@given(st.floats(1.01, 1e4), st.floats(0, 1e3), st.floats(0, 1e3))
+def test_leak_is_within_0_and_1_and_forgets_step_by_step(
+    memory: float, first: float, second: float
+) -> None:
+    alpha = leak(memory, first)
+    assert 0 <= alpha <= 1
+    assert leak(memory, 0) == 1
+    assert leak(memory, first) * leak(memory, second) == pytest.approx(leak(memory, first + second))
+    in_a_tensor = leak(memory, torch.tensor(first, dtype=torch.float64))
+    assert float(in_a_tensor) == pytest.approx(alpha)
+
+
+@given(st.integers(2, 300), st.integers(1, 7))
+def test_leaked_steps_sum_to_the_memory(memory: int, interval: int) -> None:
+    """A column that every step adds 1 to settles at K, as an average over K steps does."""
+    length = 0.0
+    for _ in range(40 * memory // interval + 1):
+        length = leak(memory, interval) * length + interval
+    settled = interval / (1 - leak(memory, interval))
+    assert length == pytest.approx(settled)
+    assert memory * (1 - 1e-12) <= settled <= memory + interval
+
+
+matrices = st.tuples(st.integers(1, 6), st.integers(1, 20), st.integers(1, 4))
+
+
+@given(matrices, st.floats(0.5, 50), st.floats(1e-4, 1.0), st.integers(0, 2**31))
+def test_bounded_age_is_the_reference_and_leaves_no_column_older(
+    shape: tuple[int, int, int], memory: float, rate: float, seed: int
+) -> None:
+    layers, m, r = shape
+    generator = torch.Generator().manual_seed(seed)
+    P, U = torch.randn(2, layers, m, r, generator=generator, dtype=torch.float64).unbind()
+    P[:, :, 0] *= 100
+    step = rate * U.square().sum((1, 2)).div(r).sqrt()
+    alpha = bounded_age(P.norm(dim=1), step, memory)
+    for layer in range(layers):
+        wanted = reference.bounded_age(P[layer].numpy(), U[layer].numpy(), rate, memory)
+        np.testing.assert_allclose(alpha[layer].numpy(), wanted, rtol=1e-12)
+    assert ((alpha > 0) & (alpha <= 1)).all()
+    ages = (P * alpha.unsqueeze(1)).norm(dim=1) / step.unsqueeze(1)
+    assert (ages <= memory * (1 + 1e-12)).all()
+    # In other units of the loss, whose gradients an optimizer of degree 1 steps by, and of P.
+    torch.testing.assert_close(bounded_age(7 * P.norm(dim=1), 7 * step, memory), alpha)
+
+
+def test_bounded_age_of_a_layer_that_does_not_move_is_1() -> None:
+    alpha = bounded_age(torch.tensor([[1.0, 0.0]]), torch.tensor([0.0]), 5.0)
+    assert alpha.tolist() == [[1.0, 1.0]]
+
+
+# The pace
+
+
+def test_steps_are_counted_by_their_share_of_the_highest_rate() -> None:
+    learned = LearnedSteps()
+    for rate in (0.5, 1.0, 2.0, 1.0, 0.0):  # a warm-up, then a decay
+        learned.count([{"lr": rate}, {"lr": 1.0}])
+    assert learned.since("layer", 0) == 3.5
+    learned.mark(["layer"], 0)
+    learned.count([{"lr": 1.0}, {"lr": 1.0}])
+    assert learned.since("layer", 0) == 0.5
+    assert learned.since("other", 1) == 6
+    again = LearnedSteps()
+    again.load(learned.state())
+    assert (again.since("layer", 0), again.since("other", 1)) == (0.5, 6)
+
+
+def test_rate_may_change_from_a_number_to_a_tensor_and_back() -> None:
+    learned = LearnedSteps()
+    for rate in (2.0, torch.tensor(4.0, dtype=torch.float64), 1.0, torch.tensor(2.0)):
+        learned.count([{"lr": rate}])
+    assert float(learned.since("layer", 0)) == 2.75
+    on_device = LearnedSteps()  # a tensor that is not on the host is not read
+    for peak, rate in ((1.0, 3.0), (torch.tensor(1.0), 3.0), (1.0, torch.tensor(3.0))):
+        on_device._peaks, on_device._counts = [peak], [0.0]
+        assert float(on_device.peak(0, rate)) == 3.0
+
+
+def test_rates_of_zero_count_nothing() -> None:
+    learned = LearnedSteps()
+    learned.count([{"lr": 0.0}])
+    assert learned.since("layer", 0) == 0
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_alpha_follows_the_schedule_of_the_layers_own_group(kind: Any) -> None:
+    model = perceptron()
+    first, second = lora_pairs(model, "default")
+    groups = [
+        {"params": [first.P_parameter, first.Q_parameter], "lr": kind(1e-2)},
+        {"params": [second.P_parameter, second.Q_parameter], "lr": kind(1e-3)},
+    ]
+    inner = torch.optim.AdamW(groups)
+    optimizer = scalora.ScaLoRA(inner, model, rule="leak", interval=5, memory=10)
+    train(model, optimizer, range(5))
+    assert alphas(optimizer)["first"].tolist() == pytest.approx([0.9**4] * R)
+    groups[0]["lr"] = inner.param_groups[0]["lr"] = kind(5e-3)
+    train(model, optimizer, range(5, 10))
+    # One whole step, taken after the re-basing, and four halves.
+    assert alphas(optimizer)["first"].tolist() == pytest.approx([0.9**3] * R)
+    assert alphas(optimizer)["second"].tolist() == pytest.approx([0.9**5] * R)
+
+
+def test_layer_that_took_no_part_forgets_what_it_learned_when_its_turn_comes() -> None:
+    model = perceptron()
+    optimizer = scalora_of(model, interval=2)
+    for step in range(4):
+        optimizer.zero_grad()
+        backward(model, step)
+        if step == 1:
+            pair = lora_pairs(model, "default")[0]
+            pair.P_parameter.grad = pair.Q_parameter.grad = None
+        optimizer.step()
+    assert alphas(optimizer)["first"].tolist() == pytest.approx([0.9**3] * R)
+    assert alphas(optimizer)["second"].tolist() == pytest.approx([0.9**2] * R)
+
+
+def test_first_step_of_all_has_nothing_to_forget() -> None:
+    model = perceptron()
+    optimizer = scalora_of(model, interval=1)
+    train(model, optimizer, range(1))
+    assert optimizer.last_scaling == {}
+    train(model, optimizer, range(1, 2))
+    assert alphas(optimizer)["first"].tolist() == pytest.approx([0.9] * R)
+
+
+@pytest.mark.parametrize(("memory", "interval"), [("auto", 10), (50, 5), (7, 1), (1.5, 1)])
+def test_interval_follows_the_memory(memory: Any, interval: int) -> None:
+    def found(interval: Any) -> int:
+        return scalora_of(perceptron(), memory=memory, interval=interval).options.interval_steps
+
+    assert found("auto") == interval
+    assert found(3) == 3
+
+
+def test_other_rules_rebase_at_every_step_by_default() -> None:
+    inner_model = perceptron()
+    inner = torch.optim.AdamW(models.trainable(inner_model))
+    assert scalora.ScaLoRA(inner, inner_model, rule="exact").options.interval_steps == 1
+
+
+def test_age_bounds_the_columns_at_the_memory() -> None:
+    model = perceptron()
+    optimizer = scalora_of(model, rule="age", interval=1, memory=3)
+    train(model, optimizer, range(30))
+    assert all((alpha <= 1).all() and (alpha < 1).any() for alpha in alphas(optimizer).values())
+    rate = optimizer.param_groups[0]["lr"]
+    for pair in optimizer.rebased_pairs:
+        # Adam moves no entry by much more than its rate: K steps, and the one after the re-basing.
+        longest = 4 * rate * pair.P_parameter.shape[0] ** 0.5
+        assert (pair.P_parameter.norm(dim=0) < 2 * longest).all()
+
+
+# What a re-basing leaves as it was
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_function_is_preserved_on_every_kind_of_layer(case: Case, rule: str) -> None:
+    model, inputs = case.model(torch.float32), case.batch(torch.float32)
+    optimizer = scalora_of(model, rule=rule, memory=2, interval=1000)
+    models.train(model, optimizer, inputs, steps=4)
+    models.loss(model, inputs).backward()
+    before = models.answers(model, inputs)
+    bases = {n: models.layer(model, n).get_base_layer().weight.clone() for n in case.layers}
+    optimizer._rebaser.rebase(optimizer.inner, 1)
+    torch.testing.assert_close(
+        models.answers(model, inputs), before, rtol=0, atol=TOLERANCE[torch.float32]
+    )
+    for name, base in bases.items():
+        assert (alphas(optimizer)[name] < 1).any()
+        assert not torch.equal(models.layer(model, name).get_base_layer().weight, base), name
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_function_is_preserved_beside_a_carry(rule: str) -> None:
+    model = perceptron()
+    optimizer = scalora_of(model, rule=rule, accumulator="carry", memory=2, interval=1)
+    inputs = models.vectors(16, 12)
+    train(model, optimizer, range(5))
+    for step in range(5, 20):  # a carry is full meanwhile
+        optimizer.zero_grad()
+        backward(model, step)
+        before = model(inputs)
+        optimizer._rebaser.rebase(optimizer.inner, step)
+        torch.testing.assert_close(model(inputs), before, rtol=0, atol=1e-5)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_factors_lose_nothing_to_the_carry(dtype: torch.dtype) -> None:
+    model = perceptron(dtype)
+    optimizer = scalora_of(model, accumulator="carry", memory=3, interval=1000, lr=1e-3)
+    optimizer.param_groups[0]["eps"] = 1e-4  # float16 has nothing as small as Adam's own
+    train(model, optimizer, range(4))
+    optimizer.zero_grad()
+    backward(model, 4)
+    before = [pair.effective_weight() for pair in optimizer.rebased_pairs]
+    optimizer._rebaser.rebase(optimizer.inner, 1)
+    for pair, old in zip(optimizer.rebased_pairs, before, strict=True):
+        assert pair.carry is not None and pair.carry.columns == R
+        torch.testing.assert_close(pair.effective_weight(), old, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_Q_stays_and_P_is_scaled(rule: str) -> None:
+    model = perceptron()
+    optimizer = scalora_of(model, rule=rule, memory=2)
+    train(model, optimizer, range(3))
+    optimizer.zero_grad()
+    backward(model, 3)
+    old = [
+        (p.P_parameter.detach().clone(), p.Q_parameter.detach().clone(), p.effective_weight())
+        for p in optimizer.rebased_pairs
+    ]
+    optimizer._rebaser.rebase(optimizer.inner, 1)
+    for pair, (P, Q, weight) in zip(optimizer.rebased_pairs, old, strict=True):
+        alpha, beta = optimizer.last_scaling[pair.name]
+        assert (alpha < 1).any() and (beta == 1).all()
+        torch.testing.assert_close(pair.P_parameter.detach(), P * alpha.float())
+        assert torch.equal(pair.Q_parameter, Q)
+        torch.testing.assert_close(pair.effective_weight(), weight, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.name)
+def test_moments_of_Q_move_with_alpha_and_those_of_P_stay(case: OptimizerCase) -> None:
+    model = perceptron()
+    inner = case.cls(models.trainable(model), lr=1e-2, **case.options)
+    optimizer = scalora.ScaLoRA(inner, model, rule="leak", memory=3, interval=1000)
+    train(model, optimizer, range(3))
+    optimizer.zero_grad()
+    backward(model, 3)
+    moments = moments_of(inner)
+    old = {p: stacked_states(inner, moments, [p]) for p in models.trainable(model)}
+    gradients = {p: p.grad.clone() for p in models.trainable(model) if p.grad is not None}
+    optimizer._rebaser.rebase(inner, 1)
+    for pair in optimizer.rebased_pairs:
+        alpha = optimizer.last_scaling[pair.name][0]
+        P, Q = pair.P_parameter, pair.Q_parameter
+        assert P.grad is not None and Q.grad is not None
+        assert torch.equal(P.grad, gradients[P])
+        torch.testing.assert_close(Q.grad, gradients[Q] * alpha.float()[:, None])
+        for name, found in stacked_states(inner, moments, [P]).items():
+            assert torch.equal(found, old[P][name]), name
+        for name, found in stacked_states(inner, moments, [Q]).items():
+            if name == "col_var":  # averaged over the columns: tests/test_moments.py
+                continue
+            wanted = (
+                reference.transferred(old[Q][name].numpy(), alpha.numpy(), moments.degrees[name], 1)
+                if found.ndim > 1
+                else old[Q][name].numpy()
+            )
+            np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.name)
+def test_training_with_every_optimizer_lowers_the_loss(case: OptimizerCase) -> None:
+    model = perceptron()
+    rate = 0.1 if case.cls is torch.optim.SGD else 1e-2
+    inner = case.cls(models.trainable(model), lr=rate, **case.options)
+    optimizer = scalora.ScaLoRA(inner, model, memory=10, interval=2, calibration=0)
+    inputs = models.vectors(16, 12)
+    losses = models.train(model, optimizer, inputs, steps=40)
+    assert optimizer.rebase_count == 20
+    assert losses[-1] < losses[0]
+
+
+def test_gradients_in_other_units_change_nothing() -> None:
+    """Adam's steps do not depend on the size of gradients, and nor does what is frozen."""
+    found = []
+    for scale in (1.0, 1024.0):
+        model = perceptron()
+        optimizer = scalora_of(model)
+        for group in optimizer.param_groups:
+            group["eps"] = 1e-30
+        for step in range(8):
+            optimizer.zero_grad()
+            backward(model, step)
+            for p in models.trainable(model):
+                p.grad *= scale
+            optimizer.step()
+        found.append([pair.effective_weight() for pair in optimizer.rebased_pairs])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_non_finite_factor_keeps_its_base_and_the_other_layers_go_on() -> None:
+    model = perceptron()
+    optimizer = scalora_of(model, interval=1000)
+    train(model, optimizer, range(3))
+    optimizer.zero_grad()
+    backward(model, 3)
+    first, second = optimizer.rebased_pairs
+    bases = [pair.base_weight.clone() for pair in (first, second)]
+    with torch.no_grad():
+        first.Q_parameter[0, 0] = torch.inf
+    optimizer._rebaser.rebase(optimizer.inner, 1)
+    assert torch.equal(first.base_weight, bases[0])
+    assert not torch.equal(second.base_weight, bases[1])
+    assert (alphas(optimizer)["first"] == 1).all() and (alphas(optimizer)["second"] < 1).all()
+
+
+# A run
+
+
+@pytest.mark.parametrize("accumulator", ["dense", "carry"])
+@pytest.mark.parametrize("rule", RULES)
+def test_resumed_run_is_the_uninterrupted_one_to_the_bit(rule: str, accumulator: str) -> None:
+    options = {"rule": rule, "interval": 3, "accumulator": accumulator, "calibration": 6}
+
+    def run() -> tuple[Any, scalora.ScaLoRA, Any]:
+        model = perceptron()
+        optimizer = scalora_of(model, **options)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min(1, (step + 1) / 4) * max(0.1, 1 - step / 20)
+        )
+        return model, optimizer, schedule
+
+    def advance(run: tuple[Any, scalora.ScaLoRA, Any], steps: range) -> list[float]:
+        model, optimizer, schedule = run
+        losses = []
+        for step in steps:
+            losses += train(model, optimizer, range(step, step + 1))
+            schedule.step()
+        return losses
+
+    whole = run()
+    advance(whole, range(10))
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in whole], file)
+    file.seek(0)
+    resumed = run()
+    for part, state in zip(resumed, torch.load(file), strict=True):
+        part.load_state_dict(state)
+    assert advance(resumed, range(10, 20)) == advance(whole, range(10, 20))
+    for one, other in zip(resumed[1].rebased_pairs, whole[1].rebased_pairs, strict=True):
+        assert torch.equal(one.effective_weight(), other.effective_weight())
+
+
+def test_state_of_another_memory_is_refused() -> None:
+    model = perceptron()
+    optimizer = scalora_of(model, memory=10)
+    train(model, optimizer, range(3))
+    other = scalora_of(perceptron(), memory=20)
+    with pytest.raises(ValueError, match=r"memory=10\.0.*memory=20\.0"):
+        other.load_state_dict(optimizer.state_dict())
+
+
+def test_run_of_60_steps_rebases_at_the_defaults() -> None:
+    model = perceptron()
+    inner = torch.optim.AdamW(models.trainable(model), lr=1e-3)
+    optimizer = scalora.ScaLoRA(inner, model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(model, optimizer, range(60))
+    assert optimizer.rebase_count == 6
+    for pair in optimizer.rebased_pairs:
+        assert alphas(optimizer)[pair.name].tolist() == pytest.approx([0.99**10] * R)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rank_of_the_change_grows_beyond_the_adapters(rule: str) -> None:
+    model = perceptron()
+    base = copy.deepcopy([pair.base_weight for pair in lora_pairs(model, "default")])
+    optimizer = scalora_of(model, rule=rule, memory=3, interval=1, lr=3e-2)
+    for step in range(60):
+        optimizer.zero_grad()
+        torch.manual_seed(step)
+        models.loss(model, torch.randn(16, 12)).backward()
+        optimizer.step()
+    for pair, old in zip(optimizer.rebased_pairs, base, strict=True):
+        singular = torch.linalg.svdvals(pair.effective_weight() - old)
+        assert (singular > 0.02 * singular[0]).sum() > R
+
+
+def test_rule_age_needs_the_direction_of_the_optimizer() -> None:
+    class Mine(torch.optim.AdamW):
+        pass
+
+    scalora.register_moments(Mine, {"step": 0, "exp_avg": 1, "exp_avg_sq": 2})
+    model = perceptron()
+    inner = Mine(models.trainable(model))
+    with pytest.raises(ValueError, match="which way Mine will step"):
+        scalora.ScaLoRA(inner, model, rule="age")
+    scalora.ScaLoRA(inner, model)
+
+
+@pytest.mark.parametrize("pair_index", [0, 1])
+def test_options_of_the_rule_are_what_was_asked_for(pair_index: int) -> None:
+    optimizer = scalora_of(perceptron(), memory="auto", rule=RULES[pair_index])
+    assert optimizer.options.memory_steps == (100, 15)[pair_index]
+
+
+def test_no_column_vanishes_however_short_the_memory() -> None:
+    for options, least in (({}, 1e-3), ({"bound": 4.0}, 0.25)):
+        model = perceptron()
+        optimizer = scalora_of(model, memory=1.001, interval=8, **options)
+        train(model, optimizer, range(8))
+        assert alphas(optimizer)["first"].tolist() == pytest.approx([least] * R)
