@@ -1,4 +1,4 @@
-"""Gradients that are not finite: the step is left out whole, without waiting for the device."""
+"""Steps whose gradients are missing or not finite, skipped without waiting for the device."""
 
 from __future__ import annotations
 
@@ -9,11 +9,22 @@ import torch
 from torch import Tensor
 
 from scalora import sharding
+from scalora.warning import warn
+
+
+def warn_without_gradients(param_groups: Iterable[dict[str, Any]]) -> None:
+    """Warn if no parameter has a gradient, which is what an optimizer of another model finds."""
+    if all(p.grad is None for group in param_groups for p in group["params"]):
+        warn(
+            "no parameter of this optimizer has a gradient, so the step does nothing. Was the "
+            "model made anew after its optimizer, or another adapter activated? Make the optimizer "
+            "over the parameters that are trained."
+        )
 
 
 @torch.no_grad()
 def not_finite(param_groups: Iterable[dict[str, Any]]) -> Tensor | None:
-    """Whether any gradient is not finite; of sharded ones, on any process.
+    """Return whether any gradient is not finite; of sharded ones, on any process.
 
     Returns:
         () bool, on an accelerator if any gradient is on one; None without gradients.
@@ -41,7 +52,7 @@ def not_finite(param_groups: Iterable[dict[str, Any]]) -> Tensor | None:
 
 
 def can_skip(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer leaves a step out by itself if a tensor on its device says so."""
+    """Return whether an optimizer skips a step by itself if a tensor on its device says so."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 

@@ -1,29 +1,26 @@
-"""Whether the model's layers are still those that an optimizer was made for."""
+"""Layers that are no longer those that an optimizer was made for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from scalora.guards.factor_watch import FactorWatch, watch_factors
 from scalora.peft_layers import LoRAPair
-from scalora.warning import warn
 
 
 def checked_factors(
-    pairs: Sequence[LoRAPair], optimizer: torch.optim.Optimizer, owner: object
+    pairs: Iterable[LoRAPair], optimizer: torch.optim.Optimizer, owner: object
 ) -> list[nn.Parameter]:
-    """P and Q of every layer in turn, if a step will be what it seems.
+    """Return P and Q of every layer in turn, or raise if the optimizer no longer fits the model.
 
-    They are looked up here, once a step: of hundreds of layers that takes its time.
+    They are looked up here, once per step: for hundreds of layers a look-up takes its time.
 
     Args:
         pairs: the layers to re-base.
         optimizer: the inner one.
-        owner: whoever re-bases them.
+        owner: whoever claimed the layers when it was made (`LoRAPair.claim`).
 
     Raises:
         ValueError: an adapter was deleted, another ScaLoRA has taken over, factors were replaced,
@@ -57,20 +54,11 @@ def checked_factors(
     return factors
 
 
-def watched_factors(places: Mapping[LoRAPair, str]) -> FactorWatch | None:
-    """Watch whether factors are put back, from now on; None if no layer is re-based.
-
-    Args:
-        places: layer -> "dense" or "carry".
-    """
-    # A carry tells more: it is left behind even where a model's whole state is put back.  And of
-    # an embedding, some columns may never change.
-    order = sorted(places, key=lambda pair: (places[pair] != "carry", pair.is_embedding))
-    return watch_factors(order[0], folds=places[order[0]] == "dense") if order else None
-
-
 def _check_state(parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
-    """A model is moved or converted as one, so one parameter tells."""
+    """Raise a ValueError if a factor and its state are on two devices or of two dtypes.
+
+    A model is moved or converted as one, so one parameter tells.
+    """
     if not type(optimizer).__module__.startswith("torch.optim."):
         return  # others may keep their state elsewhere on purpose
     for value in optimizer.state.get(parameter, {}).values():
@@ -83,13 +71,3 @@ def _check_state(parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> N
                 "training had begun. Call optimizer.load_state_dict(optimizer.state_dict()), "
                 "which brings the state along."
             )
-
-
-def warn_without_gradients(param_groups: Iterable[dict[str, Any]]) -> None:
-    """Warn if no parameter has a gradient, which is what an optimizer of another model finds."""
-    if all(p.grad is None for group in param_groups for p in group["params"]):
-        warn(
-            "no parameter of this optimizer has a gradient, so the step does nothing. Was the "
-            "model made anew after its optimizer, or another adapter activated? Make the optimizer "
-            "over the parameters that are trained."
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,9 +25,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from scalora import sharding
 from scalora.arguments import check_folder
-from scalora.guards.reference_model import options_beside_base, refers_to_base
+from scalora.integrations.reference_model import options_beside_base, refers_to_base
 from scalora.optimizer import ScaLoRA
-from scalora.options import RebasingKeywords, RebasingOptions, options_of
+from scalora.options import RebasingKeywords, RebasingOptions, option_parameters, options_of
 from scalora.peft_layers import complete_checkpoints
 from scalora.saving.sharded_checkpoint import load_sharded, save_sharded
 from scalora.saving.training_state import load_training_state, save_training_state
@@ -65,6 +66,19 @@ class ScaLoRACallback(TrainerCallback):
             ValueError also when training begins and increments would change a trainer's reference
             model, or its teacher is an average of the adapter's parameters.
     """
+
+    # What `help` shows: type checkers read the options from RebasingKeywords instead.
+    __signature__ = inspect.Signature(
+        [
+            inspect.Parameter(
+                "resume_from",
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=str | None,
+            ),
+            *option_parameters(),
+        ]
+    )
 
     def __init__(
         self, *, resume_from: str | None = None, **options: Unpack[RebasingKeywords]
@@ -245,9 +259,8 @@ def _attach(optimizer: Any, model: nn.Module, options: RebasingOptions) -> ScaLo
 
 def _check_places(optimizer: ScaLoRA) -> None:
     """Raise a ValueError if one that was passed to the Trainer folds into the base."""
-    folding = any(row.accumulator == "dense" for row in optimizer.report())
-    place = "dense" if folding else "carry"
-    options_beside_base(replace(optimizer.options, accumulator=place))
+    folds = "dense" in optimizer.places.values()
+    options_beside_base(replace(optimizer.options, accumulator="dense" if folds else "carry"))
 
 
 @contextmanager
