@@ -26,6 +26,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from scalora import sharding
 from scalora.arguments import check_folder
 from scalora.integrations.reference_model import options_beside_base, refers_to_base
+from scalora.integrations.trainer_logs import ProgressLogs, closing, opening, say
 from scalora.optimizer import ScaLoRA
 from scalora.options import RebasingKeywords, RebasingOptions, option_parameters, options_of
 from scalora.peft_layers import complete_checkpoints
@@ -92,6 +93,7 @@ class ScaLoRACallback(TrainerCallback):
         self._resumable = True
         self._completed = ""
         self._completed_sharded: tuple[str, list[float]] | None = None
+        self._logs: ProgressLogs | None = None
 
     def on_train_begin(
         self,
@@ -100,7 +102,7 @@ class ScaLoRACallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Attach to the Trainer's optimizer, and restore the base weights of a resumed run."""
+        """Attach to the Trainer's optimizer and logs, and restore a resumed run's base weights."""
         beside_base = refers_to_base(args)
         options = options_beside_base(self._options) if beside_base else self._options
         self.optimizer = _attach(kwargs["optimizer"], kwargs["model"], options)
@@ -116,6 +118,9 @@ class ScaLoRACallback(TrainerCallback):
         complete_checkpoints(self.optimizer.model, completing if self._resumable else None)
         if state.global_step > 0:
             self._resume(self._checkpoint(args, state))
+        say(opening(self.optimizer, state.global_step, state.max_steps), args)
+        self._logs = ProgressLogs(self.optimizer)
+        self._logs.attach()
 
     def on_step_end(
         self,
@@ -171,7 +176,9 @@ class ScaLoRACallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """With ``load_best_model_at_end``: bring back the base of the best adapter."""
+        """Say how to save; with ``load_best_model_at_end``, bring back the best adapter's base."""
+        if self._logs is not None:
+            self._logs.detach()
         if self.optimizer is not None:
             complete_checkpoints(self.optimizer.model, None)
             self.optimizer.state_is_in_file = False
@@ -179,6 +186,8 @@ class ScaLoRACallback(TrainerCallback):
         if args.load_best_model_at_end and best is not None and self.optimizer is not None:
             load = load_sharded if self._sharded else load_training_state
             load(self.optimizer, best)
+        if self.optimizer is not None:
+            say(closing(self.optimizer, self._sharded), args)
 
     @contextmanager
     def _completing(self, folder: Path) -> Iterator[None]:

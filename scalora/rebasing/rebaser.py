@@ -66,6 +66,11 @@ class Rebaser:
             for i, name in enumerate(names)
         }
 
+    @property
+    def newest_layers(self) -> list[str]:
+        """Names of the layers that the newest re-basing re-based."""
+        return [name for names, *_ in self._last for name in names]
+
     def kept_tensors(self) -> list[Tensor]:
         """Everything kept between steps: products, residuals, carries, and the newest scaling."""
         kept = [factor for _, *factors in self._last for factor in factors]
