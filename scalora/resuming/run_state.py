@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scalora import peft_layers
-from scalora.guards.expected_weights import ExpectedWeights
+from scalora.guards.stale_layers import ExpectedWeights
 from scalora.options import RebasingOptions
 from scalora.rebasing.rebaser import Rebaser
 from scalora.rebasing.sketch import FrozenSketches
