@@ -141,8 +141,6 @@ def _optimizer_state(optimizer: ScaLoRA) -> dict[str, Any]:
 
 
 def _model_state(optimizer: ScaLoRA) -> dict[str, Any]:
-    beside = optimizer.options.when_full != "fold" and all(
-        row.accumulator == "carry" for row in optimizer.report()
-    )
+    beside = "dense" not in optimizer.places.values()
     options = StateDictOptions(ignore_frozen_params=beside)
     return get_model_state_dict(optimizer.model, options=options)
