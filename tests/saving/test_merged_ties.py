@@ -36,7 +36,7 @@ from transformers import (
 
 import scalora
 from scalora.cli import main
-from scalora.saving.ties import differing_weights
+from scalora.transformers_models import differing_weights
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`"),
