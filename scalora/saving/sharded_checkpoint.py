@@ -147,8 +147,6 @@ def _optimizer_state(optimizer: ScaLoRA) -> dict[str, Any]:
 
 def _model_state(optimizer: ScaLoRA) -> dict[str, Any]:
     """Return the model's state dict, without frozen parameters where no base weight changes."""
-    all_carried = optimizer.options.when_full != "fold" and all(
-        row.accumulator == "carry" for row in optimizer.report()
-    )
+    all_carried = "dense" not in optimizer.places.values()
     options = StateDictOptions(ignore_frozen_params=all_carried)
     return get_model_state_dict(optimizer.model, options=options)

@@ -75,7 +75,7 @@ def load_training_state(optimizer: ScaLoRA, folder: str | PathLike[str]) -> None
     sharding.require_whole(optimizer.model, "load_training_state")
     file = TrainingStateFile.read(folder)
     pairs = optimizer.rebased_pairs
-    optimizer.check_rebasing_state(file.values)
+    optimizer.check_same_run(file.values)
     file.check(pairs)
     file.put_weights(pairs)
     optimizer.load_rebasing_state(file.rebasing_state)

@@ -15,7 +15,7 @@ from scalora import peft_layers
 from scalora.arguments import check_folder
 from scalora.files import read_tensors, write_tensors
 from scalora.peft_layers import LoRAPair
-from scalora.resuming.encoding import carry_of, noted, opened, restored, sealed
+from scalora.resuming.encoding import noted, opened, restored, saved_carry, sealed
 
 STATE_FILE = "scalora.safetensors"
 _BESIDE = "base beside the adapter"  # value: the file, and layer name -> the weight's name in it
@@ -107,7 +107,7 @@ class TrainingStateFile:
 
     def carry(self, layer: str) -> dict[str, Tensor] | None:
         """Return a layer's ``up`` (m, c), ``down`` (c, n), ``cut`` and ``capacity``, or None."""
-        return carry_of(self.tensors, layer)
+        return saved_carry(self.tensors, layer)
 
     def check(self, pairs: Sequence[LoRAPair]) -> None:
         """Raise a ValueError if the file was not saved with these layers' adapter and base.

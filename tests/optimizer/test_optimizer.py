@@ -690,3 +690,12 @@ def test_wrong_arguments_are_refused():
     plain = nn.Linear(3, 3)
     with pytest.raises(ValueError, match="no LoRA adapter"):
         scalora.ScaLoRA(torch.optim.SGD(plain.parameters(), lr=0.1), plain)
+
+
+def test_repr_says_what_auto_became() -> None:
+    model = make_model()
+    optimizer = scalora.ScaLoRA(torch.optim.AdamW(trainable(model)), model)
+    found = repr(optimizer)
+    for part in ("rule='leak'", "interval=10", "memory=100.0", "calibration=100"):
+        assert part in found
+    assert found.endswith("layers: 2 dense)")

@@ -84,9 +84,6 @@ KINDS = {
     "dense, DoRA": Kind(lora=(("use_dora", True),)),
     "dense, PiSSA": Kind(lora=(("init_lora_weights", "pissa"),)),
     "carry": Kind(options=(("accumulator", "carry"),)),
-    "carry, folded when full": Kind(
-        options=(("accumulator", "carry"), ("carry_rank", 6), ("when_full", "fold"))
-    ),
     "tied head": Kind(lora=(("target_modules", ["q_proj", "lm_head"]),)),
     "other adapter name": Kind(options=(("adapter_name", "mine"),)),
     "no re-basing": Kind(options=(("rule", "none"),)),

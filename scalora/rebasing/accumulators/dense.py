@@ -37,7 +37,7 @@ class DenseAccumulator:
         """Always."""
         return True
 
-    def make_room(self, pairs: Sequence[LoRAPair], columns: int, count: int) -> None:
+    def make_room(self, pairs: Sequence[LoRAPair], columns: int) -> None:
         """Nothing to do."""
 
     def commit(
