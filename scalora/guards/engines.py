@@ -59,7 +59,7 @@ def check_processes(
 
 def check_engine(model: nn.Module) -> None:
     """Raise a ValueError if an engine keeps the parameters in a way that is not supported."""
-    reason = sharding.why_not_sharded_so(model)
+    reason = sharding.why_sharding_unsupported(model)
     if reason is not None:
         raise ValueError(
             f"ScaLoRA cannot re-base this model: {reason}. Use torch.distributed.fsdp.fully_shard "
