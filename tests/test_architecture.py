@@ -19,14 +19,15 @@ FLOORS = (
     ("integrations",),
     ("saving",),
     ("optimizer",),
-    ("optimizer_wrapper", "resuming"),
+    ("optimizer_hooks", "optimizer_wrapper", "resuming"),
     ("rebasing",),
     ("guards",),
     ("peft_layers", "options"),
     ("carry", "moments", "step_length"),
     ("fold", "scaling"),
     ("sharding",),
-    ("arguments", "device_option", "files", "transformers_models", "warning"),
+    ("plotting", "transformers_models"),
+    ("arguments", "device_option", "files", "storage", "warning"),
 )
 MIUB_FLOORS = (
     ("__main__",),
@@ -35,13 +36,13 @@ MIUB_FLOORS = (
     ("callback",),
     ("monitor",),
     ("forward_pass",),
+    ("bounds", "layers", "measurement"),
     ("masks", "paths", "processes", "report"),
     ("estimators", "token_sample"),
 )
 # The rooms of scalora that miub may use.
-USED_BY_MIUB = {
-    *("__init__", "saving", "peft_layers"),
-    *("arguments", "device_option", "files", "transformers_models", "warning"),
+USED_BY_MIUB = {"__init__", "saving", "peft_layers"} | {
+    room for floor in FLOORS[-2:] for room in floor
 }
 # The rooms that may import a library. The mathematics (scaling, fold, carry, moments, step_length)
 # knows none of them but Triton, in which the fold's kernel is written.

@@ -12,6 +12,7 @@ REPOSITORY = Path(__file__).parents[2]
 # Pages of the site that are files of the repository's root.
 FROM_ROOT = {"index.md": "README.md", "changelog.md": "CHANGELOG.md"}
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
+_PICTURE = re.compile(r'((?:src|srcset)=")docs/')
 _FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 
@@ -29,7 +30,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are files of the repository's root."""
     for page, source in FROM_ROOT.items():
         text = (REPOSITORY / source).read_text(encoding="utf-8")
-        files.append(File.generated(config, page, content=text))
+        files.append(File.generated(config, page, content=_PICTURE.sub(r"\1", text)))
     return files
 
 

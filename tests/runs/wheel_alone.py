@@ -3,6 +3,7 @@
 ``python tests/runs/wheel_alone.py dist/scalora-0.1.0-py3-none-any.whl``; `make dist` does.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[2]
 PACKAGES = {"scalora", "miub"}
 COMMANDS = ([], ["-m", "scalora", "--version"], ["-m", "miub", "--help"])
+# A tiny model: more threads would only wait for each other.
+QUIET = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def check_contents(wheel: Path) -> None:
@@ -47,7 +50,9 @@ def main(wheel: Path) -> None:
         script.write_text(quickstart(), encoding="utf-8")
         for command in COMMANDS:
             # -I: neither this repository nor the user's site is on the path.
-            subprocess.run([python, "-I", *(command or [script])], check=True, cwd=folder)
+            subprocess.run(
+                [python, "-I", *(command or [script])], check=True, cwd=folder, env=QUIET
+            )
     print(f"{wheel.name}: installs and runs with its runtime dependencies alone")
 
 
