@@ -9,6 +9,7 @@ from peft import PeftModel
 from peft.tuners.lora import layer as lora_layers
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from scalora.peft_layers.pair import LoRAPair
@@ -154,14 +155,16 @@ def untie_adapted_weights(model: nn.Module) -> None:
 
 
 def storage_address(tensor: Tensor) -> int:
-    """Where the tensor's memory begins: equal for tied weights.
+    """Return where the tensor's memory begins: equal for tied weights.
 
     A tensor made of others (torchao's quantized weights) has no memory of its own: the first one's.
+    A fake tensor has none at all, and its storage object's address stands for it.
     """
     inner: Any = tensor
     while is_traceable_wrapper_subclass(inner):
         inner = getattr(inner, inner.__tensor_flatten__()[0][0])
-    return inner.untyped_storage().data_ptr()
+    storage = inner.untyped_storage()
+    return storage._cdata if isinstance(inner, FakeTensor) else storage.data_ptr()
 
 
 def peft_model(model: nn.Module) -> nn.Module | None:
