@@ -5,7 +5,7 @@ from scalora.integrations.trainer import ScaLoRACallback
 from scalora.moments import register_moments
 from scalora.optimizer import ScaLoRA
 from scalora.saving.finished import save_adapter, save_merged
-from scalora.saving.spectrum import delta_spectrum, effective_rank
+from scalora.saving.spectrum import delta_spectrum, effective_rank, plot_spectrum
 from scalora.saving.training_state import (
     load_rebased_weights,
     load_training_state,
@@ -24,6 +24,7 @@ __all__ = [
     "load_rebased_weights",
     "load_training_state",
     "optimal_scaling",
+    "plot_spectrum",
     "register_moments",
     "save_adapter",
     "save_merged",
