@@ -285,7 +285,7 @@ class ScaLoRA(OptimizerWrapper):
         linear = self._rebaser.moments.linear_in_rate
         with self._calibration.scaled(factors, self.param_groups, linear):
             self._step_inner(overflow)
-        self._rebaser.remembered.learned.count(self.param_groups)
+        self._rebaser.learned.count(self.param_groups)
         if self._factors is not None:
             self._factors.note(self.rebase_count)
         return loss

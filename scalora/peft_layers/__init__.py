@@ -31,6 +31,7 @@ from scalora.peft_layers.finding import (
     storage_address,
     untie_adapted_weights,
 )
+from scalora.peft_layers.lookup import FoundLayer, LayerLookup
 from scalora.peft_layers.methods.adapter_files import adapter_with_factors
 from scalora.peft_layers.methods.copying import copied
 from scalora.peft_layers.methods.merging import check_mergeable, merge_and_unload
@@ -48,6 +49,8 @@ from scalora.peft_layers.pair import LoRAPair, dequantized
 from scalora.peft_layers.support import is_quantized, why_no_carry, why_not_dense, why_not_measured
 
 __all__ = [
+    "FoundLayer",
+    "LayerLookup",
     "LoRAPair",
     "PeftModel",
     "active_adapter",

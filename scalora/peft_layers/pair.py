@@ -226,7 +226,9 @@ class LoRAPair:
 
     def mark_rebased(self) -> None:
         """Note on the layer itself that its base has taken in increments."""
-        self.module.scalora_folded = {*getattr(self.module, "scalora_folded", ()), self.adapter}
+        noted = getattr(self.module, "scalora_folded", ())
+        if self.adapter not in noted:
+            self.module.scalora_folded = {*noted, self.adapter}
 
     @property
     def was_rebased(self) -> bool:

@@ -69,9 +69,9 @@ class RunState:
             | dict(self.expected.base),
             "adapter": peft_layers.adapter_checksums([p for p in pairs if p.carry is not None])
             | dict(self.expected.adapter),
-            "layers": self.rebaser.layer_states(),
-            "learned": self.rebaser.remembered.learned.state(),
-            "step_length": self.calibration.state(self._factors()),
+            "layers": self.rebaser.saved_layers(),
+            "learned": self.rebaser.learned.saved(),
+            "step_length": self.calibration.saved(self._factors()),
         }
 
     def load(self, own: Mapping[str, Any]) -> None:
@@ -83,8 +83,8 @@ class RunState:
         self.check(own)
         self.steps, self.rebase_count = own["steps"], own["rebase_count"]
         self.expected = ExpectedWeights.of(own)
-        self.rebaser.remember(own["layers"], rebased=own["base"])
-        self.rebaser.remembered.learned.load(own["learned"])
+        self.rebaser.load_layers(own["layers"], rebased=own["base"])
+        self.rebaser.learned.load(own["learned"])
         self._load_calibration(own["step_length"])
 
     def forget(self) -> None:

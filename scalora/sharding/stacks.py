@@ -14,15 +14,15 @@ Write = tuple[Sequence[Tensor], Tensor, Tensor]
 
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:
-    """(layers, ...), outside of autograd; of sharded tensors this process's rows."""
+    """Return (layers, ...), outside of autograd; of sharded tensors this process's rows."""
     return torch.stack([local(tensor) for tensor in tensors]).detach()
 
 
 def gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """The gradient of each, all of which have one; of sharded ones this process's rows."""
+    """Return the gradient of each, all of which have one; of sharded ones this process's rows."""
     return [local(p.grad) for p in parameters if p.grad is not None]
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """In float32, or wider if it is."""
+    """Return a tensor in float32, or as it is where it is wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
