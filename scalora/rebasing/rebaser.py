@@ -49,10 +49,9 @@ class Rebaser:
         self.options = options
         self.moments = moments
         self.memory = {pair.name: LayerMemory(i) for i, pair in enumerate(self.pairs)}
-        dense = DenseAccumulator(options, self.memory)
-        self._carry_accumulator = CarryAccumulator(options, dense)
+        self._carry_accumulator = CarryAccumulator(options)
         self._accumulators: dict[str, Accumulator] = {
-            "dense": dense,
+            "dense": DenseAccumulator(options, self.memory),
             "carry": self._carry_accumulator,
         }
         self.learned = LearnedSteps()
@@ -66,11 +65,6 @@ class Rebaser:
         self._last: list[tuple[list[str], Tensor, Tensor]] = []
 
     @property
-    def folds(self) -> bool:
-        """Whether the increments of any layer go into its base weight."""
-        return "dense" in self.places.values()
-
-    @property
     def last_scaling(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Layer name -> (alpha, beta), each (r,), of the newest re-basing."""
         return {
@@ -78,6 +72,11 @@ class Rebaser:
             for names, alpha, beta in self._last
             for i, name in enumerate(names)
         }
+
+    @property
+    def newest_layers(self) -> list[str]:
+        """Names of the layers that the newest re-basing re-based."""
+        return [name for names, *_ in self._last for name in names]
 
     def kept_tensors(self) -> list[Tensor]:
         """Return all that is kept between steps."""
@@ -155,7 +154,7 @@ class Rebaser:
         for found in self._rule.rebased(batches, optimizer):
             pairs = found.batch.pairs
             accumulator = self._accumulator(pairs[0])
-            accumulator.make_room(pairs, self._columns(pairs[0]), count)
+            accumulator.make_room(pairs, self._columns(pairs[0]))
             accumulator.commit(pairs, found.left, found.right, found.writes, count)
             self._last.append(([pair.name for pair in pairs], found.alpha, found.beta))
 

@@ -22,13 +22,12 @@ class Accumulator(Protocol):
         """Return whether the layer takes in another increment of that many columns."""
         return True
 
-    def make_room(self, pairs: Sequence[LoRAPair], columns: int, count: int) -> None:
+    def make_room(self, pairs: Sequence[LoRAPair], columns: int) -> None:
         """Make room in every layer for one more increment, without changing its function.
 
         Args:
             pairs: the layers.
             columns: of the increment.
-            count: the number of this re-basing, part of the rounding noise's seed.
         """
         return
 
@@ -47,6 +46,6 @@ class Accumulator(Protocol):
             left: (layers, m, k), the rows held here.
             right: (layers, n, k), likewise.
             writes: factors, gradients and moments in the new coordinates.
-            count: as for `make_room`.
+            count: the number of this re-basing, part of the rounding noise's seed.
         """
         raise NotImplementedError
