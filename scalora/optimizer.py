@@ -274,7 +274,7 @@ class ScaLoRA(torch.optim.Optimizer):
         with run.calibration.scaled(factors, self.param_groups, linear):
             self._guard.step_inner(checked.overflow)
         # Afterwards: count how far the step went, and note the factors that it has left.
-        self._rebaser.remembered.learned.count(self.param_groups)
+        self._rebaser.learned.count(self.param_groups)
         self._guard.note_step(run.rebase_count)
         return loss
 

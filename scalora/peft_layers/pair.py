@@ -262,7 +262,9 @@ class LoRAPair:
 
     def mark_rebased(self) -> None:
         """Note on PEFT's layer that this adapter's increments were folded into the base weight."""
-        self.module.scalora_folded = folded_adapters(self.module) | {self.adapter}
+        folded = folded_adapters(self.module)
+        if self.adapter not in folded:
+            self.module.scalora_folded = folded | {self.adapter}
 
     @property
     def was_rebased(self) -> bool:

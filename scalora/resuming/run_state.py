@@ -78,9 +78,9 @@ class RunState:
             | dict(self.expected.base),
             "adapter": peft_layers.adapter_checksums([p for p in pairs if p.carry is not None])
             | dict(self.expected.adapter),
-            "layers": self.rebaser.layer_states(),
-            "learned": self.rebaser.remembered.learned.state(),
-            "step_length": self.calibration.state(self._factors()),
+            "layers": self.rebaser.saved_layers(),
+            "learned": self.rebaser.learned.saved(),
+            "step_length": self.calibration.saved(self._factors()),
             "frozen": self.frozen.state(),
         }
 
@@ -93,8 +93,8 @@ class RunState:
         check_same_run(own, self.kind())
         self.steps, self.rebase_count = own["steps"], own["rebase_count"]
         self.expected.expect(own)
-        self.rebaser.remember(own["layers"], rebased=own["base"])
-        self.rebaser.remembered.learned.load(own["learned"])
+        self.rebaser.load_layers(own["layers"], rebased=own["base"])
+        self.rebaser.learned.load(own["learned"])
         self.frozen.load(own.get("frozen"), self.rebase_count)
         self._load_calibration(own["step_length"])
 

@@ -42,11 +42,11 @@ class Rows:
         """Return all processes' ``part``, of one shape, as (processes, ...), on each of them."""
         return part.unsqueeze(0)
 
-    def whole(self, part: Tensor, axis: int, count: int) -> Tensor:
+    def gathered(self, part: Tensor, axis: int, count: int) -> Tensor:
         """All ``count`` rows, on every process, from the rows along ``axis`` that each holds."""
         return part
 
-    def turned(self, part: Tensor, held: Sequence[int]) -> Tensor:
+    def rows_to_columns(self, part: Tensor, held: Sequence[int]) -> Tensor:
         """Deal out the columns instead of the rows.
 
         Args:
