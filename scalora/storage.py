@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
@@ -15,9 +16,11 @@ def storage_address(tensor: Tensor) -> int:
     """Return the address of a tensor's storage, which is equal for tied weights.
 
     A tensor that wraps others (torchao's quantized weights) has no storage of its own; the first
-    inner tensor's address is returned.
+    inner tensor's address is returned.  A fake tensor has no memory at all; its storage object's
+    address is returned.
     """
     inner: Any = tensor
     while is_traceable_wrapper_subclass(inner):
         inner = getattr(inner, inner.__tensor_flatten__()[0][0])
-    return inner.untyped_storage().data_ptr()
+    storage = inner.untyped_storage()
+    return storage._cdata if isinstance(inner, FakeTensor) else storage.data_ptr()

@@ -12,6 +12,7 @@ from peft.tuners.lora import layer as lora_layers
 from peft.tuners.lora import variants as lora_variants
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from scalora import sharding
@@ -29,6 +30,9 @@ _PRESERVED_VARIANTS = (
 )
 # These call the adapter's modules, and so see what a carry adds to their output.
 _CARRIED_VARIANTS = (lora_variants.DoraLinearVariant,)
+# One class for both where they have no memory, to plan a run or to count what it launches.
+_PARAMETERS = (nn.Parameter, FakeTensor)
+_TENSORS = (Tensor, FakeTensor)
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -49,12 +53,12 @@ def why_not_dense(pair: LoRAPair) -> str | None:
     weight = pair.module.get_base_layer()._parameters.get("weight")
     if weight is None:
         return "its base weight is computed from others (a parametrization)"
-    plain = type(weight) in (nn.Parameter, Tensor)
+    plain = type(weight) in (*_PARAMETERS, *_TENSORS)
     if sharding.is_sharded(weight):
         reason = sharding.why_layout_unsupported(weight)
         if reason is not None:
             return f"of its base weight, {reason}"
-        plain = type(sharding.local(weight)) is Tensor
+        plain = type(sharding.local(weight)) in _TENSORS
     if not plain or weight.dtype not in _FLOATS:
         return "its base weight is quantized or sharded"
     if weight.numel() == 0:
@@ -85,7 +89,7 @@ def _why_not_rebased(pair: LoRAPair, variants: tuple[type, ...]) -> str | None:
         reason = sharding.why_layout_unsupported(factor)
         if reason is not None:
             return f"of its factors, {reason}"
-        plain = type(factor) is nn.Parameter or sharding.is_sharded(factor)
+        plain = type(factor) in _PARAMETERS or sharding.is_sharded(factor)
         if not plain or factor.numel() == 0:
             return "its factors are sharded"
     if sharding.layout(pair.P_parameter) != sharding.layout(pair.Q_parameter):
