@@ -1,4 +1,4 @@
-"""Where a tensor's memory begins, by which tied weights are told.
+"""Address of a tensor's memory, by which tied weights are recognised.
 
 Held by tests/test_storage.py.
 """
