@@ -23,4 +23,4 @@ def storage_address(tensor: Tensor) -> int:
     while is_traceable_wrapper_subclass(inner):
         inner = getattr(inner, inner.__tensor_flatten__()[0][0])
     storage = inner.untyped_storage()
-    return storage._cdata if isinstance(inner, FakeTensor) else storage.data_ptr()
+    return int(storage._cdata if isinstance(inner, FakeTensor) else storage.data_ptr())
