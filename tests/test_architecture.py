@@ -49,26 +49,13 @@ USED_BY_MIUB = {"__init__", "saving", "peft_layers"} | {
 KNOWN_TO = {
     "accelerate": {"integrations", "sharding"},
     "bitsandbytes": set(),
-    "peft": {"ablation", "cli", "peft_layers", "saving", "transformers_models"},
-    "transformers": {
-        "ablation",
-        "callback",
-        "cli",
-        "integrations",
-        "saving",
-        "transformers_models",
-    },
+    "peft": {"ablation", "cli", "peft_layers", "transformers_models"},
+    "transformers": {"ablation", "callback", "cli", "integrations", "transformers_models"},
     "triton": {"fold"},
 }
 
 # Imports that are not yet as they should be: (importing module, imported module).
 EXCEPTIONS = {
-    ("scalora.ablation.plan", "miub.report.files"),
-    ("scalora.ablation.pictures", "miub.report.files"),
-    ("scalora.ablation.record", "miub.report.files"),
-    ("scalora.ablation.report", "miub.report.files"),
-    ("scalora.ablation.tables", "examples.benchmark.table"),
-    ("scalora.ablation.planning", "scalora.ablation.command"),
     ("miub.report.report", "miub.report.files"),
     ("miub.report.report", "miub.report.plot"),
     ("miub.report.report", "miub.report.table"),

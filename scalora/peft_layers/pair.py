@@ -185,7 +185,7 @@ class LoRAPair:
 
     def _wide_base(self) -> Tensor:
         """Return the base weight as stored, dequantized, float32 at least."""
-        return _wide(dequantized(self.module.get_base_layer()))
+        return _wide(dequantized(self.base_layer))
 
     def _product(self) -> Tensor:
         """Return ``s P Q^T``, carry included, as the base weight is stored.
@@ -208,7 +208,7 @@ class LoRAPair:
         return bool(self.module.disable_adapters)
 
     @property
-    def base_layer(self) -> nn.Module:
+    def base_layer(self) -> Any:
         """Layer of the model that PEFT's layer is around."""
         return self.module.get_base_layer()
 
@@ -248,7 +248,7 @@ class LoRAPair:
             (k, d).
         """
         if isinstance(self.module, CONVOLUTIONS):
-            base = self.module.get_base_layer()
+            base = self.base_layer
             kernel = matrix.reshape(-1, *base.weight.shape[1:])
             images = base._conv_forward(inputs.float(), kernel, None)
             return self.rows(images).index_select(0, index)

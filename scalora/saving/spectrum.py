@@ -1,4 +1,4 @@
-"""Singular values and effective rank of everything that was learned."""
+"""Singular values and effective rank of everything that was learned, as numbers or a figure."""
 
 from __future__ import annotations
 
