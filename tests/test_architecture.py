@@ -19,7 +19,7 @@ FLOORS = (
     ("integrations",),
     ("saving",),
     ("optimizer",),
-    ("optimizer_hooks", "optimizer_wrapper", "resuming"),
+    ("optimizer_hooks", "resuming"),
     ("rebasing",),
     ("guards",),
     ("peft_layers", "options"),
