@@ -26,10 +26,23 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         save_file(contiguous, temporary, metadata=dict(metadata))
 
 
+def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file, whole or not at all, also where several processes write the same one."""
+    path = Path(path)
+    own = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with _renamed(own, path) as temporary:
+        temporary.write_bytes(content)
+
+
 @contextmanager
 def file_written_whole(path: Path) -> Iterator[Path]:
     """A temporary name to write to; if nothing is raised, that is forced to disk and renamed."""
-    temporary = path.with_name(path.name + ".partial")
+    with _renamed(path.with_name(path.name + ".partial"), path) as temporary:
+        yield temporary
+
+
+@contextmanager
+def _renamed(temporary: Path, path: Path) -> Iterator[Path]:
     try:
         yield temporary
         _force_to_disk(temporary)

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from miub.report.files import write_whole
 from scalora.ablation.plan import TaskPlan
 from scalora.ablation.rows import Row
 from scalora.ablation.summary import Statistic
+from scalora.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

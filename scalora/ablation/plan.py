@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from miub.report.files import write_whole
 from scalora.ablation.job import Job
 from scalora.ablation.record import Record
 from scalora.ablation.summary import best_rate
+from scalora.files import write_whole
 
 PLAN_FILE = "plan.json"
 

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from miub.report.files import write_whole
 from scalora.ablation.job import Job
+from scalora.files import write_whole
 
 Status = Literal["ok", "diverged", "failed"]
 

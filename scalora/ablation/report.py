@@ -11,13 +11,13 @@ from typing import Any
 
 from rich.console import Console
 
-from miub.report.files import write_whole
 from scalora.ablation.job import Job
 from scalora.ablation.pictures import draw_pictures
 from scalora.ablation.plan import TaskPlan
 from scalora.ablation.record import Record
 from scalora.ablation.rows import Row, rows_of
 from scalora.ablation.tables import as_markdown, print_table, tables_of
+from scalora.files import write_whole
 
 RESULTS_JSON, RESULTS_MARKDOWN = "results.json", "results.md"
 
