@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from miub.report.files import as_csv, as_json, read_json
 from miub.report.plot import picture
 from miub.report.rows import LayerRow, LayerRows
 from miub.report.table import as_table
-from scalora.files import write_whole
+from scalora.files import write_bytes
 
 
 class MIUBReport(LayerRows):
@@ -37,11 +38,11 @@ class MIUBReport(LayerRows):
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write one line per layer and step, whole or not at all."""
-        write_whole(path, as_csv(self))
+        write_bytes(Path(path), as_csv(self))
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write rows, history and totals, whole or not at all."""
-        write_whole(path, as_json(self))
+        write_bytes(Path(path), as_json(self))
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> MIUBReport:
@@ -66,4 +67,4 @@ class MIUBReport(LayerRows):
             ImportError: matplotlib is not installed.
             ValueError: matplotlib does not know the format.
         """
-        write_whole(path, picture(self, path))
+        write_bytes(Path(path), picture(self, path))

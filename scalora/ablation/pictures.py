@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from scalora.ablation.plan import TaskPlan
 from scalora.ablation.rows import Row
 from scalora.ablation.summary import Statistic
-from scalora.files import write_whole
+from scalora.files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,7 +49,7 @@ def draw_pictures(plan: TaskPlan, rows: Sequence[Row], folder: Path) -> list[Pat
         if image is None:
             (folder / name).unlink(missing_ok=True)  # of an earlier report
             continue
-        write_whole(folder / name, image)
+        write_bytes(folder / name, image)
         drawn.append(folder / name)
     return drawn
 

@@ -11,7 +11,7 @@ from typing import Any
 from scalora.ablation.job import Job
 from scalora.ablation.record import Record
 from scalora.ablation.summary import best_rate
-from scalora.files import write_whole
+from scalora.files import write_bytes
 
 PLAN_FILE = "plan.json"
 
@@ -118,7 +118,7 @@ def write_plan(plans: Sequence[TaskPlan], folder: Path) -> None:
     """Keep what ``--report-only`` goes by."""
     folder.mkdir(parents=True, exist_ok=True)
     content = json.dumps([asdict(plan) for plan in plans], indent=1)
-    write_whole(folder / PLAN_FILE, content.encode("utf-8"))
+    write_bytes(folder / PLAN_FILE, content.encode("utf-8"))
 
 
 def read_plan(folder: Path) -> list[TaskPlan]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from scalora.ablation.job import Job
-from scalora.files import write_whole
+from scalora.files import write_bytes
 
 Status = Literal["ok", "diverged", "failed"]
 
@@ -85,7 +85,7 @@ def write_record(record: Record, folder: Path) -> None:
     """Write ``folder``/<job>.json, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     content = json.dumps(_finite(asdict(record)), indent=1, allow_nan=False)
-    write_whole(folder / record.job.file_name, content.encode("utf-8"))
+    write_bytes(folder / record.job.file_name, content.encode("utf-8"))
 
 
 def read_record(job: Job, folder: Path) -> Record | None:

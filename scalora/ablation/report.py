@@ -17,7 +17,7 @@ from scalora.ablation.plan import TaskPlan
 from scalora.ablation.record import Record
 from scalora.ablation.rows import Row, rows_of
 from scalora.ablation.tables import as_markdown, print_table, tables_of
-from scalora.files import write_whole
+from scalora.files import write_bytes
 
 RESULTS_JSON, RESULTS_MARKDOWN = "results.json", "results.md"
 
@@ -28,7 +28,7 @@ def report(
     """Print tables and write results.json, results.md and the pictures; whether no run failed."""
     results = [(plan, rows_of(plan, records)) for plan in plans]
     output.mkdir(parents=True, exist_ok=True)
-    write_whole(output / RESULTS_JSON, as_json(results, records))
+    write_bytes(output / RESULTS_JSON, as_json(results, records))
     pictures: dict[str, list[str]] = {}
     for plan, rows in results:
         for table in tables_of(plan, rows):
@@ -37,7 +37,7 @@ def report(
         drawn = _draw(plan, rows, output / plan.name, console)
         pictures[plan.name] = [path.relative_to(output).as_posix() for path in drawn]
     text = as_text(results, records, pictures)
-    write_whole(output / RESULTS_MARKDOWN, text.encode("utf-8"))
+    write_bytes(output / RESULTS_MARKDOWN, text.encode("utf-8"))
     failed = [record for record in records.values() if record.status == "failed"]
     for text in failures(failed):
         console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)

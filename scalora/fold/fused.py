@@ -127,10 +127,47 @@ def fold_fused(
     first_row: int = 0,
 ) -> None:
     """`scalora.fold.dense.fold` in one launch; contiguous weights of one shape and dtype."""
+    mode = _MODES["nearest" if weights[0].dtype == torch.float32 else rounding]
+    fold = torch.ops.scalora.fold_
+    fold(list(weights), left, right, mode, list(seeds), list(residuals), first_row)
+    torch.autograd.graph.increment_version(weights)
+
+
+# Registered, so that modes and fake tensors see the launch.  Not by `torch.library.custom_op`: that
+# counts a weight as written before it is, and re-basing decides from its version which layers were.
+torch.library.define(
+    "scalora::fold_",
+    "(Tensor(a!)[] weights, Tensor left, Tensor right, int mode, int[] seeds, "
+    "Tensor(b!)[] residuals, int first_row) -> ()",
+)
+
+
+@torch.library.register_fake("scalora::fold_")
+def _write_nothing(
+    weights: list[Tensor],
+    left: Tensor,
+    right: Tensor,
+    mode: int,
+    seeds: list[int],
+    residuals: list[Tensor],
+    first_row: int,
+) -> None:
+    """Do what `_launch` does to shapes: nothing."""
+
+
+@torch.library.impl("scalora::fold_", "default")
+def _launch(
+    weights: list[Tensor],
+    left: Tensor,
+    right: Tensor,
+    mode: int,
+    seeds: list[int],
+    residuals: list[Tensor],
+    first_row: int,
+) -> None:
+    """Launch the kernel over all weights; ``mode`` is one of `_MODES`."""
     rows, columns = weights[0].shape
     device, rank = weights[0].device, left.shape[-1]
-    half = weights[0].dtype != torch.float32
-    mode = _MODES[rounding] if half else _MODES["nearest"]
     addresses = _to_device([weight.data_ptr() for weight in weights], torch.int64, device)
     residual_addresses, seed_words = addresses, addresses
     if mode == _MODES["compensated"]:
@@ -153,7 +190,7 @@ def fold_fused(
             first_row,
             element=_ELEMENTS[weights[0].dtype],
             mode=mode,
-            precision="tf32x3" if half else "ieee",
+            precision="ieee" if weights[0].dtype == torch.float32 else "tf32x3",
             block_rows=_BLOCK_ROWS,
             block_columns=_BLOCK_COLUMNS,
             block_rank=min(
@@ -161,7 +198,6 @@ def fold_fused(
             ),
             aligned=all(matrix.data_ptr() % 16 == 0 for matrix in (*weights, *residuals)),
         )
-    torch.autograd.graph.increment_version(weights)
 
 
 def _to_device(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -47,22 +47,15 @@ class Rebaser:
         self.options = options
         self.moments = moments
         self.memory = {pair.name: LayerMemory(i) for i, pair in enumerate(self.pairs)}
-        dense = DenseAccumulator(options, self.memory)
-        self._carry_accumulator = CarryAccumulator(options, dense)
+        self._carry_accumulator = CarryAccumulator(options)
         self._accumulators: dict[str, Accumulator] = {
-            "dense": dense,
+            "dense": DenseAccumulator(options, self.memory),
             "carry": self._carry_accumulator,
         }
         self.remembered = RememberedColumns(options, moments)
         optimal = OptimalColumns(options, moments, self.memory)
         self._rule = self.remembered if options.scales_P_alone else optimal
         self._last: list[tuple[list[str], Tensor, Tensor]] = []
-
-    @property
-    def folds(self) -> bool:
-        """Whether increments go into base weights, of any layer."""
-        full = self.options.when_full == "fold" and bool(self.pairs)
-        return full or "dense" in self.places.values()
 
     @property
     def last_scaling(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -72,6 +65,11 @@ class Rebaser:
             for names, alpha, beta in self._last
             for i, name in enumerate(names)
         }
+
+    @property
+    def newest_layers(self) -> list[str]:
+        """Names of the layers that the newest re-basing re-based."""
+        return [name for names, *_ in self._last for name in names]
 
     def kept_tensors(self) -> list[Tensor]:
         """Everything kept between steps: products, residuals, carries, and the newest scaling."""
@@ -145,7 +143,7 @@ class Rebaser:
         self._last = []
         for batch, alpha, beta in self._rule.scalings(pairs, optimizer, self._key):
             columns = self._columns(batch.pairs[0])
-            self._accumulator(batch.pairs[0]).make_room(batch.pairs, columns, count)
+            self._accumulator(batch.pairs[0]).make_room(batch.pairs, columns)
             alpha, beta = self._apply(batch, optimizer, alpha, beta, count)
             self._last.append(([pair.name for pair in batch.pairs], alpha, beta))
 

@@ -20,13 +20,12 @@ class Accumulator(Protocol):
     def takes(self, pair: LoRAPair, columns: int) -> bool:
         """Whether the layer is still re-based, by an increment of so many columns."""
 
-    def make_room(self, pairs: Sequence[LoRAPair], columns: int, count: int) -> None:
+    def make_room(self, pairs: Sequence[LoRAPair], columns: int) -> None:
         """Let every layer have room for one more increment; its function does not change.
 
         Args:
             pairs: the layers.
             columns: of the increment.
-            count: the number of this re-basing, part of the rounding noise's seed.
         """
 
     def commit(
@@ -44,5 +43,5 @@ class Accumulator(Protocol):
             left: (layers, m, k), the rows held here.
             right: (layers, n, k), likewise.
             writes: factors, gradients and moments in the new coordinates.
-            count: as for `make_room`.
+            count: the number of this re-basing, part of the rounding noise's seed.
         """

@@ -10,7 +10,7 @@ from torch import Tensor
 from scalora import sharding
 from scalora.fold import fold, noise_seed
 from scalora.options import RebasingOptions
-from scalora.peft_layers import LoRAPair
+from scalora.peft_layers import LoRAPair, storage_address
 from scalora.rebasing.accumulators.commit import commit
 from scalora.rebasing.accumulators.memory import LayerMemory
 from scalora.sharding.stacks import Write
@@ -37,7 +37,7 @@ class DenseAccumulator:
         """Always."""
         return True
 
-    def make_room(self, pairs: Sequence[LoRAPair], columns: int, count: int) -> None:
+    def make_room(self, pairs: Sequence[LoRAPair], columns: int) -> None:
         """Nothing to do."""
 
     def commit(
@@ -87,5 +87,6 @@ class DenseAccumulator:
             first_row=sharding.own_rows(first.base_weight).start,
         )
         for base, matrix in zip(bases, matrices, strict=True):
-            if matrix.data_ptr() != base.data_ptr():  # channels_last has no matrix view
+            # channels_last has no matrix view
+            if storage_address(matrix) != storage_address(base):
                 base.detach().copy_(matrix.view_as(base))

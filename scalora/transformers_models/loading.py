@@ -1,16 +1,21 @@
-"""The one place that knows which transformers model an adapter goes on, and how to load it."""
+"""Which transformers model an adapter goes on, its config, and how to load it.
+
+Held by tests/cli/test_export.py and test_export_refusals.py.
+"""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoQuantizationConfig
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 _BY_TASK = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -23,14 +28,15 @@ _QUANTIZATION = "quantization_config"
 
 
 def model_class(adapter: PeftConfig, recorded: str | None = None) -> Any:
-    """The class that loads the model an adapter was put on: by its task type.
+    """Return the class that loads the model an adapter was put on.
 
-    Where it has none, PEFT has noted the class itself; failing that, a model without a head.
+    In this order: the class that was recorded, that of the adapter's task type, the one that PEFT
+    noted in the adapter's config, and a model without a head.
 
     Args:
-        adapter: its config.
-        recorded: the class's name, where there is a better note than PEFT's: a task type says
-            nothing of the model that ``add_adapter`` was called on.
+        adapter: the adapter's config.
+        recorded: the class's name, if known better than from the config: after ``add_adapter`` a
+            task type says nothing of the model.
     """
     task = getattr(adapter, "task_type", None)
     by_task = _BY_TASK.get(str(getattr(task, "value", task)))
@@ -43,7 +49,7 @@ def model_class(adapter: PeftConfig, recorded: str | None = None) -> Any:
 
 
 def recorded_config(model: nn.Module) -> dict[str, Any] | None:
-    """The model's config as JSON has it; None where it has none that JSON can express."""
+    """Return the model's config as JSON values; None without a config that JSON can express."""
     config = getattr(model, "config", None)
     if not isinstance(config, PretrainedConfig):
         return None
@@ -54,9 +60,13 @@ def recorded_config(model: nn.Module) -> dict[str, Any] | None:
 
 
 def has_other_vocabulary(model: nn.Module, source: str) -> bool:
-    """Whether a model's vocabulary has another size than at ``source``, a folder or a hub id.
+    """Return whether a model's vocabulary has another size than that of ``source``.
 
-    False where that cannot be told: the model has no vocabulary, or no config is found there.
+    Return False where that cannot be told: the model has no vocabulary, or no config is found.
+
+    Args:
+        model: a transformers model.
+        source: a folder or a hub id.
     """
     config: Any = getattr(model, "config", None)
     size = _vocabulary_size(config)
@@ -70,17 +80,17 @@ def has_other_vocabulary(model: nn.Module, source: str) -> bool:
 
 
 def _vocabulary_size(config: Any) -> int | None:
-    """Of a model of text, or of the text in one of several kinds of input."""
+    """Return a text model's vocabulary size, or that of a multimodal model's text; None without."""
     if not isinstance(config, PretrainedConfig):
         return None
     return getattr(config.get_text_config(), "vocab_size", None)
 
 
 def config_from(recorded: dict[str, Any]) -> PretrainedConfig:
-    """What `recorded_config` gave, as the config of a model that is not quantized.
+    """Return what `recorded_config` gave as the config of a model that is not quantized.
 
     Raises:
-        ValueError: it is of a kind that transformers does not know.
+        ValueError: transformers does not know this type of model.
     """
     values = {key: value for key, value in recorded.items() if key != _QUANTIZATION}
     return type(AutoConfig.for_model(str(values.get("model_type")))).from_dict(values)
@@ -89,17 +99,17 @@ def config_from(recorded: dict[str, Any]) -> PretrainedConfig:
 def model_without_weights(
     kind: Any, source: str, recorded: dict[str, Any] | None = None
 ) -> PreTrainedModel:
-    """A model of zeros that take no memory: names and shapes are all that is in it.
+    """Return a model of zeros that take no memory, for its names and shapes.
 
-    Not on the meta device: PEFT would take an adapter that is loaded there along.
+    It is not on the meta device, where PEFT would also put the adapter that is loaded into it.
 
     Args:
-        kind: its class, of `model_class`.
-        source: a folder or a hub id that has its config.
-        recorded: the config; ``source`` is not looked at then.
+        kind: the model's class, of `model_class`.
+        source: a folder or a hub id that has the config.
+        recorded: the config; ``source`` is not read then.
 
     Raises:
-        ValueError, OSError: there is no config, or it is of a kind that transformers does not know.
+        ValueError, OSError: there is no config, or transformers does not know its type of model.
     """
     config = AutoConfig.from_pretrained(source) if recorded is None else config_from(recorded)
     with torch.device("meta"):
@@ -115,7 +125,7 @@ def model_without_weights(
 
 
 def is_stand_in(weight: Tensor) -> bool:
-    """Whether it is one of the zeros of `model_without_weights`."""
+    """Return whether a weight is one of the zeros of `model_without_weights`."""
     return weight.numel() > 1 and not any(weight.stride())
 
 
@@ -127,22 +137,22 @@ def pretrained_model(
     quantized: bool = False,
     dtype: torch.dtype | None = None,
 ) -> tuple[PreTrainedModel, set[str]]:
-    """A pretrained model, and the names of the weights that ``source`` lacks or has otherwise.
+    """Return a pretrained model, and the names of weights that ``source`` lacks or has otherwise.
 
     Args:
-        kind: its class, of `model_class`.
+        kind: the model's class, of `model_class`.
         source: a folder or a hub id.
-        recorded: the config that it is to have; None for its own.
-        quantized: whether to quantize it as was recorded.  Weights that are stored quantized stay
-            that in any case.
-        dtype: of the weights; None for the recorded one, and failing that for that of the files.
+        recorded: the config to give it; None for its own.
+        quantized: whether to quantize it as ``recorded`` says.  Weights that are stored quantized
+            stay so in any case.
+        dtype: dtype of the weights; None for the recorded one, or else that of the files.
 
     Raises:
         ValueError, OSError, ImportError, RuntimeError: it cannot be loaded, or does not fit the
             recorded config.
     """
     config = AutoConfig.from_pretrained(source)
-    # A head of another size is often replaced before training; the caller decides what may lack.
+    # Heads are often replaced by ones of another size; the caller decides what may be missing.
     options: dict[str, Any] = {"dtype": dtype or "auto", "ignore_mismatched_sizes": True}
     if recorded is not None:
         stored, config = getattr(config, _QUANTIZATION, None), config_from(recorded)
@@ -156,36 +166,3 @@ def pretrained_model(
     )
     mismatched = {name for name, *_ in loading["mismatched_keys"]}
     return model, set(loading["missing_keys"]) | mismatched
-
-
-def decoder_of(model: nn.Module) -> nn.Module | None:
-    """The decoder of the encoder-decoder model in ``model``; None where there is no such model."""
-    whole = _encoder_decoder(model)
-    if whole is None:
-        return None
-    decoder: Any = whole.get_decoder()
-    # A model of several kinds of input gives its language model, which may have both again.
-    while (inner := _encoder_decoder(decoder)) is decoder and inner.get_decoder() is not inner:
-        decoder = inner.get_decoder()
-    return None if decoder is whole else decoder
-
-
-def padding_of(model: nn.Module) -> int | None:
-    """The token that pads what a decoder reads, and nothing else; None where there is none."""
-    config: Any = getattr(_encoder_decoder(model), "config", None)
-    padding = getattr(config, "pad_token_id", None)
-    end = getattr(config, "eos_token_id", None)
-    ends = end if isinstance(end, list) else [end]
-    return None if padding in ends else padding
-
-
-def _encoder_decoder(model: nn.Module) -> Any:
-    """The outermost model of transformers in ``model`` that says that it is both."""
-    return next(
-        (
-            module
-            for module in model.modules()
-            if isinstance(module, PreTrainedModel) and module.config.is_encoder_decoder
-        ),
-        None,
-    )

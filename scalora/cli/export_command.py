@@ -1,4 +1,7 @@
-"""``scalora export``: a checkpoint of training as an ordinary adapter or a merged model."""
+"""``scalora export``: a checkpoint of training as an ordinary adapter or a merged model.
+
+Held by tests/cli/test_export.py and test_export_refusals.py.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,10 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import transformers
-from rich.console import Console
-from rich.table import Table
-
-from scalora.saving.export import Export, export_checkpoint
+if TYPE_CHECKING:
+    from scalora.saving import Export
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _SHOWN = 5
@@ -69,23 +68,16 @@ def add_to(commands: Any) -> None:
     add(
         "--dtype",
         choices=_DTYPES,
-        help="with --merged: of the weights; default: as in training",
+        help="with --merged: dtype of the weights; default: as in training",
     )
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
+    """Export, and return the exit status: 0, or 2 if the input is at fault."""
     try:
-        with _quiet():
-            export = export_checkpoint(
-                args.checkpoint,
-                args.output,
-                base=args.base,
-                rank=args.rank,
-                merged=args.merged,
-                full_precision_base=args.full_precision_base,
-                dtype=None if args.dtype is None else getattr(torch, args.dtype),
-            )
+        with _without_advice():
+            export = _export(args)
     except (OSError, ValueError) as error:
         print(f"scalora export: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -93,24 +85,43 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _export(args: argparse.Namespace) -> Export:
+    # Imported here: these libraries take seconds to load, and log while they do.
+    import torch
+
+    from scalora.saving import export_checkpoint
+    from scalora.transformers_models import without_load_reports
+
+    with without_load_reports():
+        return export_checkpoint(
+            args.checkpoint,
+            args.output,
+            base=args.base,
+            rank=args.rank,
+            merged=args.merged,
+            full_precision_base=args.full_precision_base,
+            dtype=None if args.dtype is None else getattr(torch, args.dtype),
+        )
+
+
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without other libraries' progress bars and advice: what matters to a user is printed here."""
+def _without_advice() -> Iterator[None]:
+    """Silence other libraries' logs and warnings: the command prints what a user needs."""
     disabled = logging.root.manager.disable
-    bars = transformers.logging.is_progress_bar_enabled()
     logging.disable(logging.WARNING)
-    transformers.logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(disabled)
-        if bars:
-            transformers.logging.enable_progress_bar()
 
 
 def _print(export: Export) -> None:
+    """Print the largest errors as a table, and what was written."""
+    from rich.console import Console
+    from rich.table import Table
+
     worst = sorted(export.errors.items(), key=lambda item: -item[1])
     table = Table("layer", title="Lost to rounding" if export.merged else "Lost of the change")
     table.add_column("relative error", justify="right")

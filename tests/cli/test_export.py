@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 import shutil
 import subprocess
 import sys
@@ -19,7 +18,6 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import scalora
-from scalora.cli import main
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:save_pretrained writes the adapter alone"),
@@ -196,28 +194,6 @@ def test_command_runs_as_a_module(runs: Runs, tmp_path: Path) -> None:
     run = runs["NF4"]
     command = [sys.executable, "-m", "scalora", "export", run.checkpoint, tmp_path / "adapter"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and done.stderr == "", done.stderr
     assert "adapter of rank" in done.stdout
     torch.testing.assert_close(run.loaded(tmp_path / "adapter"), run.answers, rtol=0, atol=2e-5)
-
-
-def test_module_exits_with_the_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["scalora", "export", str(tmp_path), str(tmp_path / "out")])
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_module("scalora", run_name="__main__")
-    assert stopped.value.code == 2
-
-
-def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["--version"])
-    assert stopped.value.code == 0
-    assert capsys.readouterr().out == f"scalora {scalora.__version__}\n"
-    assert main([]) == 0
-    assert "export" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as stopped:
-        main(["export", "--help"])
-    assert stopped.value.code == 0
-    out = capsys.readouterr().out
-    for option in ("--base", "--rank", "--merged", "--full-precision-base", "--dtype"):
-        assert option in out

@@ -1,8 +1,10 @@
-"""Weights that a transformers model shares, and writing it so that it loads as it is in memory.
+"""Tied weights of a transformers model, and how to write it so that it loads as it is in memory.
 
-Which weights are tied is not in a checkpoint: transformers works it out from the config and the
+A checkpoint does not say which weights are tied: transformers works it out from the config and the
 model's class.  Once merging has given some users of one matrix a weight of their own, that answer
-is wrong, for the untied ones and for those that are still tied.
+is wrong, both for the untied weights and for those that are still tied.
+
+Held by tests/saving/test_merged_ties.py.
 """
 
 from __future__ import annotations
@@ -17,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from scalora import peft_layers
+from scalora.storage import storage_address
+from scalora.transformers_models.quiet import without_load_reports
 
 _TIED = "tie_word_embeddings"
 _SHOWN = 3
@@ -31,7 +33,7 @@ Groups = list[frozenset[str]]
 
 @contextmanager
 def keeping_ties(model: nn.Module) -> Iterator[None]:
-    """Have no other library change what the model's config says of ties (PEFT's merging does)."""
+    """Restore on exit what the model's configs say of ties, which PEFT's merging changes."""
     before = [(part, getattr(part, _TIED)) for part in _configs(model) if hasattr(part, _TIED)]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
@@ -43,9 +45,9 @@ def keeping_ties(model: nn.Module) -> Iterator[None]:
 def settle_ties(model: nn.Module) -> None:
     """Turn tying off in the config of a model that does not hold all the ties of its class.
 
-    The config of some models (T5's family) cannot say that, or their forward pass reads it and
-    would compute something else.  It then stays, and transformers leaves weights untied that are
-    both in a checkpoint and differ.
+    Some configs (T5's family) cannot say that, and some forward passes read the entry and would
+    compute something else.  Such a config stays; transformers leaves weights untied that differ in
+    the checkpoint.
     """
     if not isinstance(model, PreTrainedModel):
         return
@@ -59,15 +61,15 @@ def settle_ties(model: nn.Module) -> None:
 
 
 def write_model(model: Any, folder: Path) -> None:
-    """Save a model so that it loads as it is in memory, and load it to see that it does.
+    """Save a model so that it loads as it is in memory, and load it as a check.
 
     Weights that share memory where transformers would not tie them are written one by one.  The
-    proof reads the files as they are mapped into memory, which takes no second copy on a CPU.
+    check maps the files into memory, so it takes no second copy on a CPU.
 
     Raises:
         ValueError: what loads from the folder is not the model.
     """
-    with _quiet():
+    with without_load_reports():
         if isinstance(model, PreTrainedModel):
             model.save_pretrained(folder, state_dict=_state_to_write(model))
         else:
@@ -86,9 +88,9 @@ def write_model(model: Any, folder: Path) -> None:
 
 
 def differing_weights(model: nn.Module, loaded: nn.Module) -> list[str]:
-    """Names of the weights and buffers of a model that a loaded one lacks or has otherwise.
+    """Return the names of a model's weights and buffers that a loaded one lacks or has otherwise.
 
-    Compared in the loaded one's dtype: transformers loads all of a checkpoint in one.
+    They are compared in the loaded model's dtype: transformers loads all weights in one dtype.
     """
     there = loaded.state_dict()
     return [
@@ -99,7 +101,7 @@ def differing_weights(model: nn.Module, loaded: nn.Module) -> list[str]:
 
 
 def declared_ties(model: PreTrainedModel) -> Groups:
-    """The weights that transformers ties when it loads the model, as its config is now."""
+    """Return the groups of weights that transformers ties on loading, by the present config."""
     names = set(model.state_dict())
     groups: Groups = []
     pairs = model.get_expanded_tied_weights_keys(all_submodels=True)
@@ -111,7 +113,7 @@ def declared_ties(model: PreTrainedModel) -> Groups:
 
 
 def shared_weights(model: nn.Module) -> Groups:
-    """The weights and buffers that are one and the same tensor."""
+    """Return the groups of weights and buffers that are one tensor in memory."""
     found: dict[object, set[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor) and tensor.numel():
@@ -120,14 +122,15 @@ def shared_weights(model: nn.Module) -> Groups:
 
 
 def _identity(tensor: Tensor) -> object:
+    """Return a key that two tensors share if they are the same view of the same memory."""
     if tensor.device.type == "meta":
         return id(tensor)
     place = tensor.storage_offset(), tensor.shape, tensor.stride()
-    return tensor.device, peft_layers.storage_address(tensor), *place
+    return tensor.device, storage_address(tensor), *place
 
 
 def _state_to_write(model: PreTrainedModel) -> dict[str, Any]:
-    """The model's state, in which only those share memory that transformers ties again."""
+    """Return the model's state dict, with copies of shared weights that are not tied on loading."""
     state = model.state_dict()
     ties = declared_ties(model)
     for group in shared_weights(model):
@@ -139,7 +142,7 @@ def _state_to_write(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _can_untie(model: PreTrainedModel) -> bool:
-    """Whether the model is the same but for its ties when the config says that it has none."""
+    """Return whether turning ties off in the config changes nothing else of the model."""
     if any(_TIED in _names_in_forward(module) for module in model.modules()):
         return False
     untied = copy.deepcopy(model.config)
@@ -152,7 +155,7 @@ def _can_untie(model: PreTrainedModel) -> bool:
 
 
 def _names_in_forward(module: nn.Module) -> tuple[str, ...]:
-    """The attributes that the module's forward pass names."""
+    """Return the attribute names in the code of the module's forward pass."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return () if code is None else code.co_names
 
@@ -162,7 +165,7 @@ def _written_and_read(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _parts(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
-    """The config, and those of the models within its model."""
+    """Yield a config and those of the models inside its model."""
     yield config
     for name in getattr(config, "sub_configs", {}):
         part = getattr(config, name, None)
@@ -171,7 +174,7 @@ def _parts(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
 
 
 def _configs(model: nn.Module) -> list[PretrainedConfig]:
-    """Of the model and of those within it, some of which have a copy of their own."""
+    """Return the configs of a model and of the models inside, some of which hold copies."""
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     return [part for module in models for part in _parts(module.config)]
 
@@ -188,6 +191,7 @@ def _without_ties(values: Any) -> Any:
 
 
 def _loaded(kind: Any, folder: Path) -> nn.Module:
+    """Return what ``kind.from_pretrained`` loads, or raise a ValueError that says why it cannot."""
     try:
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             return kind.from_pretrained(str(folder))
@@ -200,22 +204,8 @@ def _loaded(kind: Any, folder: Path) -> nn.Module:
 
 
 def _same(tensor: Tensor, loaded: Any) -> bool:
+    """Return whether a loaded tensor has the same shape and, in its own dtype, the same values."""
     if not isinstance(loaded, Tensor) or loaded.shape != tensor.shape:
         return False
     here, there = tensor.detach().to(loaded.device, loaded.dtype), loaded.detach()
     return torch.equal(here, there) or torch.equal(here.nan_to_num(), there.nan_to_num())
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars, and its reports of a load that is looked at here."""
-    verbosity = transformers.logging.get_verbosity()
-    bars = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        if bars:
-            transformers.logging.enable_progress_bar()

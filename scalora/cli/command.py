@@ -1,4 +1,7 @@
-"""The ``scalora`` command."""
+"""The parser of the ``scalora`` command.
+
+Held by tests/cli/test_command.py.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,27 @@ from typing import NoReturn
 
 import scalora
 from scalora.ablation import command as ablate_command
-from scalora.saving import export_command
+from scalora.cli import export_command
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """A parser that says what is wrong in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} ({self.prog} --help lists the options)\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of ``scalora`` and ``python -m scalora``; 2 if the input is at fault."""
+    """Run ``scalora`` or ``python -m scalora``.
+
+    The commands' parsers import nothing that takes long; the libraries come when a command runs.
+
+    Args:
+        arguments: the command line without the program's name; None for the process's own.
+
+    Returns:
+        The exit status: 0, 1 if a run of ``scalora ablate`` failed, 2 if the input is at fault.
+    """
     parser = _Parser(prog="scalora", description=scalora.__doc__)
     parser.add_argument("--version", action="version", version=f"scalora {scalora.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")

@@ -1,8 +1,10 @@
-"""Completing an adapter's files: what was frozen goes where PEFT and transformers load it from.
+"""Frozen increments in an adapter's files, where PEFT and transformers load them from.
 
-PEFT stores weights of the base in an adapter's file where it must (a resized embedding), and loads
-whatever base weights it finds there.  Folded base weights are put there as well, to the bit.  A
-carry has no such place: it makes the adapter wider, or is missing.
+PEFT stores some weights of the base in an adapter's file (a resized embedding) and loads all base
+weights that it finds there.  Folded base weights are put there too, bit for bit.  A carry has no
+such place: it makes the adapter wider, or is missing.
+
+Held by tests/integrations/test_trainer_ends.py and tests/peft_layers/test_injected_adapters.py.
 """
 
 from __future__ import annotations
@@ -16,35 +18,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from scalora.files import file_written_whole, read_tensors, write_tensors
+from scalora.peft_layers.adapter_files import ADAPTER_CONFIG, ADAPTER_FILE
 from scalora.peft_layers.finding import PREFIX, lora_pairs, moves_base_at_creation
-from scalora.peft_layers.pair import LoRAPair
+from scalora.peft_layers.pair import LoRAPair, folded_adapters
 from scalora.peft_layers.support import why_not_dense
 
-ADAPTER_FILE = SAFETENSORS_WEIGHTS_NAME
 CARRY_IS_MISSING = (
     "ScaLoRA's carry is missing here: call scalora.load_rebased_weights(model, folder) after "
     "loading the adapter, or write a whole one with scalora export or scalora.save_adapter"
 )
-"""An entry of an adapter's config.  PEFT does not know it, and says so when it loads that."""
+"""A config entry that PEFT does not know, and so quotes in a warning when it loads the adapter."""
 BASE_COMES_ALONG = (
     "ScaLoRA's changed base weights come with this adapter: it is whole as it is, but "
     "save_pretrained of what was loaded writes it without them"
 )
-"""Likewise."""
+"""Another such entry."""
 
 
 def add_folded_weights(model: nn.Module, adapter: str, folder: Path) -> None:
-    """Put the base weights that increments were folded into beside the adapter's own tensors.
+    """Add the base weights that increments were folded into to the adapter's file.
 
     Args:
         model: one of `adapted_models`.
-        adapter: its name.
-        folder: where PEFT or transformers has just written it.
+        adapter: the adapter's name.
+        folder: where PEFT or transformers has just written the adapter.
     """
     weights = folded_weights(model, adapter)
     if weights:
@@ -55,52 +56,55 @@ def add_folded_weights(model: nn.Module, adapter: str, folder: Path) -> None:
 def widen_by_carry(
     folder: Path, tensors: Mapping[str, Tensor], config: Any, moved: Mapping[str, Tensor]
 ) -> None:
-    """Put adapter and carry as one adapter in the place of the adapter alone.
+    """Replace an adapter's files by those of adapter and carry as one adapter.
 
     Args:
         folder: where PEFT or transformers has just written the adapter.
-        tensors, config: of `adapter_with_factors`.
-        moved: base weights by the names of PEFT's files.
+        tensors, config: what `adapter_with_factors` returned.
+        moved: base weights that are not the pretrained ones, of `moved_weights`.
     """
     _rewrite(folder, {**tensors, **moved})
     noted = {BASE_COMES_ALONG: True} if moved else {}
-    written = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    config.save_pretrained(str(folder))  # which leaves out what only PeftModel notes
+    written = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config.save_pretrained(str(folder))  # without the entries that only PeftModel writes
     _add_to_config(folder, auto_mapping=written.get("auto_mapping"), **noted)
 
 
 def mark_as_incomplete(folder: Path) -> None:
-    """Let whatever loads the adapter's config say that a carry belongs to it."""
+    """Note in the adapter's config that a carry belongs to it, which PEFT then says on loading."""
     _add_to_config(folder, **{CARRY_IS_MISSING: True})
 
 
 @contextmanager
 def without_notes() -> Iterator[None]:
-    """Let PEFT not speak of what is noted in a config, where that is taken care of."""
+    """Silence PEFT's warnings about the config entries of this module."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(?s).*Unexpected keyword arguments .*ScaLoRA's")
         yield
 
 
 def is_without_carry(folder: str | PathLike[str]) -> bool:
-    """Whether the adapter in ``folder`` was marked so; False of what is no folder."""
-    path = Path(folder) / CONFIG_NAME
+    """Return whether the adapter in ``folder`` was marked as incomplete; False for a hub id."""
+    path = Path(folder) / ADAPTER_CONFIG
     if not path.is_file():
         return False
     return CARRY_IS_MISSING in json.loads(path.read_text(encoding="utf-8"))
 
 
 def folded_weights(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """Name in an adapter's file -> base weight that the adapter's increments were folded into."""
+    """Return name in the adapter's file -> base weight that its increments were folded into."""
     return {
         base_weight_key(pair): pair.base_weight
         for pair in lora_pairs(model, adapter)
-        if pair.adapter in getattr(pair.module, "scalora_folded", ())
+        if adapter in folded_adapters(pair.module)
     }
 
 
 def moved_weights(model: nn.Module, adapter: str) -> dict[str, Tensor] | None:
-    """Likewise of those that are not the pretrained ones; None where one cannot be put there."""
+    """Return name in the adapter's file -> base weight that is not the pretrained one.
+
+    Return None if such a weight cannot be written there, as a quantized one.
+    """
     if not moves_base_at_creation(model, adapter):
         return folded_weights(model, adapter)
     pairs = lora_pairs(model, adapter)
@@ -110,7 +114,7 @@ def moved_weights(model: nn.Module, adapter: str) -> dict[str, Tensor] | None:
 
 
 def base_weight_key(pair: LoRAPair) -> str:
-    """A base weight's name in an adapter's file."""
+    """Return the name of a layer's base weight in an adapter's file."""
     depth, layer = 0, pair.module
     while (inner := layer._modules.get("base_layer")) is not None:
         depth, layer = depth + 1, inner
@@ -118,13 +122,13 @@ def base_weight_key(pair: LoRAPair) -> str:
 
 
 def adapter_folder(folder: Path, adapter: str) -> Path:
-    """Where in ``folder`` PEFT writes an adapter: only the default one at the top."""
+    """Return where PEFT wrote an adapter: the default one in ``folder``, others one level below."""
     named = folder / adapter
     return named if (named / ADAPTER_FILE).is_file() else folder
 
 
 def has_base_weights(pairs: Sequence[LoRAPair], folder: Path) -> bool:
-    """Whether the adapter's file in ``folder`` brings the base weight of every layer."""
+    """Return whether the adapter's file in ``folder`` holds the base weight of every layer."""
     file = folder / ADAPTER_FILE
     if not file.is_file():
         return False
@@ -133,18 +137,18 @@ def has_base_weights(pairs: Sequence[LoRAPair], folder: Path) -> bool:
 
 
 @torch.no_grad()
-def weights_beside_adapter(
+def weights_in_adapter_file(
     pairs: Sequence[LoRAPair], folder: Path, adapter: str
 ) -> tuple[str, dict[str, str]]:
-    """The adapter's file, relative to ``folder``, and the base weights that it holds to the bit.
+    """Return which of the layers' base weights the adapter's file holds, equal to the bit.
 
     Args:
-        pairs: the layers to look for.
-        folder: a checkpoint's.
-        adapter: its name.
+        pairs: the layers.
+        folder: the checkpoint's folder.
+        adapter: the adapter's name.
 
     Returns:
-        The file, and layer name -> the weight's name in it.
+        The file, relative to ``folder``, and layer name -> the weight's name in it.
     """
     file = adapter_folder(folder, adapter) / ADAPTER_FILE
     if not pairs or not file.is_file():
@@ -160,14 +164,14 @@ def weights_beside_adapter(
 
 
 def base_weights_at(file: Path, keys: Mapping[str, str]) -> dict[str, Tensor]:
-    """Layer name -> base weight, of an adapter's file.
+    """Return layer name -> base weight from an adapter's file.
 
     Args:
-        file: its path.
+        file: the file's path.
         keys: layer name -> the weight's name in the file.
 
     Raises:
-        ValueError: the file, or one of them, is missing.
+        ValueError: the file or one of the weights is missing.
     """
     try:
         with safe_open(file, framework="pt", device="cpu") as there:
@@ -184,12 +188,14 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def _rewrite(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Add tensors to the adapter's file, or replace those of the same names."""
     written, metadata = read_tensors(folder / ADAPTER_FILE)
     write_tensors(folder / ADAPTER_FILE, {**written, **tensors}, metadata)
 
 
 def _add_to_config(folder: Path, **entries: Any) -> None:
-    path = folder / CONFIG_NAME
+    """Set entries of the adapter's config."""
+    path = folder / ADAPTER_CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))
     with file_written_whole(path) as temporary:
         text = json.dumps({**config, **entries}, indent=2, sort_keys=True)
