@@ -35,7 +35,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 @contextmanager
 def file_written_whole(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write; without an error, force it to disk and rename it."""
-    temporary = path.with_name(path.name + ".partial")
+    # Several processes of one run may write the same file.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         yield temporary
         _force_to_disk(temporary)

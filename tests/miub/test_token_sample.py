@@ -8,7 +8,7 @@ from models import bert, token_ids, with_lora
 from torch import nn
 
 from miub import MIUBMonitor, estimators
-from miub.token_sample import draw, draw_uncounted, mask_of
+from miub.token_sample import mask_of, sample_tokens, sample_uncounted
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_the_mask_is_found_by_whatever_way_it_comes(way, wrap, task_type):
 @pytest.mark.parametrize("dtype", [torch.bool, torch.long, torch.float32])
 def test_a_mask_of_any_type_leaves_out_padding_and_draws_every_token_when_there_are_few(dtype):
     mask = (torch.arange(300) % 3 > 0).to(dtype)
-    drawn = draw(mask, 300, 256, mask.device, torch.Generator().manual_seed(0))
+    drawn = sample_tokens(mask, 300, 256, mask.device, torch.Generator().manual_seed(0))
     assert (drawn.count, drawn.valid) == (200, None)
     assert torch.equal(drawn.index.sort().values, mask.nonzero().flatten())
 
@@ -74,7 +74,7 @@ def test_a_mask_of_any_type_leaves_out_padding_and_draws_every_token_when_there_
 def uncounted(tokens: int, positions: int, k: int):
     is_token = torch.arange(positions) < tokens
     score = torch.rand(positions, generator=torch.Generator().manual_seed(0))
-    return is_token, draw_uncounted(is_token, score, k)
+    return is_token, sample_uncounted(is_token, score, k)
 
 
 def test_an_uncounted_mask_gives_padding_only_where_there_are_too_few_tokens():
@@ -97,7 +97,7 @@ def filled_and_exact(tokens: int, k: int, name: str) -> tuple[float, float]:
     u[tokens:], v[tokens:] = float("nan"), float("inf")
     _, drawn = uncounted(tokens, 600, k)
     if name not in ("tempered", "gaussian"):
-        drawn = drawn.dealt()
+        drawn = drawn.interleaved()
     found = estimator(drawn.fill(u[drawn.index]), drawn.fill(v[drawn.index]), noise=0.01)
     return found.value.item(), exact
 

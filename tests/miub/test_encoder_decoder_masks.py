@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from measuring import collector
 from models import VOCABULARY, bert_config, token_ids, trainable, with_lora
 from torch import nn
 from transformers import (
@@ -23,7 +24,6 @@ from transformers import (
 )
 
 from miub import MIUBMonitor
-from miub.estimators import Estimate
 
 PADDING, END = 0, 2
 BATCH, LENGTH = 8, 12
@@ -212,12 +212,7 @@ class _Padder:
 
 
 def test_the_rows_that_are_sampled_are_those_of_the_layers_own_tokens():
-    model, kept = made("T5"), []
-
-    def keep(u, v, *, noise):
-        kept.append(u.clone())
-        return Estimate(u.new_zeros(()), u.new_zeros(()), len(u))
-
+    model, (kept, keep) = made("T5"), collector()
     seen = []
     attention = model.get_base_model().decoder.block[0].layer[1].EncDecAttention
     hooks = [
@@ -231,7 +226,7 @@ def test_the_rows_that_are_sampled_are_those_of_the_layers_own_tokens():
         hook.remove()
     for output, lengths in zip(seen, (TARGETS, SOURCES), strict=True):
         own = output[mask(lengths) > 0].double()
-        matches = [u for u in kept if u.shape == own.shape and _same_rows(u.double(), own)]
+        matches = [u for u, _ in kept if u.shape == own.shape and _same_rows(u.double(), own)]
         assert len(matches) == 1
 
 

@@ -17,8 +17,8 @@ import pytest
 
 from miub.report.module_kinds import places
 from miub.report.plot import figure, heat_map
-from miub.report.record import LayerRecord
 from miub.report.report import MIUBReport
+from miub.report.rows import LayerRecord
 
 Q = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.1.mlp.down_proj"
@@ -50,7 +50,7 @@ def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _record(layer: str = Q, **fields: object) -> LayerRecord:
     record = LayerRecord(
-        layer, "default", step=1, rank=4, value=6.0, stderr=0.5, lower=2.0, tokens=512,
+        layer, "default", step=1, coordinates=4, value=6.0, stderr=0.5, lower=2.0, tokens=512,
         rebased=False,
     )  # fmt: skip
     return dataclasses.replace(record, **fields)  # type: ignore[arg-type]
@@ -63,7 +63,7 @@ def _report(*records: LayerRecord) -> MIUBReport:
 def _training() -> MIUBReport:
     return _report(
         *(
-            _record(layer, step=step, value=value + step, rank=rank)
+            _record(layer, step=step, value=value + step, coordinates=rank)
             for step in (10, 20, 30)
             for layer, value, rank in ((Q, 1.0, 2), (DOWN, 5.0, 10))
         )
@@ -74,7 +74,7 @@ def test_row_is_the_measurement_of_the_newest_step_whatever_the_order() -> None:
     records = [_record(step=step, value=float(step), tokens=step) for step in (20, 30, 10)]
     row = _report(*records)[Q]
     assert (row.step, row.value, row.tokens) == (30, 30.0, 30)
-    assert row.per_rank == 30.0 / 4
+    assert row.per_coordinate == row.per_rank == 30.0 / 4
     assert [row.step for row in _report(*records).history[Q]] == [10, 20, 30]
 
 
@@ -92,19 +92,19 @@ def test_measurements_of_one_step_are_averaged_by_tokens() -> None:
 
 def test_standard_error_of_an_average_is_the_spread_of_the_average() -> None:
     # The claim itself: independent estimates with the errors that they state, many times over.
-    draw = random.Random(0)
+    numbers = random.Random(0)
     errors, tokens = (0.5, 1.0, 0.2), (512, 128, 384)
 
     def once() -> MIUBReport:
         return _report(
             *(
-                _record(value=draw.gauss(6.0, error), stderr=error, tokens=n)
+                _record(value=numbers.gauss(6.0, error), stderr=error, tokens=n)
                 for error, n in zip(errors, tokens, strict=True)
             )
         )
 
     spread = statistics.stdev(once()[Q].value for _ in range(2000))
-    # The spread of 2000 draws is known to 1.6 %; three times that.
+    # The spread of 2000 averages is known to 1.6 %; three times that.
     assert once()[Q].stderr == pytest.approx(spread, rel=0.05)
 
 
@@ -145,15 +145,15 @@ def test_infinite_values_are_kept() -> None:
 
 def test_totals_are_per_kind_and_overall() -> None:
     report = _report(
-        _record("layers.0.q_proj", value=2.0, rank=2),
-        _record("layers.1.q_proj", value=6.0, rank=4),
-        _record("layers.1.v_proj", value=1.0, rank=1),
+        _record("layers.0.q_proj", value=2.0, coordinates=2),
+        _record("layers.1.q_proj", value=6.0, coordinates=4),
+        _record("layers.1.v_proj", value=1.0, coordinates=1),
     )
     kinds = report.by_kind()
     assert kinds["q_proj"] == (4.0, 8.0, 1.25, 2)
     assert kinds["v_proj"] == (1.0, 1.0, 1.0, 1)
     assert (report.mean, report.total) == (3.0, 9.0)
-    assert report.mean_per_rank == pytest.approx((1.0 + 1.5 + 1.0) / 3)
+    assert report.mean_per_coordinate == pytest.approx((1.0 + 1.5 + 1.0) / 3)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_rows_are_found_by_name_and_near_names_are_offered() -> None:
 def test_several_adapters_are_kept_apart() -> None:
     report = _report(
         _record(adapter="a", value=1.0),
-        _record(adapter="b", value=5.0, rank=8),
+        _record(adapter="b", value=5.0, coordinates=8),
         _record(DOWN, adapter="b", value=7.0),
     )
     assert (report[Q, "a"].value, report[Q, "b"].value) == (1.0, 5.0)
@@ -238,13 +238,15 @@ def _line(text: str, start: str) -> list[str]:
 
 def test_table_has_every_row_and_total() -> None:
     report = _report(
-        _record(value=1.25, lower=math.nan, stderr=0.125), _record(DOWN, rank=8, value=123456.0)
+        _record(value=1.25, lower=math.nan, stderr=0.125),
+        _record(DOWN, coordinates=8, value=123456.0),
     )
     text = str(report)
     assert text.splitlines()[0] == (
-        "MIUB: gaussian estimator, noise tau = 0.01, 512 tokens a layer, step 1"
+        "MIUB: gaussian estimator, noise tau = 0.01, 4 to 8 coordinates and 512 tokens per layer, "
+        "step 1"
     )
-    header = "layer rank MIUB (nats) per rank stderr lower bound tokens"
+    header = "layer coordinates MIUB (nats) per coordinate stderr lower bound tokens"
     assert _line(text, "layer") == header.split()
     assert _line(text, Q) == [Q, "4", "1.250", "0.312", "0.125", "-", "512"]
     assert _line(text, DOWN)[2:4] == ["1.235e+05", "15432.000"]
@@ -279,7 +281,7 @@ def test_table_fits_a_narrow_terminal_without_losing_a_character(
     row = text.split("\n\n")[1].splitlines()[3:]
     assert "".join(line.split()[0] for line in row) == report.layers[0]
     llama = _report(_record("model.layers.31.self_attn.q_proj", value=123.456, stderr=12.345))
-    assert _line(str(llama), llama.layers[0])[1:4] == ["4", "123.456", "30.864"]
+    assert _line(str(llama), llama.layers[0])[1:4] == ["123.456", "30.864", "12.345"]
 
 
 def test_csv_holds_the_whole_history_and_stands_alone(tmp_path: Path) -> None:
@@ -294,8 +296,8 @@ def test_csv_holds_the_whole_history_and_stands_alone(tmp_path: Path) -> None:
     assert [(line["step"], line["layer"]) for line in lines] == [("1", Q), ("1", DOWN), ("2", Q)]
     assert {(line["estimator"], line["noise"]) for line in lines} == {("gaussian", "0.01")}
     newest = lines[-1]
-    assert (float(newest["value"]), float(newest["per_rank"])) == (1 / 3, 1 / 3 / 4)
-    assert (newest["lower"], newest["rank"], newest["tokens"]) == ("", "4", "512")
+    assert (float(newest["value"]), float(newest["per_coordinate"])) == (1 / 3, 1 / 3 / 4)
+    assert (newest["lower"], newest["coordinates"], newest["tokens"]) == ("", "4", "512")
     assert [line["rebased"] for line in lines] == ["False", "True", "False"]
 
 
@@ -312,7 +314,7 @@ def test_json_is_valid_and_comes_back_as_the_same_report(tmp_path: Path) -> None
     report.to_json(tmp_path / "miub.json")
     content = json.loads((tmp_path / "miub.json").read_text(), parse_constant=fail)
     assert content["rows"][0]["lower"] is None
-    assert content["rows"][0]["per_rank"] == 1 / 12
+    assert content["rows"][0]["per_coordinate"] == 1 / 12
     assert content["total"] == report.total
     again = MIUBReport.from_json(tmp_path / "miub.json")
     assert (again.estimator, again.noise) == ("gaussian", 0.01)
@@ -384,8 +386,8 @@ def test_heat_map_is_blocks_against_kinds() -> None:
         ),
     )
     cells = heat_map(list(report), report.places)
-    assert cells.rows == ["1", "2", "10", "11", "other"]
-    assert cells.columns == ["lm_head", "q_proj", "v_proj"]
+    assert cells.blocks == ["1", "2", "10", "11", "other"]
+    assert cells.kinds == ["lm_head", "q_proj", "v_proj"]
     blocks = [[math.nan, i, i + 0.5] for i in (1.0, 2.0, 10.0, 11.0)]
     assert repr(cells.cells) == repr([*blocks, [7.0, math.nan, math.nan]])
 
@@ -397,14 +399,14 @@ def test_heat_map_tells_stacks_apart_and_averages_experts() -> None:
         _record("decoder.block.0.layer.1.q", value=4.0),
     )
     cells = heat_map(list(report), report.places)
-    assert (cells.rows, cells.columns) == (["encoder 0", "decoder 0"], ["q"])
+    assert (cells.blocks, cells.kinds) == (["encoder 0", "decoder 0"], ["q"])
     assert cells.cells == [[1.0], [3.0]]
 
 
 def test_heat_map_of_layers_without_numbers_names_them() -> None:
     report = _report(_record("first", value=1.0), _record("second", value=2.0))
     cells = heat_map(list(report), report.places)
-    assert (cells.rows, cells.cells) == (["first", "second"], [[1.0], [2.0]])
+    assert (cells.blocks, cells.cells) == (["first", "second"], [[1.0], [2.0]])
 
 
 def test_lines_are_drawn_only_over_several_steps() -> None:
