@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from scalora.cli import main as scalora
+from scalora import cli
 
 ABLATIONS = Path(__file__).parents[1] / "ablations"
 
@@ -26,7 +26,7 @@ PICTURES = {
     ),
     "capacity": (
         ("--methods", "lora,lora:ranks=2,scalora", *TWO_SEEDS),
-        ("learning-curves", "trainable-parameters", "learning-and-forgetting"),
+        ("trainable-parameters", "learning-and-forgetting"),
     ),
     "regression": (
         (
@@ -37,7 +37,7 @@ PICTURES = {
     ),
     "regression-rules": (
         ("--methods", "lora,scalora,scalora:rule=exact,scalora:rule=paper", *ONE_SEARCHED),
-        ("learning-rates", "spectra"),
+        ("learning-rates",),
     ),
 }
 """Prefix of the pictures, a task with or without a suffix -> what is compared, what is drawn."""

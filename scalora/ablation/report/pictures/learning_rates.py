@@ -124,7 +124,10 @@ def _mark_outside(
     lines = 0
     for method, points in found.items():
         above = offset_copy(
-            axes.get_xaxis_transform(), axes.figure, y=(lines + 0.5) * _LINE, units="points"
+            axes.get_xaxis_transform(),
+            axes.get_figure(root=True),
+            y=(lines + 0.5) * _LINE,
+            units="points",
         )
         outside = {rate: one for rate, one in points.items() if not one.mean <= ceiling}
         for rate, one in outside.items():
