@@ -1,4 +1,4 @@
-"""The rank of the learned change."""
+"""Singular values and effective rank of everything that was learned, as numbers or a figure."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 def delta_spectrum(
     model: nn.Module, base: Base | None = None, *, adapter_name: str | None = None
 ) -> dict[str, Tensor]:
-    """Return the singular values of every LoRA layer's change: what was frozen, and the adapter.
+    """Return the singular values of every LoRA layer's whole change: folded, carried and adapter.
 
     Args:
         model: the fine-tuned PEFT model.
-        base: the pretrained model, its state dict, or a folder or hub id to load it from; may be
-            left out while nothing has been folded.
+        base: the pretrained model, its state dict, or a folder or hub id to load it from; not
+            needed while nothing has been folded.
         adapter_name: None for the active adapter.
 
     Returns:
@@ -46,11 +46,11 @@ def delta_spectrum(
 def effective_rank(
     model: nn.Module, base: Base | None = None, *, adapter_name: str | None = None
 ) -> dict[str, float]:
-    """Return the effective rank of every LoRA layer's change: ``exp`` of its spectrum's entropy.
+    """Return the effective rank of every LoRA layer's whole change.
 
-    Roy and Vetterli 2007: with ``p_i = sigma_i / sum sigma``, ``exp(-sum p_i log p_i)``. It is at
-    most the rank, and equal to it when all singular values are equal. A layer that did not change
-    has 0.
+    The effective rank (Roy and Vetterli 2007) is ``exp(-sum p_i log p_i)`` with
+    ``p_i = sigma_i / sum sigma``.  It is at most the rank, and equal to it where all nonzero
+    singular values are equal.  It is 0 for a layer that did not change.
 
     Args:
         model, base, adapter_name: as in `delta_spectrum`.

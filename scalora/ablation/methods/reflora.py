@@ -49,7 +49,7 @@ class RefLoRA(LoRA):
         """Return the optimizer of the adapter's parameters and the head's."""
         optimizer = adamw(model, setup)
         after = max(1, setup.warmup) if self.after is None else self.after
-        optimizer.register_step_pre_hook(_Precondition(model, after))
+        optimizer.register_step_pre_hook(Precondition(model, after))
         return optimizer
 
 
@@ -82,8 +82,8 @@ def _roots(gramian: Tensor) -> tuple[Tensor, Tensor]:
     return (vectors * roots) @ vectors.mT, (vectors / roots) @ vectors.mT
 
 
-class _Precondition:
-    """A hook before an optimizer's step; all layers at once, since the matrices are tiny."""
+class Precondition:
+    """Hook before an optimizer's step; all layers at once, since the matrices are tiny."""
 
     def __init__(self, model: PeftModel, after: int) -> None:
         self.pairs = peft_layers.lora_pairs(model, "default")
@@ -91,6 +91,7 @@ class _Precondition:
 
     @torch.no_grad()
     def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Replace every layer's gradients, once ``after`` steps were plain LoRA's."""
         if self.left > 0:
             self.left -= 1
             return
