@@ -50,7 +50,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / task
             shutil.copytree(ABLATIONS / "records" / task, output)
-            scalora(["ablate", "--report-only", "--task", task, *compared, "--output", str(output)])
+            cli.main(
+                ["ablate", "--report-only", "--task", task, *compared, "--output", str(output)]
+            )
             for name in names:
                 for kind in ("svg", "png"):
                     drawn = output / task / f"{name}.{kind}"

@@ -17,7 +17,7 @@ class Linear(nn.Module):
     """``x -> W x`` without a bias; a module around the layer, so that PEFT has one to replace."""
 
     def __init__(self, weight: Tensor) -> None:
-        """weight: (outputs, inputs)."""
+        """Copy a weight, (outputs, inputs)."""
         super().__init__()
         self.linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         self.linear.weight.data.copy_(weight)
