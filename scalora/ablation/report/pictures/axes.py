@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _WIDE = 8.0
 """Ratio of the largest to the smallest loss beyond which an axis is logarithmic."""
+_LABELLED = 300.0
+"""The same ratio up to which 2 and 5 of each power of ten have labels."""
 _MARGIN = 0.06
 _LONG_LEGEND = 24
 """Entries of a legend per column."""
@@ -30,8 +32,12 @@ def loss_axis(axes: Axes, losses: Sequence[float]) -> None:
         return
     low, high = min(finite), max(finite)
     if is_wide(finite):
+        from matplotlib.ticker import LogLocator
+
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axes.yaxis.set_minor_formatter("{x:g}" if high < _LABELLED * low else "")
         margin = (high / low) ** _MARGIN
         axes.set_ylim(low / margin, high * margin)
         return

@@ -43,7 +43,7 @@ def learning_curves(plan: TaskPlan, results: Sequence[MethodResult]) -> Figure |
         _draw_curve(panels[0], result.curve, looks[result.method])
     loss_axis(panels[0], _late(plan, shown))
     panels[0].set_ylabel(loss_name("validation", plan))
-    panels[0].set_title("Validation loss, each method at its best learning rate")
+    panels[0].set_title("Validation loss, each at its best learning rate")
     if compared:
         _draw_differences(panels[1], plan, compared, looks)
     for axes in panels:
