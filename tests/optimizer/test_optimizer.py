@@ -10,9 +10,9 @@ import warnings
 import accelerate
 import pytest
 import torch
+from failing import FailAt
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import scalora
 from scalora.peft_layers import lora_pairs
@@ -500,20 +500,6 @@ def test_layer_without_a_gradient_is_left_alone():
     for name in before:
         if ".2." in name:
             assert torch.equal(before[name], after[name])
-
-
-class FailAt(TorchDispatchMode):
-    """Raises instead of the k-th operation."""
-
-    def __init__(self, k: int, error: type[BaseException]) -> None:
-        super().__init__()
-        self.k, self.error, self.count = k, error, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += 1
-        if self.count == self.k:
-            raise self.error(f"injected at operation {self.k}: {func}")
-        return func(*args, **(kwargs or {}))
 
 
 def coordinates(model: nn.Module, optimizer: scalora.ScaLoRA) -> dict[str, list[torch.Tensor]]:

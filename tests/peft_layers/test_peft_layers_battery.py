@@ -17,8 +17,8 @@ from typing import Any
 import models
 import pytest
 import torch
+from layer_cases import CASES, Case
 from peft import LoraConfig, PeftModel
-from test_layers import CASES, Case
 from torch import Tensor, nn
 
 import scalora

@@ -10,7 +10,7 @@ import models
 import pytest
 import torch
 from carry_runs import INPUTS, batches, optimizer_of, pairs, perceptron, train
-from test_optimizer import FailAt
+from failing import FailAt
 from torch import Tensor, nn
 
 import scalora

@@ -14,8 +14,8 @@ import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from layer_cases import CASES, TOLERANCE, Case
 from reference import OPTIMIZERS, OptimizerCase
-from test_layers import CASES, TOLERANCE, Case
 from torch import Tensor, nn
 
 import scalora
