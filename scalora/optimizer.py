@@ -19,7 +19,7 @@ from scalora.optimizer_hooks import (
 from scalora.options import Accumulator, RebasingOptions, Rounding, Rule, WhenFull
 from scalora.peft_layers import LoRAPair
 from scalora.rebasing.rebaser import Rebaser
-from scalora.rebasing.report import RebasingReport, rebasing_report
+from scalora.rebasing.report import RebasingReport, progress, rebasing_report
 from scalora.rebasing.selection import places_of_layers
 from scalora.resuming.encoding import packed, unpacked
 from scalora.resuming.run_state import RunState
@@ -180,6 +180,11 @@ class ScaLoRA(torch.optim.Optimizer):
         return self._run.rebase_count
 
     @property
+    def next_rebasing(self) -> int | None:
+        """Steps until the next re-basing, the one that re-bases included; None for never."""
+        return self._run.next_rebasing
+
+    @property
     def last_scaling(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Layer name -> (alpha, beta), each (r,), of the newest re-basing; empty before it."""
         return self._rebaser.last_scaling
@@ -205,15 +210,34 @@ class ScaLoRA(torch.optim.Optimizer):
         return 0 if self._guard.skipped is None else int(self._guard.skipped)
 
     def report(self) -> RebasingReport:
-        """Return where the increments of every layer went, and what was cut.
+        """Return what was frozen of every layer, what is trainable, and when more will be frozen.
 
-        Waits for the device.  Of a sharded model, call it on every process.
+        It prints as a table.  Waits for the device.  Of a sharded model, call it on every process.
         """
-        return rebasing_report(self._rebaser.pairs, self._rebaser.places)
+        return rebasing_report(
+            self._rebaser,
+            self._run.frozen,
+            self.inner,
+            self.step_factor,
+            self.rebase_count,
+            self.next_rebasing,
+        )
+
+    def progress(self) -> dict[str, float]:
+        """Return the run's progress in a few numbers for a log.  Waits for the device once.
+
+        Returns:
+            ``rebased``: re-basings so far.  ``step_factor``: as the property.  ``rank``: mean over
+            the layers of the effective rank of the whole change, a lower bound where that is high
+            (`scalora.rebasing.sketch`).  ``frozen_norm``: Frobenius norm of all that was frozen,
+            over that of what is trainable, all layers together.  What is not known is left out:
+            the factor before it is calibrated; the last two of a sharded model.
+        """
+        return progress(self._run.frozen, self.step_factor, self.rebase_count)
 
     def kept_tensors(self) -> list[Tensor]:
         """Return what re-basing keeps between steps, besides the inner optimizer's state."""
-        kept = (self._rebaser, self._run.calibration, self._guard)
+        kept = (self._rebaser, self._run.calibration, self._run.frozen, self._guard)
         return [tensor for part in kept for tensor in part.kept_tensors()]
 
     # Traced by torch.compile, what a step leaves in this object would be lost without a word.
@@ -250,7 +274,7 @@ class ScaLoRA(torch.optim.Optimizer):
         with run.calibration.scaled(factors, self.param_groups, linear):
             self._guard.step_inner(checked.overflow)
         # Afterwards: count how far the step went, and note the factors that it has left.
-        self._rebaser.remembered.learned.count(self.param_groups)
+        self._rebaser.learned.count(self.param_groups)
         self._guard.note_step(run.rebase_count)
         return loss
 
@@ -260,7 +284,9 @@ class ScaLoRA(torch.optim.Optimizer):
             peft_layers.complete_what_is_saved(self.model)
         # Counted first: a step that is tried again after a failure draws other noise.
         self._run.rebase_count += 1
-        self._rebaser.rebase(self.inner, self.rebase_count)
+        with self._run.frozen.following():
+            self._rebaser.rebase(self.inner, self.rebase_count)
+        self._run.frozen.count(self._rebaser.newest_layers)
 
     @calls_state_dict_hooks
     def state_dict(self) -> dict[str, Any]:
@@ -379,7 +405,10 @@ class ScaLoRA(torch.optim.Optimizer):
         return {name: self.__dict__[name] for name in ScaLoRA.__annotations__}
 
     def __repr__(self) -> str:
-        return f"ScaLoRA({self.inner!r}, {self.options!r}, layers={len(self._rebaser.pairs)})"
+        given = ", ".join(f"{name}={value!r}" for name, value in self.options.resolved().items())
+        places = list(self._rebaser.places.values())
+        where = ", ".join(f"{places.count(p)} {p}" for p in ("dense", "carry") if p in places)
+        return f"ScaLoRA({self.inner!r}, {given}, layers: {where or 'none'})"
 
 
 def _evaluated(closure: Callable[[], Any]) -> Any:

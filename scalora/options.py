@@ -154,6 +154,24 @@ class RebasingOptions:
             return int(self.interval)
         return max(1, int(self.memory_steps) // _AUTO_INTERVALS) if self.scales_P_alone else 1
 
+    def resolved(self) -> dict[str, Any]:
+        """Return the options that matter to the rule, with what "auto" became, by name.
+
+        ``accumulator`` is chosen per layer, and a carry grows: both stay as they were given.
+        """
+        found = {
+            option.name: getattr(self, option.name)
+            for option in fields(self)
+            if self.rule in _RULES_OF.get(option.name, (self.rule,))
+        }
+        became = {
+            "rule": self.resolved_rule,
+            "interval": self.interval_steps if self.rule != "none" else None,
+            "calibration": self.calibration_steps,
+            "memory": self.memory_steps if self.scales_P_alone else None,
+        }
+        return {name: became.get(name, value) for name, value in found.items()}
+
 
 def options_of(keywords: Mapping[str, Any], caller: str) -> RebasingOptions:
     """Return a callable's keyword arguments as options.

@@ -1,18 +1,18 @@
-"""What a step costs besides arithmetic: many layers of tiny matrices, optimizers alone."""
+"""Optimizer steps over many layers of tiny matrices: their cost besides arithmetic."""
 
 from __future__ import annotations
 
 import statistics
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-import scalora
+from examples.benchmark.peers import PEERS, MakeOptimizer, adamw, rebasing
 from examples.benchmark.table import markdown
 
 _BLOCKS, _RANK = 80, 2
@@ -28,14 +28,14 @@ _SHAPES = {
     "down_proj": (16, 32),
 }
 _FOR_GOOD = 10**9  # steps
-# None: the inner optimizer alone.
-_CONTESTANTS: dict[str, dict[str, Any] | None] = {
-    "AdamW alone": None,
-    "rule='none'": {"rule": "none"},
-    "default, while it calibrates": {"calibration": _FOR_GOOD, "interval": _FOR_GOOD},
-    "default, afterwards": {"calibration": 1, "interval": _FOR_GOOD},
-    "default, afterwards, re-basing": {"calibration": 1, "interval": 1},
-    "exact": {"rule": "exact"},
+_MAKERS: dict[str, MakeOptimizer] = {
+    "AdamW alone": adamw,
+    "rule='none'": rebasing(rule="none"),
+    "default, while it calibrates": rebasing(calibration=_FOR_GOOD, interval=_FOR_GOOD),
+    "default, afterwards": rebasing(calibration=1, interval=_FOR_GOOD),
+    "default, afterwards, re-basing": rebasing(calibration=1, interval=1),
+    "exact": rebasing(rule="exact"),
+    **PEERS,
 }
 
 
@@ -47,11 +47,14 @@ class _Contestant:
 
 
 def run(device: torch.device) -> str:
-    """LoRA of r = 2 on 560 linear layers of at most 32 x 32, random gradients.
+    """Return a table of optimizer steps: LoRA of r = 2 on 560 linear layers, random gradients.
 
-    The contestants take their steps in turn, in one process.
+    The matrices are 32 x 32 at most.  The contestants take their steps in turn, in one process.
     """
-    contestants = {name: _contestant(options, device) for name, options in _CONTESTANTS.items()}
+    contestants = {}
+    for name, make in _MAKERS.items():
+        with suppress(ImportError):  # an older PEFT
+            contestants[name] = _contestant(make, device)
     generator = torch.Generator(device).manual_seed(0)
     for turn in range(_WARM_UP + _ROUNDS):
         names = list(contestants)
@@ -76,18 +79,15 @@ def run(device: torch.device) -> str:
     return markdown(["optimizer", "least ms", "median ms", "ratio"], rows) + "\n\n" + note
 
 
-def _contestant(options: dict[str, Any] | None, device: torch.device) -> _Contestant:
+def _contestant(make: MakeOptimizer, device: torch.device) -> _Contestant:
     torch.manual_seed(0)
     base = nn.ModuleList(
         nn.ModuleDict({name: nn.Linear(n, m, bias=False) for name, (m, n) in _SHAPES.items()})
         for _ in range(_BLOCKS)
     )
     model = get_peft_model(base, LoraConfig(r=_RANK, target_modules=list(_SHAPES))).to(device)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    inner = torch.optim.AdamW(parameters, lr=1e-4, foreach=True)
-    if options is None:
-        return _Contestant(inner, parameters)
-    return _Contestant(scalora.ScaLoRA(inner, model, **options), parameters)
+    optimizer = make(model, True)
+    return _Contestant(optimizer, [p for p in model.parameters() if p.requires_grad])
 
 
 def _timed_step(contestant: _Contestant, generator: torch.Generator) -> float:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -14,12 +16,13 @@ from torch import Tensor, nn
 
 import scalora
 from examples.benchmark.demo_model import demo_batch, demo_model, quantized_demo_model
+from examples.benchmark.peers import PEERS, MakeOptimizer, adamw, rebasing
 from examples.benchmark.table import markdown
 
 _WARM_UP, _BLOCKS, _BLOCK = 4, 6, 10  # rounds; a block holds one re-basing of interval=10
 
 _COLUMNS = 64
-_IN_A_CARRY: dict[str, object] = {"accumulator": "carry", "carry_rank": _COLUMNS}
+_IN_A_CARRY: dict[str, Any] = {"accumulator": "carry", "carry_rank": _COLUMNS}
 
 
 @dataclass
@@ -27,56 +30,69 @@ class _Contestant:
     name: str
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    seconds: list[float]
+    seconds: list[float] = field(default_factory=list)
 
 
 def run(device: torch.device) -> str:
-    """MiniLM-L6 (the demo's model, random weights), batch 32 of 32 tokens, r = 8 on all linears.
+    """Return a table of whole steps: MiniLM-L6 (random weights), batch 32 of 32 tokens, r = 8.
 
     The contestants take their steps in turn, in one process, so that the ratio of each round is of
     steps made under the same conditions.
     """
-    return _table(
-        [
-            _contestant("AdamW alone", demo_model(device), _alone),
-            _contestant("rule='none'", demo_model(device), _scalora(rule="none")),
-            _contestant("the default", demo_model(device), _scalora(rule="auto")),
-            _contestant("exact", demo_model(device), _scalora()),
-            _contestant("exact, interval=10", demo_model(device), _scalora(interval=10)),
-            _contestant(
-                "direction",
-                demo_model(device),
-                _scalora(rule="direction"),
-            ),
-            _contestant("exact, carry", demo_model(device), _scalora(**_IN_A_CARRY)),
-            _contestant(
-                "exact, interval=10, carry",
-                demo_model(device),
-                _scalora(interval=10, **_IN_A_CARRY),
-            ),
-        ],
-        device,
-    )
+    exact: dict[str, Any] = {"rule": "exact"}
+    makers = {
+        "AdamW alone": adamw,
+        "rule='none'": rebasing(rule="none"),
+        "the default": rebasing(),
+        "exact": rebasing(**exact),
+        "exact, interval=10": rebasing(**exact, interval=10),
+        "direction": rebasing(rule="direction"),
+        "exact, carry": rebasing(**exact, **_IN_A_CARRY),
+        "exact, interval=10, carry": rebasing(**exact, **_IN_A_CARRY, interval=10),
+        **PEERS,
+    }
+    return _table(_contestants(makers, demo_model, device), device)
 
 
 def run_quantized(device: torch.device) -> str:
-    """The same encoder in NF4, every increment in a carry of rank 64.
+    """Return the table of the same encoder in NF4, every increment in a carry of rank 64.
 
     The second adapter is PEFT's own, of rank 64 and frozen: what a carry would cost if it were one.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         return "Not run: bitsandbytes is not installed."
-    return _table(
-        [
-            _contestant("QLoRA", quantized_demo_model(device), _alone),
-            _contestant("QLoRA, second adapter", _with_second_adapter(device), _alone),
-            _contestant("interval=1", quantized_demo_model(device), _scalora(**_IN_A_CARRY)),
-            _contestant(
-                "interval=10", quantized_demo_model(device), _scalora(interval=10, **_IN_A_CARRY)
-            ),
-        ],
-        device,
-    )
+    exact: dict[str, Any] = {"rule": "exact", **_IN_A_CARRY}
+    makers = {
+        "QLoRA": adamw,
+        "QLoRA, frozen second adapter": _with_frozen_adapter,
+        "interval=1": rebasing(**exact),
+        "interval=10": rebasing(**exact, interval=10),
+    }
+    return _table(_contestants(makers, quantized_demo_model, device), device)
+
+
+def _contestants(
+    makers: Mapping[str, MakeOptimizer],
+    make_model: Callable[[torch.device], PeftModel],
+    device: torch.device,
+) -> list[_Contestant]:
+    """Return a contestant, with a model of its own, for every optimizer that is installed."""
+    found = []
+    for name, make in makers.items():
+        model = make_model(device)
+        with suppress(ImportError):  # an older PEFT
+            found.append(_Contestant(name, model, make(model, None)))
+    return found
+
+
+def _with_frozen_adapter(model: PeftModel, foreach: bool | None) -> torch.optim.Optimizer:
+    encoder = model.peft_config["default"].target_modules
+    model.add_adapter("carry", LoraConfig(r=64, lora_alpha=64, target_modules=encoder))
+    model.base_model.set_adapter(["default", "carry"])
+    for name, parameter in model.named_parameters():
+        if ".carry." in name:
+            parameter.requires_grad_(False)
+    return adamw(model, foreach)
 
 
 def _table(contestants: list[_Contestant], device: torch.device) -> str:
@@ -111,34 +127,6 @@ def _table(contestants: list[_Contestant], device: torch.device) -> str:
         "peak: most bytes allocated at once during a step (one that re-bases)."
     )
     return markdown(header, rows) + "\n\n" + note
-
-
-def _scalora(**options: object) -> Callable[[torch.optim.Optimizer, nn.Module], scalora.ScaLoRA]:
-    return lambda inner, model: scalora.ScaLoRA(inner, model, **{"rule": "exact", **options})  # type: ignore[arg-type]
-
-
-def _alone(inner: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-    return inner
-
-
-def _with_second_adapter(device: torch.device) -> PeftModel:
-    model = quantized_demo_model(device)
-    encoder = model.peft_config["default"].target_modules
-    model.add_adapter("carry", LoraConfig(r=64, lora_alpha=64, target_modules=encoder))
-    model.base_model.set_adapter(["default", "carry"])
-    for name, parameter in model.named_parameters():
-        if ".carry." in name:
-            parameter.requires_grad_(False)
-    return model
-
-
-def _contestant(
-    name: str,
-    model: PeftModel,
-    wrap: Callable[[torch.optim.Optimizer, nn.Module], torch.optim.Optimizer],
-) -> _Contestant:
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    return _Contestant(name, model, wrap(torch.optim.AdamW(trainable, lr=1e-3), model), [])
 
 
 def _fill_carries(contestant: _Contestant, ids: Tensor, labels: Tensor) -> None:

@@ -1,4 +1,7 @@
-"""The fold as one Triton kernel for all layers of one shape: one read, one write a weight."""
+"""The fold as one Triton kernel for all layers of one shape: one read and one write per weight.
+
+Held by tests/fold/test_fused_kernel.py, in Triton's interpreter where there is no GPU.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +82,7 @@ def _fold_kernel(
 
 @triton.jit
 def _matrix(address, element: tl.constexpr, aligned: tl.constexpr):
-    """The pointer stored at ``address``; known to be aligned it is read 16 bytes at a time."""
+    """Return the pointer stored at ``address``; an aligned one is read 16 bytes at a time."""
     pointer = tl.load(address).to(tl.pointer_type(element))
     if aligned:
         pointer = tl.multiple_of(pointer, 16)
@@ -88,7 +91,7 @@ def _matrix(address, element: tl.constexpr, aligned: tl.constexpr):
 
 @triton.jit
 def _noise_bits(seed, position):
-    """`scalora.fold.rounding.noise_bits`, bit for bit."""
+    """Return the bits of `scalora.fold.rounding.noise_bits`."""
     x = position.to(tl.uint32) * 0x9E3779B9 + seed.to(tl.uint32, bitcast=True)
     x = x ^ (x >> 16)
     x = x * 0x7FEB352D
@@ -99,7 +102,7 @@ def _noise_bits(seed, position):
 
 @triton.jit
 def _round_stochastically(exact, bits, element: tl.constexpr):
-    """`scalora.fold.rounding.round_stochastically`, bit for bit."""
+    """Return the bits of `scalora.fold.rounding.round_stochastically`."""
     raw = exact.to(tl.uint32, bitcast=True)
     if element == tl.bfloat16:
         rounded = ((raw + (bits & 0xFFFF)) & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -126,11 +129,48 @@ def fold_fused(
     residuals: Sequence[Tensor],
     first_row: int = 0,
 ) -> None:
-    """`scalora.fold.dense.fold` in one launch; contiguous weights of one shape and dtype."""
+    """Do what `scalora.fold.dense.fold` does in one launch, for contiguous weights of one dtype."""
+    mode = _MODES["nearest" if weights[0].dtype == torch.float32 else rounding]
+    fold = torch.ops.scalora.fold_
+    fold(list(weights), left, right, mode, list(seeds), list(residuals), first_row)
+    torch.autograd.graph.increment_version(weights)
+
+
+# Registered, so that modes and fake tensors see the launch.  Not by `torch.library.custom_op`: that
+# counts a weight as written before it is, and re-basing decides from its version which layers were.
+torch.library.define(
+    "scalora::fold_",
+    "(Tensor(a!)[] weights, Tensor left, Tensor right, int mode, int[] seeds, "
+    "Tensor(b!)[] residuals, int first_row) -> ()",
+)
+
+
+@torch.library.register_fake("scalora::fold_")
+def _write_nothing(
+    weights: list[Tensor],
+    left: Tensor,
+    right: Tensor,
+    mode: int,
+    seeds: list[int],
+    residuals: list[Tensor],
+    first_row: int,
+) -> None:
+    """Do what `_launch` does to shapes: nothing."""
+
+
+@torch.library.impl("scalora::fold_", "default")
+def _launch(
+    weights: list[Tensor],
+    left: Tensor,
+    right: Tensor,
+    mode: int,
+    seeds: list[int],
+    residuals: list[Tensor],
+    first_row: int,
+) -> None:
+    """Launch the kernel over all weights; ``mode`` is one of `_MODES`."""
     rows, columns = weights[0].shape
     device, rank = weights[0].device, left.shape[-1]
-    half = weights[0].dtype != torch.float32
-    mode = _MODES[rounding] if half else _MODES["nearest"]
     addresses = _to_device([weight.data_ptr() for weight in weights], torch.int64, device)
     residual_addresses, seed_words = addresses, addresses
     if mode == _MODES["compensated"]:
@@ -153,7 +193,7 @@ def fold_fused(
             first_row,
             element=_ELEMENTS[weights[0].dtype],
             mode=mode,
-            precision="tf32x3" if half else "ieee",
+            precision="ieee" if weights[0].dtype == torch.float32 else "tf32x3",
             block_rows=_BLOCK_ROWS,
             block_columns=_BLOCK_COLUMNS,
             block_rank=min(
@@ -161,11 +201,10 @@ def fold_fused(
             ),
             aligned=all(matrix.data_ptr() % 16 == 0 for matrix in (*weights, *residuals)),
         )
-    torch.autograd.graph.increment_version(weights)
 
 
 def _to_device(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Host integers on the device, without waiting for it."""
+    """Return host integers as a tensor on the device, without waiting for it."""
     host = torch.tensor(values, dtype=dtype)
     if device.type != "cuda":
         return host.to(device)

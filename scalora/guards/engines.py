@@ -9,7 +9,6 @@ from torch import nn
 
 from scalora import peft_layers, sharding
 from scalora.moments import Moments
-from scalora.moments.bitsandbytes import BitsandbytesMoments
 from scalora.options import RebasingOptions
 from scalora.peft_layers import LoRAPair
 
@@ -45,7 +44,7 @@ def check_processes(
             "LoRA layers are sharded in different ways: call fully_shard with one mesh for all of "
             "them, or leave the others out of target_modules."
         )
-    if isinstance(moments, BitsandbytesMoments) or moments.partners is not None:
+    if not moments.can_be_sharded:
         raise ValueError(
             f"the state of {type(optimizer).__name__} cannot be re-based where it is sharded: use "
             "an optimizer of torch.optim other than Adafactor."
@@ -59,7 +58,7 @@ def check_processes(
 
 def check_engine(model: nn.Module) -> None:
     """Raise a ValueError if an engine keeps the parameters in a way that is not supported."""
-    reason = sharding.why_not_sharded_so(model)
+    reason = sharding.why_sharding_unsupported(model)
     if reason is not None:
         raise ValueError(
             f"ScaLoRA cannot re-base this model: {reason}. Use torch.distributed.fsdp.fully_shard "

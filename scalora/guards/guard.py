@@ -9,13 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from scalora import sharding
-from scalora.guards.dummy_step import DummyStep
 from scalora.guards.engines import check_engine, check_processes
-from scalora.guards.expected_weights import ExpectedWeights
 from scalora.guards.factor_watch import watch_factors
-from scalora.guards.gradients import can_skip, not_finite, step_unless, warn_without_gradients
 from scalora.guards.reference_model import watch_reference
-from scalora.guards.stale_layers import checked_factors
+from scalora.guards.skipped_steps import (
+    DummyStep,
+    can_skip,
+    not_finite,
+    step_unless,
+    warn_without_gradients,
+)
+from scalora.guards.stale_layers import ExpectedWeights, checked_factors
 from scalora.moments import Moments
 from scalora.options import RebasingOptions
 from scalora.peft_layers import LoRAPair

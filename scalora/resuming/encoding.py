@@ -31,10 +31,14 @@ def flattened(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, An
     Returns:
         The tensors that are not None, by ``carry.up:``, ``carry.down:``, ``carry.cut:``,
         ``carry.capacity:``, ``product:`` or ``residual:`` followed by a layer's name, or
-        ``step_length:`` followed by a name; and all other values.
+        ``frozen:`` followed by a layer's name, or ``step_length:`` followed by a name; and all
+        other values.
     """
-    values = {key: value for key, value in state.items() if key != "layers"}
+    values = {key: value for key, value in state.items() if key not in ("layers", "frozen")}
     tensors: dict[str, Tensor] = {}
+    if (frozen := state.get("frozen")) is not None:
+        values["frozen"] = frozen["columns"]
+        tensors |= {f"frozen:{name}": sketch for name, sketch in frozen["sketches"].items()}
     for name, layer in state["layers"].items():
         carry = {f"carry.{key}": value for key, value in (layer["carry"] or {}).items()}
         memory = {"product": layer["product"], "residual": layer["residual"], **carry}
@@ -49,8 +53,13 @@ def flattened(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, An
 def restored(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the state that `flattened` was given."""
     length = values["step_length"]
+    sketches = {
+        name: tensors[f"frozen:{name}"] for name in values["ranks"] if f"frozen:{name}" in tensors
+    }
+    columns = values.get("frozen")
     return {
         **values,
+        "frozen": None if columns is None else {"columns": columns, "sketches": sketches},
         "layers": {layer: _memory(tensors, layer) for layer in values["ranks"]},
         "step_length": {key: tensors.get(f"step_length:{key}", length[key]) for key in length},
     }

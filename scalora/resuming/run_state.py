@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from scalora import peft_layers
-from scalora.guards.expected_weights import ExpectedWeights
+from scalora.guards.stale_layers import ExpectedWeights
 from scalora.options import RebasingOptions
 from scalora.rebasing.rebaser import Rebaser
+from scalora.rebasing.sketch import FrozenSketches
 from scalora.resuming.same_run import STATE_VERSION, check_same_run
 from scalora.step_length.calibration import StepCalibration
 
@@ -25,6 +26,7 @@ class RunState:
 
     Attributes:
         calibration: of the length of a step.
+        frozen: sketches of what was frozen, for reports and logs alone.
         steps: done so far.
         rebase_count: re-basings so far; one step is one at most.
         expected: the weights that a loaded state was saved with.
@@ -34,13 +36,20 @@ class RunState:
         self.options = options
         self.rebaser = rebaser
         self.calibration = StepCalibration(options.calibration_steps)
+        self.frozen = FrozenSketches({pair: rebaser.places[pair.name] for pair in rebaser.pairs})
         self.steps = self.rebase_count = 0
         self.expected = ExpectedWeights()
 
     @property
     def is_due(self) -> bool:
         """Whether the coming step re-bases."""
-        return bool(self.rebaser.pairs) and (self.steps + 1) % self.options.interval_steps == 0
+        return self.next_rebasing == 1
+
+    @property
+    def next_rebasing(self) -> int | None:
+        """Steps until the next re-basing, the step that re-bases included; None for never."""
+        interval = self.options.interval_steps
+        return interval - self.steps % interval if self.rebaser.pairs else None
 
     def kind(self) -> dict[str, Any]:
         """Return what must agree for one run to continue another (`check_same_run`)."""
@@ -69,9 +78,10 @@ class RunState:
             | dict(self.expected.base),
             "adapter": peft_layers.adapter_checksums([p for p in pairs if p.carry is not None])
             | dict(self.expected.adapter),
-            "layers": self.rebaser.layer_states(),
-            "learned": self.rebaser.remembered.learned.state(),
-            "step_length": self.calibration.state(self._factors()),
+            "layers": self.rebaser.saved_layers(),
+            "learned": self.rebaser.learned.saved(),
+            "step_length": self.calibration.saved(self._factors()),
+            "frozen": self.frozen.state(),
         }
 
     def load(self, own: Mapping[str, Any]) -> None:
@@ -83,8 +93,9 @@ class RunState:
         check_same_run(own, self.kind())
         self.steps, self.rebase_count = own["steps"], own["rebase_count"]
         self.expected.expect(own)
-        self.rebaser.remember(own["layers"], rebased=own["base"])
-        self.rebaser.remembered.learned.load(own["learned"])
+        self.rebaser.load_layers(own["layers"], rebased=own["base"])
+        self.rebaser.learned.load(own["learned"])
+        self.frozen.load(own.get("frozen"), self.rebase_count)
         self._load_calibration(own["step_length"])
 
     def forget(self) -> None:
@@ -92,6 +103,7 @@ class RunState:
         self.steps = self.rebase_count = 0
         self.expected.expect(None)
         self.rebaser.forget()
+        self.frozen.load(None)
         self._load_calibration(None)
 
     def _factors(self) -> list[Tensor]:

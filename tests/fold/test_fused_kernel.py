@@ -289,3 +289,34 @@ def test_kernel_compiles_for_nvidia_gpus_without_having_one(
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "compiled"
+
+
+def test_a_kernel_that_was_not_launched_leaves_no_weight_marked_as_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # From versions, re-basing tells which layers have taken their increment before it failed.
+    from scalora.fold import fused
+
+    weights, left, right = _problem(2, 4, 5, 2, torch.bfloat16)
+    monkeypatch.setattr(fused, "_to_device", _out_of_memory)
+    versions = [w._version for w in weights]
+    with pytest.raises(MemoryError):
+        _fold_fused(weights, left, right, **_options("stochastic", weights))
+    assert [w._version for w in weights] == versions
+
+
+def _out_of_memory(*args: object) -> None:
+    raise MemoryError
+
+
+def test_fake_weights_are_marked_as_written() -> None:
+    from torch._subclasses import FakeTensorMode
+
+    weights, left, right = _problem(2, 4, 5, 2, torch.bfloat16)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(w) for w in weights]
+        versions = [w._version for w in fakes]
+        _fold_fused(
+            fakes, mode.from_tensor(left), mode.from_tensor(right), **_options("nearest", weights)
+        )
+    assert all(w._version > version for w, version in zip(fakes, versions, strict=True))

@@ -16,7 +16,7 @@ from torch import nn
 
 import scalora
 from scalora.peft_layers import lora_pairs
-from scalora.rebasing.accumulators import dense as into_base
+from scalora.rebasing.accumulators import dense
 
 
 def make_model(dtype: torch.dtype = torch.float32, *, from_zero: bool = False) -> nn.Module:
@@ -577,13 +577,13 @@ def test_failure_right_after_the_fold_still_writes_the_new_coordinates(monkeypat
     train(model, optimizer, range(3))
     backward(model, 3)
     before = effective(model)
-    fold = into_base.fold
+    fold = dense.fold
 
     def interrupted(*args, **kwargs):
         fold(*args, **kwargs)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(into_base, "fold", interrupted)
+    monkeypatch.setattr(dense, "fold", interrupted)
     with pytest.raises(KeyboardInterrupt):
         optimizer.step()
     for name, weight in effective(model).items():
@@ -676,3 +676,12 @@ def test_wrong_arguments_are_refused():
     plain = nn.Linear(3, 3)
     with pytest.raises(ValueError, match="no LoRA adapter"):
         scalora.ScaLoRA(torch.optim.SGD(plain.parameters(), lr=0.1), plain)
+
+
+def test_repr_says_what_auto_became() -> None:
+    model = make_model()
+    optimizer = scalora.ScaLoRA(torch.optim.AdamW(trainable(model)), model)
+    found = repr(optimizer)
+    for part in ("rule='leak'", "interval=10", "memory=100.0", "calibration=100"):
+        assert part in found
+    assert found.endswith("layers: 2 dense)")

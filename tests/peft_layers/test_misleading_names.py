@@ -14,6 +14,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from training import rebase
 
 import scalora
 
@@ -25,10 +26,8 @@ def rebased(accumulator: str, rule: str = "exact") -> tuple[Any, scalora.ScaLoRA
     torch.manual_seed(0)
     model = models.with_lora(models.Perceptron(), target_modules=["first", "second"])
     model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
-    inner = torch.optim.AdamW(models.trainable(model), lr=1e-2)
-    optimizer = scalora.ScaLoRA(inner, model, rule=rule, accumulator=accumulator, interval=3)
-    models.train(model, optimizer, INPUTS, 6)
-    return model, optimizer
+    options: Any = {"rule": rule, "accumulator": accumulator, "interval": 3}
+    return model, rebase(model, INPUTS, 6, **options)
 
 
 def pretrained() -> torch.Tensor:

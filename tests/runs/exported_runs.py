@@ -30,16 +30,7 @@ STATE = "scalora.safetensors"
 STEPS = 8
 
 
-class Sequences(torch.utils.data.Dataset):
-    def __len__(self) -> int:
-        return 16
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        ids = torch.randint(1, models.VOCABULARY, (9,), generator=torch.Generator().manual_seed(i))
-        return {"input_ids": ids, "labels": ids}
-
-
-class Classified(Sequences):
+class Classified(models.Sequences):
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         ids = super().__getitem__(i)["input_ids"]
         return {"input_ids": ids, "labels": ids.sum() % 3}
@@ -178,7 +169,7 @@ class Runs:
         trainer = Trainer(
             model,
             arguments,
-            train_dataset=Classified() if kind.classes else Sequences(),
+            train_dataset=Classified() if kind.classes else models.Sequences(),
             callbacks=[scalora.ScaLoRACallback(**{"rule": "exact", **dict(kind.options)})],
             processing_class=tokenizer(),
         )
@@ -189,7 +180,9 @@ class Runs:
 def answers(model: Any) -> Tensor:
     """Logits, with gradients: bitsandbytes rounds the scales of 4 bits to evaluate on a CPU."""
     model.train()
-    return model(torch.stack([Sequences()[i]["input_ids"] for i in range(8)])).logits.detach()
+    return model(
+        torch.stack([models.Sequences()[i]["input_ids"] for i in range(8)])
+    ).logits.detach()
 
 
 def tolerance_of(run: Run) -> float:
