@@ -36,21 +36,21 @@ def increment(
     return torch.where(changed, left, zero), torch.where(changed, right, zero)
 
 
-def increment_of_P(P: Tensor, P_new: Tensor, Q: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+def increment_of_P(
+    P: Tensor, P_new: Tensor, Q: Tensor, kept: Tensor, zero: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return ``(P - P_new) Q^T`` as two factors, (layers, m, r) and (layers, n, r).
 
-    In float32 at least, so that half-precision factors lose nothing either.
-
     Args:
-        P, P_new: (layers, m, r, ...), as PEFT stores them.
+        P: (layers, m, r, ...), in ``zero``'s dtype.
+        P_new: (layers, m, r, ...), as PEFT stores it.
         Q: (layers, r, n, ...), likewise.
         kept: (layers, 1), which layers keep all they have: their factors are zero.
+        zero: (1, 1, 1), in the dtype of the result, which holds half-precision factors exactly.
     """
-    dtype = torch.promote_types(torch.promote_types(P.dtype, Q.dtype), torch.float32)
     kept = kept.unsqueeze(-1)
-    left = P.flatten(2).to(dtype) - P_new.flatten(2)
-    right = Q.flatten(2).mT.to(dtype, memory_format=torch.contiguous_format)
-    return left.masked_fill_(kept, 0), right.masked_fill(kept, 0)
+    left = P.flatten(2) - P_new.flatten(2)
+    return left.masked_fill_(kept, 0), torch.where(kept, zero, Q.flatten(2).mT)
 
 
 def increment_columns(pair: LoRAPair, *, P_alone: bool) -> int:
