@@ -26,10 +26,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         save_file(contiguous, temporary, metadata=dict(metadata))
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all."""
+    with file_written_whole(path) as temporary:
+        temporary.write_bytes(content)
+
+
 @contextmanager
 def file_written_whole(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write; without an error, force it to disk and rename it."""
-    temporary = path.with_name(path.name + ".partial")
+    # Several processes of one run may write the same file.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         yield temporary
         _force_to_disk(temporary)

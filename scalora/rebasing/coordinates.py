@@ -56,7 +56,6 @@ def with_P_scaled(
     """
     first = batches[0]
     wide = torch.promote_types(torch.promote_types(first.P[0].dtype, first.Q[0].dtype), _LEAST)
-    zero = torch.zeros((1, 1, 1), dtype=wide, device=alpha.device)
     factors = [_wide_stack(batch.P, wide) for batch in batches]
     totals = [[sums(P.unsqueeze(0)), *Q.totals] for P, Q in zip(factors, histories, strict=True)]
     kept = _broken(totals, first.P[0]).unsqueeze(-1)
@@ -69,7 +68,7 @@ def with_P_scaled(
         new = torch.empty_like(P, dtype=dtype)
         torch.mul(P, _along(of_P.first(P.dtype)[layers], P.ndim, P_RANK_AXIS), out=new)
         columns = sharding.own_columns(Q.parameter, batch.Q[0])
-        left, right = increment_of_P(P, new, columns, kept[layers], zero)
+        left, right = increment_of_P(P, new, columns, kept[layers])
         writes: list[Write] = [(batch.P, P, new), *_writes(Q.moved(of_Q, layers))]
         yield Rebased(batch, alpha[layers].expand(shape), None, left, right, writes)
 
@@ -145,8 +144,7 @@ def _along(factor: Tensor, ndim: int, axis: int) -> Tensor:
 def _wide_stack(parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Return (layers, *parameter shape) in a wider dtype; of sharded ones the rows held here."""
     own = [sharding.local(parameter).detach() for parameter in parameters]
-    stacked = torch.empty((len(own), *own[0].shape), dtype=dtype, device=own[0].device)
-    return torch.stack(own, out=stacked)
+    return torch.stack(own).to(dtype)
 
 
 def _broken(totals: Sequence[Sequence[Tensor]], like: Tensor) -> Tensor:

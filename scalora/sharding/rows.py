@@ -1,4 +1,4 @@
-"""Who holds the rows of a tall matrix: this process all of them, or each process some.
+"""The rows of a tall matrix, which this process holds or several processes divide.
 
 The mathematics asks a `Rows` for what it needs of all rows (a sum, a maximum) and never asks how
 many processes there are.  `scalora.sharding.dtensors.SharedRows` is the case of several.

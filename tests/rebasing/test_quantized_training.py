@@ -291,7 +291,7 @@ def test_monitor_takes_the_carry_for_a_part_of_what_was_learned(folder: Path) ->
     alone = measured(twin)
     for pair in pairs(model):
         row = whole[pair.name]
-        assert row.rank == 4 + pair.carry.columns > 4
+        assert row.coordinates == 4 + pair.carry.columns > 4
         assert not row.rebased
         assert row.value > alone[pair.name].value
 

@@ -36,21 +36,20 @@ def increment(
     return torch.where(changed, left, zero), torch.where(changed, right, zero)
 
 
-def increment_of_P(
-    P: Tensor, P_new: Tensor, Q: Tensor, kept: Tensor, zero: Tensor
-) -> tuple[Tensor, Tensor]:
+def increment_of_P(P: Tensor, P_new: Tensor, Q: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``(P - P_new) Q^T`` as two factors, (layers, m, r) and (layers, n, r).
 
     Args:
-        P: (layers, m, r, ...), in ``zero``'s dtype.
+        P: (layers, m, r, ...), in a dtype that holds all factors exactly: that of the result.
         P_new: (layers, m, r, ...), as PEFT stores it.
         Q: (layers, r, n, ...), likewise.
         kept: (layers, 1), which layers keep all they have: their factors are zero.
-        zero: (1, 1, 1), in the dtype of the result, which holds half-precision factors exactly.
     """
     kept = kept.unsqueeze(-1)
-    left = P.flatten(2) - P_new.flatten(2)
-    return left.masked_fill_(kept, 0), torch.where(kept, zero, Q.flatten(2).mT)
+    left = (P.flatten(2) - P_new.flatten(2)).masked_fill_(kept, 0)
+    # Zero where it is looked at, and it says in which dtype: a process may hold no rows.
+    zero = left[:, :1, :1] if left.numel() else left.new_zeros((1, 1, 1))
+    return left, torch.where(kept, zero, Q.flatten(2).mT)
 
 
 def increment_columns(pair: LoRAPair, *, P_alone: bool) -> int:
