@@ -9,7 +9,7 @@ JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-all test-gpu check gpu device-trace demo demo-short qlora qlora-short scaling ablation ablation-short ablation-smoke benchmark benchmark-miub clean
+.PHONY: help install test test-all test-gpu check docs dist gpu device-trace demo demo-short qlora qlora-short scaling ablation ablation-short ablation-smoke benchmark benchmark-miub clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -56,6 +56,24 @@ check: $(STAMP) ## linter, formatter, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# What only the site and a release need is installed when it is asked for.
+$(VENV)/.docs-installed: $(STAMP)
+	$(PIP) -c constraints.txt -e ".[docs]"
+	touch $@
+
+$(VENV)/.release-installed: $(STAMP)
+	$(PIP) -c constraints.txt -e ".[release]"
+	touch $@
+
+docs: $(VENV)/.docs-installed ## the documentation site, in site/; a broken link fails
+	PATH="$(CURDIR)/$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+dist: $(VENV)/.release-installed ## wheel and sdist, checked; README's quickstart with the wheel alone
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python tests/runs/wheel_alone.py dist/*.whl
+
 demo: $(STAMP) ## fine-tune a real model with plain LoRA and with ScaLoRA
 	$(BIN)/python examples/finetune.py
 
@@ -95,5 +113,5 @@ benchmark-miub: $(STAMP) ## MIUB's estimators on known answers, and the monitor'
 	$(BIN)/python -m examples.benchmark.miub
 
 clean: ## remove .venv, .venv-trace, caches, builds and all results, those of ablations too
-	rm -rf $(VENV) $(TRACE) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output qlora-output ablation ablation-short ablation-smoke
+	rm -rf $(VENV) $(TRACE) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output qlora-output ablation ablation-short ablation-smoke
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""The monitor inside a ``transformers.Trainer``."""
+"""The monitor in a ``transformers.Trainer``."""
 
 from __future__ import annotations
 
@@ -11,23 +11,30 @@ from transformers.trainer_callback import CallbackHandler
 
 from miub.monitor import MIUBMonitor
 from miub.report.report import MIUBReport
+from miub.report.table import FOLDED_BASE
 from scalora.arguments import described, did_you_mean
+from scalora.warning import warn
 
 
 class MIUBCallback(TrainerCallback):
-    """Measures every LoRA layer during training and logs it where the Trainer logs.
+    """Measures each LoRA layer during training and logs it where the Trainer logs.
 
     ::
 
         trainer = Trainer(model, args, callbacks=[miub.MIUBCallback(every=50)])
 
-    The Trainer's next log after a measurement carries ``miub/mean``, ``miub/mean_per_rank`` and
-    ``miub/<layer>`` (``miub/<layer>/<adapter>`` where several adapters are active), in nats: in
+    The Trainer's next log after a measurement carries ``miub/mean``, ``miub/mean_per_coordinate``
+    and ``miub/<layer>`` (``miub/<layer>/<adapter>`` where several adapters are active), in nats: in
     TensorBoard and the like, in the progress bar, and in ``trainer.state.log_history``.  Evaluation
     is not measured.
 
+    Two more numbers say what these may be compared with.  ``miub/coordinates`` is the most that a
+    layer's learned path has: values at different numbers of coordinates are no one curve, and no
+    two runs to compare.  ``miub/layers_with_folded_base`` counts the layers whose frozen path has
+    taken in part of what was learned (a warning says it once); it is 0 with ``reference=``.
+
     Args:
-        every: measure in the first forward pass of every so many optimizer steps.
+        every: measure in the first forward pass of every ``every``-th optimizer step.
         per_layer: whether to log each layer; otherwise the means alone.
         options: as for `miub.MIUBMonitor`: ``tokens``, ``estimator``, ``noise``, and so on.
 
@@ -35,7 +42,7 @@ class MIUBCallback(TrainerCallback):
         monitor: the monitor, once training has begun; ``callback.report()`` is its report.
 
     Raises:
-        TypeError: an option of another name.
+        TypeError: an unknown option.
         TypeError, ValueError: as `miub.MIUBMonitor` does, when training begins.
     """
 
@@ -56,9 +63,10 @@ class MIUBCallback(TrainerCallback):
         self.options = options
         self.monitor: MIUBMonitor | None = None
         self._measured = self._logged = 0
+        self._warned = False
 
     def report(self) -> MIUBReport:
-        """All that was measured so far.
+        """Return the report on all measurements so far.
 
         Raises:
             ValueError: nothing was.
@@ -74,7 +82,7 @@ class MIUBCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Make the monitor, and come before those who write the logs."""
+        """Make the monitor, and move before the callbacks that write the logs."""
         self.monitor = MIUBMonitor(kwargs["model"], every=self.every, **self.options)
         self._measured = self._logged = 0
         _come_first(self, sys._getframe(1).f_locals.get("self"))
@@ -86,7 +94,7 @@ class MIUBCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Measure in the forward pass that comes, if it is this step's turn."""
+        """Measure in the next forward pass, if it is this step's turn."""
         step = state.global_step + 1
         if self.monitor is not None and step % self.every == 0:
             self.monitor.measure_next(step)
@@ -99,7 +107,7 @@ class MIUBCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Add what was measured since the last log of training."""
+        """Add the measurements since the last log of training."""
         logs = kwargs.get("logs")
         if self.monitor is None or logs is None or "loss" not in logs:
             return
@@ -112,7 +120,16 @@ class MIUBCallback(TrainerCallback):
             state.log_history[-1].update(values)
 
     def _values(self, report: MIUBReport) -> dict[str, float]:
-        values = {"miub/mean": report.mean, "miub/mean_per_rank": report.mean_per_rank}
+        folded = sum(row.rebased for row in report)
+        if folded and not self._warned:
+            self._warned = True
+            warn(f"MIUB of {folded} layers with a folded base: {FOLDED_BASE}")
+        values = {
+            "miub/mean": report.mean,
+            "miub/mean_per_coordinate": report.mean_per_coordinate,
+            "miub/coordinates": report.coordinates[1],
+            "miub/layers_with_folded_base": folded,
+        }
         if self.per_layer:
             several = len(report.adapters) > 1
             for row in report:
@@ -127,16 +144,16 @@ class MIUBCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Leave the model as it was."""
+        """Take the hooks off the model."""
         if self.monitor is not None:
             self.monitor.detach()
 
 
 def _come_first(callback: TrainerCallback, handler: object) -> None:
-    """Move the callback before the Trainer's own, so that they log what it adds.
+    """Move the callback before the Trainer's own, so that they log its values.
 
-    The Trainer has no other door: it calls its loggers before the user's callbacks, with the same
-    dictionary, and no callback is told of the Trainer.  Called from the handler's loop over its
+    The Trainer offers no other way: it calls its loggers before the user's callbacks, with the same
+    dictionary, and tells no callback of itself.  This runs in the handler's loop over its
     callbacks, whose later entries keep their places.
     """
     if isinstance(handler, CallbackHandler) and callback in handler.callbacks:

@@ -1,4 +1,4 @@
-"""Which mask says what is padding at a layer's positions: the encoder's or the decoder's."""
+"""The mask that tells tokens from padding at a layer's positions: the encoder's or decoder's."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _IGNORED = -100  # the label that transformers' losses leave out
 class Masks:
     """The masks of one forward pass.
 
-    A layer that runs before the decoder reads what the model's ``attention_mask`` is of.  From the
-    decoder on, the decoder's mask holds, but for layers whose input is the encoder's states (the
-    keys and values of cross attention), whichever way they are called.
+    The model's ``attention_mask`` holds for a layer that runs before the decoder.  From the decoder
+    on, the decoder's mask holds, except for layers whose input is the encoder's states (the keys
+    and values of cross attention).
 
     Args:
-        model: that is called; a wrapper, or with a decoder alone, where nothing else than its
+        model: the model that is called; a wrapper, or one with a decoder alone, where only its
             ``attention_mask`` matters.
-        args, kwargs: what it is called with.
+        args, kwargs: its arguments.
     """
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -44,7 +44,7 @@ class Masks:
     def decoder_begins(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Take what the decoder is called with; a forward pre-hook."""
+        """Note the decoder's arguments; a forward pre-hook."""
         call = _arguments(decoder, args, kwargs)
         ids, embedded = call.get("input_ids"), call.get("inputs_embeds")
         self._in_decoder = True
@@ -59,14 +59,14 @@ class Masks:
         self._decoder = self._decoder_mask(_matrix(call.get("attention_mask")), _matrix(ids))
 
     def of(self, inputs: Tensor, leading: torch.Size) -> tuple[str, Tensor | None]:
-        """A name for it, and the mask (positions,) of a layer, None where none is known.
+        """Return the name of a layer's mask, and the mask (positions,), None where none is known.
 
         Args:
             inputs: of the layer.
-            leading: shape of its outputs without the last axis; see `draw.mask_of`.
+            leading: shape of its outputs without the last axis; see `token_sample.mask_of`.
         """
         if not self._in_decoder or self._reads_encoder(inputs, leading):
-            # Only what a decoder has cached is longer than what it is called with.
+            # Of the two only a decoder caches: its mask may be longer than its inputs.
             cached = self._cached and not self._in_decoder
             return "encoder", mask_of(self._encoder, leading, cached=cached)
         return "decoder", mask_of(self._decoder, leading, cached=self._cached)
@@ -80,10 +80,10 @@ class Masks:
         return mask is not None and leading == mask.shape and leading != self._positions
 
     def _decoder_mask(self, made: Tensor | None, ids: Tensor | None) -> Tensor | None:
-        """What was given, or what the labels leave out, or the padding among the inputs.
+        """Return the mask that was given, or that of the labels, or that of the inputs' padding.
 
         Args:
-            made: what the model itself has made of its inputs.
+            made: the mask that the model itself has made of its inputs.
             ids: the decoder's inputs.
         """
         if self._given is not None:
@@ -102,19 +102,19 @@ class Masks:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether they are one tensor, perhaps as two objects: a checkpoint makes new ones."""
+    """Return whether they are one tensor, perhaps as two objects: a checkpoint makes new ones."""
     if one is other:
         return True
     return one.shape == other.shape and storage_address(one) == storage_address(other)
 
 
 def _matrix(value: Any) -> Tensor | None:
-    """A (batch, sequence) tensor; None for anything else."""
+    """Return a (batch, sequence) tensor; None for anything else."""
     return value if isinstance(value, Tensor) and value.ndim == 2 else None
 
 
 def _arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What a model is called with by name, by whatever way it comes; None is left out."""
+    """Return a model's arguments by name, however they were passed; None is left out."""
     found: dict[str, Any] = {}
     by_position = dict(zip(_positional_names(model), args, strict=False))
     batches = [argument for argument in args if isinstance(argument, Mapping)]
@@ -126,7 +126,7 @@ def _arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def _positional_names(model: nn.Module) -> list[str]:
-    """Of the outermost forward that names its arguments; a wrapper's are ``*args``."""
+    """Return the names of the outermost forward that has them; a wrapper's are ``*args``."""
     for module in (model, peft_model(model), base_model(model)):
         if module is None:
             continue

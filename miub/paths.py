@@ -1,4 +1,4 @@
-"""The two paths of a LoRA layer as samples, one row a token."""
+"""The two paths of a LoRA layer as samples, one row per token."""
 
 from __future__ import annotations
 
@@ -10,20 +10,24 @@ from torch import Tensor
 from scalora.peft_layers import LoRAPair
 from scalora.saving.pretrained import change_since
 
-# A change that was folded over many re-basings has no fixed rank; so many coordinates hold it.
+# A change that was folded over many re-basings has no fixed rank; this many coordinates hold it.
 MOST_COORDINATES = 64
+# Inputs in float32 that are held at once: 2 MiB, 128 tokens of a layer with 4096 inputs.
+_AT_ONCE = 2**19
 
 
 def adapter_code(pair: LoRAPair, inputs: Tensor, index: Tensor) -> Tensor:
-    """(k, c) or (k, m): ``s P Q^T x`` in coordinates of an orthonormal basis of P's columns.
+    """Return ``s P Q^T x`` in an orthonormal basis of P's columns: (k, c), or (k, m) if c > m.
 
-    P and Q hold the columns of the adapter and of its carry, c in all: everything that was learned
-    beside the base.  Mutual information does not change under injective maps, and the noise is
-    isotropic, so any such basis will do.
+    P and Q hold the c columns of the adapter and of its carry: everything that was learned beside
+    the base.  Mutual information does not change under injective maps, and the noise is isotropic,
+    so any such basis will do.
     """
     # P = O R. A QR, unlike an SVD, does not wait for the device.
     triangle = torch.linalg.qr(pair.learned_P.float(), mode="r")[1]
-    return pair.scaling * (pair.code(inputs, index).float() @ triangle.T)
+    tokens = max(1, _AT_ONCE // inputs.shape[-1])
+    codes = torch.cat([pair.code(inputs, part).float() for part in index.split(tokens)])
+    return pair.scaling * (codes @ triangle.T)
 
 
 def learned_since(
@@ -34,13 +38,13 @@ def learned_since(
     index: Tensor,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """The pretrained path (k, m), and all that was learned since in at most 64 coordinates.
+    """Return the pretrained path (k, m), and all that was learned since in at most 64 coordinates.
 
     Waits for the device where the weights are on another.
 
     Args:
         pair: a layer whose base has taken in increments.
-        weights: the pretrained ones by name.
+        weights: name -> pretrained weight.
         inputs: of the layer.
         outputs: (k, m), of its base layer now.
         index: (k,), the positions.

@@ -1,4 +1,4 @@
-"""What other processes measured."""
+"""Measurements of other processes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ T = TypeVar("T")
 
 
 def process_rank() -> int:
-    """This process's rank, 0 if it is the only one."""
+    """Return this process's rank, 0 if it is the only one."""
     return distributed.get_rank() if _several() else 0
 
 
 def gathered(items: list[T]) -> list[T]:
-    """The items of all ranks, in the order of the ranks.  Every rank has to call it."""
+    """Return the items of all ranks, in the order of the ranks; each rank has to call it."""
     if not _several():
         return list(items)
     everyone: list[list[T]] = [[] for _ in range(distributed.get_world_size())]

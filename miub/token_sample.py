@@ -1,7 +1,8 @@
-"""Which positions of a forward pass are sampled."""
+"""A random sample of the tokens of a forward pass."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,24 +10,36 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Draw:
+class TokenSample:
     """Some positions of a batch, flattened.
 
     Attributes:
-        index: (k,), on the device of what is sampled.
-        valid: (k, 1), which of them are tokens, or None: all are.
-        count: how many are: a number, or a tensor () where counting would wait for the device.
+        index: (k,), on the device of the samples.
+        valid: (k, 1), which of them are tokens; None: all are.
+        count: the number of tokens among them, or a tensor () where counting would wait for the
+            device.
     """
 
     index: Tensor
     valid: Tensor | None
     count: int | Tensor
 
+    def columns_of(self, matrix: Tensor) -> Callable[[int, int], Tensor]:
+        """Return a reader of the sampled rows of a matrix (positions, d), some columns at a time.
+
+        It takes the first column and the end, and returns a new tensor (k, end - first), float32.
+        """
+
+        def read(start: int, end: int) -> Tensor:
+            return self.fill(matrix[:, start:end].index_select(0, self.index).float())
+
+        return read
+
     def fill(self, rows: Tensor) -> Tensor:
         """Put the mean of the tokens' rows (k, d) in the place of rows that are padding, in place.
 
         Such a row has no deviation: it scales all covariances of the samples alike, down by its
-        share, and their ratios, and so the mutual information of their moments, not at all.  Of
+        share, and their ratios, and so the mutual information of their moments, not at all.  For
         estimates that are not of moments alone this is an approximation: `l1out` and `infonce` fall
         with the share of padding.
         """
@@ -37,65 +50,65 @@ class Draw:
         mean = rows.sum(0) / self.valid.sum().clamp_min(1)
         return rows.addcmul_(padding.to(rows.dtype), mean)
 
-    def dealt(self) -> Draw:
-        """The same positions, every second one first: both halves hold their share of tokens."""
+    def interleaved(self) -> TokenSample:
+        """Return the same positions, every second one first: each half has its share of tokens."""
         if self.valid is None:
             return self
-        return Draw(_dealt(self.index), _dealt(self.valid), self.count)
+        return TokenSample(_interleaved(self.index), _interleaved(self.valid), self.count)
 
 
-def _dealt(rows: Tensor) -> Tensor:
+def _interleaved(rows: Tensor) -> Tensor:
     return torch.cat([rows[0::2], rows[1::2]])
 
 
-def draw(
+def sample_tokens(
     mask: Tensor | None,
     positions: int,
     tokens: int,
     device: torch.device,
     generator: torch.Generator,
-) -> Draw:
-    """``tokens`` of the positions at random, without replacement; all if there are fewer.
+) -> TokenSample:
+    """Sample ``tokens`` of the positions without replacement; all if there are fewer.
 
-    A mask on the CPU is counted, and padding is never drawn.  A mask on another device is not: the
-    count would wait for it.  There too padding is drawn only where there are too few tokens, and
-    then `Draw.fill` makes it neutral.
+    A mask on the CPU is counted, and padding is never sampled.  A mask on another device is not:
+    the count would wait for it.  There too padding is sampled only where there are too few tokens,
+    and then `TokenSample.fill` makes it neutral.
 
     Args:
         mask: (positions,), nonzero for tokens; None: all are.
-        positions: how many there are.
-        tokens: how many to draw.
+        positions: the number of positions.
+        tokens: the number to sample.
         device: of the samples.
         generator: on that device.
     """
     k = min(tokens, positions)
     score = torch.rand(positions, generator=generator, device=device)
     if mask is None:
-        return Draw(score.topk(k).indices, None, k)
+        return TokenSample(score.topk(k).indices, None, k)
     is_token = mask > 0
     if mask.device.type != "cpu":
-        return draw_uncounted(is_token.to(device), score, k)
+        return sample_uncounted(is_token.to(device), score, k)
     k = min(k, int(is_token.sum()))
     # Not blocking, which would wait for all that the device has yet to do.
     score.masked_fill_(~is_token.to(device, non_blocking=True), -1.0)
-    return Draw(score.topk(k).indices, None, k)
+    return TokenSample(score.topk(k).indices, None, k)
 
 
-def draw_uncounted(is_token: Tensor, score: Tensor, k: int) -> Draw:
-    """The k positions of the highest scores, tokens before padding; reads nothing on the host.
+def sample_uncounted(is_token: Tensor, score: Tensor, k: int) -> TokenSample:
+    """Return the k positions of the highest scores, tokens first; nothing is read on the host.
 
     Args:
         is_token: (positions,), bool.
         score: (positions,), in [0, 1), on the same device; overwritten.
-        k: at most as many as there are positions.
+        k: at most the number of positions.
     """
     index = score.masked_fill_(~is_token, -1.0).topk(k).indices
     valid = is_token.index_select(0, index).unsqueeze(-1)
-    return Draw(index, valid, valid.sum())
+    return TokenSample(index, valid, valid.sum())
 
 
 def mask_of(mask: Tensor | None, leading: torch.Size, *, cached: bool = False) -> Tensor | None:
-    """The attention mask of a layer's positions, flattened; None where it says nothing of them.
+    """Return the attention mask of a layer's positions, flattened; None where it has no say.
 
     Args:
         mask: (batch, sequence) or None.

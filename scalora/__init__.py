@@ -1,17 +1,26 @@
 """ScaLoRA: fine-tuning with LoRA whose updates are not confined to the adapter's rank."""
 
-from scalora.integrations.peft_factory import create_scalora_optimizer
-from scalora.integrations.trainer import ScaLoRACallback
-from scalora.moments import register_moments
-from scalora.optimizer import ScaLoRA
-from scalora.saving.finished import save_adapter, save_merged
-from scalora.saving.spectrum import delta_spectrum, effective_rank
-from scalora.saving.training_state import (
-    load_rebased_weights,
-    load_training_state,
-    save_training_state,
-)
-from scalora.scaling import optimal_scaling
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from scalora.integrations.peft_factory import create_scalora_optimizer
+    from scalora.integrations.trainer import ScaLoRACallback
+    from scalora.moments import register_moments
+    from scalora.optimizer import ScaLoRA
+    from scalora.saving import (
+        delta_spectrum,
+        effective_rank,
+        load_rebased_weights,
+        load_training_state,
+        plot_spectrum,
+        save_adapter,
+        save_merged,
+        save_training_state,
+    )
+    from scalora.scaling import optimal_scaling
 
 __version__ = "0.1.0"
 
@@ -24,8 +33,40 @@ __all__ = [
     "load_rebased_weights",
     "load_training_state",
     "optimal_scaling",
+    "plot_spectrum",
     "register_moments",
     "save_adapter",
     "save_merged",
     "save_training_state",
 ]
+
+# Imported when first asked for (PEP 562): torch, transformers and PEFT take seconds to import, and
+# `scalora --help` needs none of them.
+_MODULES = {
+    "ScaLoRA": "scalora.optimizer",
+    "ScaLoRACallback": "scalora.integrations.trainer",
+    "create_scalora_optimizer": "scalora.integrations.peft_factory",
+    "delta_spectrum": "scalora.saving",
+    "effective_rank": "scalora.saving",
+    "load_rebased_weights": "scalora.saving",
+    "load_training_state": "scalora.saving",
+    "optimal_scaling": "scalora.scaling",
+    "plot_spectrum": "scalora.saving",
+    "register_moments": "scalora.moments",
+    "save_adapter": "scalora.saving",
+    "save_merged": "scalora.saving",
+    "save_training_state": "scalora.saving",
+}
+
+if not TYPE_CHECKING:  # a type checker would take any name for one of this module's
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name from the module that defines it, and keep it."""
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = globals()[name] = getattr(import_module(_MODULES[name]), name)
+        return found
+
+    def __dir__() -> list[str]:
+        """Return the module's names, those that are not imported yet included."""
+        return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""``python -m scalora``."""
+"""Run the ``scalora`` command as ``python -m scalora``."""
 
 import sys
 

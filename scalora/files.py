@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, whole or not at all; tensors that share memory are written each."""
+    """Write a safetensors file, whole or not at all; tensors that share memory are each written."""
     contiguous: dict[str, Tensor] = {}
     written: set[int] = set()
     for name, tensor in tensors.items():
@@ -26,10 +26,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         save_file(contiguous, temporary, metadata=dict(metadata))
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all."""
+    with file_written_whole(path) as temporary:
+        temporary.write_bytes(content)
+
+
 @contextmanager
 def file_written_whole(path: Path) -> Iterator[Path]:
-    """A temporary name to write to; if nothing is raised, that is forced to disk and renamed."""
-    temporary = path.with_name(path.name + ".partial")
+    """Yield a temporary path to write; without an error, force it to disk and rename it."""
+    # Several processes of one run may write the same file.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         yield temporary
         _force_to_disk(temporary)
@@ -40,7 +47,7 @@ def file_written_whole(path: Path) -> Iterator[Path]:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors (on the CPU) and metadata of a safetensors file.
+    """Return the tensors (on the CPU) and the metadata of a safetensors file.
 
     Raises:
         ValueError: the file is missing, cut short or damaged.
@@ -55,20 +62,20 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 @contextmanager
 def folder_written_whole(folder: Path, last: str, instead_of: Sequence[str] = ()) -> Iterator[Path]:
-    """Another folder to write to; if nothing is raised, what is in it is then in ``folder``.
+    """Yield a temporary folder to write, then move its files to ``folder``, unless an error comes.
 
-    For one process: of several that write the same folder at once the files are mixed.
+    One process at a time may write a folder: the files of several would be mixed.
 
-    A folder that is not there appears whole.  One that is there (it may be a mount point) keeps its
-    other files, and its own are put back if anything is raised.  A process that is killed while
-    files are exchanged leaves it without ``last``, and the old files in a hidden folder in it.
+    A new folder appears whole.  An existing one (it may be a mount point) keeps its other files,
+    and gets its old files back if anything is raised.  A process that is killed during the exchange
+    leaves it without ``last`` and with the old files in a hidden folder inside.
 
     Args:
-        folder: where to.
-        last: the name of the file without which nothing loads the others: it is taken away first
-            and put there last.
-        instead_of: patterns of files that go if they are not written again, such as the shards of
-            an earlier model.
+        folder: the folder to write.
+        last: name of the file without which nothing loads the others.  It is removed first and
+            written last.
+        instead_of: patterns of old files to remove unless they are written again, such as the
+            shards of an earlier model.
 
     Raises:
         ValueError: there is a file of that name.
@@ -85,7 +92,7 @@ def folder_written_whole(folder: Path, last: str, instead_of: Sequence[str] = ()
         yield staged
         for path in (*staged.rglob("*"), staged):
             _force_to_disk(path)
-        if folder.is_dir():  # perhaps only now
+        if folder.is_dir():  # it may have been made since
             _exchange(folder, staged, Path(beside, "old"), last, instead_of)
         else:
             os.replace(staged, folder)
@@ -93,7 +100,7 @@ def folder_written_whole(folder: Path, last: str, instead_of: Sequence[str] = ()
 
 
 def _exchange(folder: Path, staged: Path, old: Path, last: str, instead_of: Sequence[str]) -> None:
-    """Move what is in ``staged`` to ``folder``, and what it replaces to ``old``."""
+    """Move the new files into ``folder`` and those they replace to ``old``, or move nothing."""
     old.mkdir()
     new = sorted((path.name for path in staged.iterdir()), key=lambda name: name == last)
     stale = {path.name for pattern in instead_of for path in folder.glob(pattern)}
@@ -114,9 +121,10 @@ def _exchange(folder: Path, staged: Path, old: Path, last: str, instead_of: Sequ
 
 
 def _force_to_disk(path: Path) -> None:
-    """A file's content, or a folder's entries: a rename may survive a power cut that they do not.
+    """Force a file's content or a folder's entries to disk.
 
-    Some systems cannot do that for folders (Windows, some network mounts); nothing is done then.
+    Otherwise a rename may survive a power cut that the content does not.  Systems that cannot do
+    it for folders (Windows, some network mounts) are left to themselves.
     """
     if not path.is_dir():
         _sync(path, os.O_RDWR)

@@ -1,55 +1,46 @@
 """The optimizer wrapper: an inner optimizer that re-bases LoRA layers as it steps."""
 
-from __future__ import annotations
-
+# Annotations are not strings here: `help` shows the values that an option takes.
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from scalora import peft_layers, sharding
-from scalora.guards.base_watch import BaseWatch, watch_base
-from scalora.guards.empty_step import only_makes_state
-from scalora.guards.engines import check_engine, check_processes
-from scalora.guards.factor_watch import FactorWatch
-from scalora.guards.gradients import can_skip, not_finite, step_unless
-from scalora.guards.reference_model import check_reference
-from scalora.guards.stale_layers import checked_factors, warn_without_gradients, watched_factors
+from scalora import peft_layers
+from scalora.arguments import described
+from scalora.guards.guard import Guard
 from scalora.moments import moments_of
-from scalora.optimizer_wrapper import (
-    OptimizerWrapper,
+from scalora.optimizer_hooks import (
     calls_global_hooks_once,
     calls_load_state_dict_hooks,
     calls_state_dict_hooks,
-    check_inner,
 )
 from scalora.options import Accumulator, RebasingOptions, Rounding, Rule, WhenFull
 from scalora.peft_layers import LoRAPair
 from scalora.rebasing.rebaser import Rebaser
-from scalora.rebasing.report import RebasingReport, rebasing_report
+from scalora.rebasing.report import RebasingReport, progress, rebasing_report
 from scalora.rebasing.selection import places_of_layers
 from scalora.resuming.encoding import packed, unpacked
 from scalora.resuming.run_state import RunState
-from scalora.resuming.same_run import ExpectedWeights
-from scalora.step_length.calibration import StepCalibration
+from scalora.resuming.same_run import check_same_run
 from scalora.step_length.rates import highest_rate
 from scalora.warning import warn
 
 
-class ScaLoRA(OptimizerWrapper):
-    """Steps an optimizer over LoRA parameters and re-bases the LoRA layers while it trains.
+class ScaLoRA(torch.optim.Optimizer):
+    """Steps an optimizer over LoRA parameters, and re-bases the LoRA layers while it trains.
 
-    By default ``lora_B`` decays into the weight: before a step in every ``interval``, what the
-    adapter has learned more than ``memory`` steps ago is frozen, and the optimizer's moments are
-    carried into the new coordinates exactly (`scalora.scaling.memory`).  The first steps find how
-    long a step should be (`scalora.step_length.calibration`).  The paper's rules rescale the
-    columns of both factors by the amounts that bring the coming step closest to the full
-    fine-tuning step.
+    To re-base a layer is to freeze part of the adapter's product ``lora_B lora_A`` into the weight
+    and to train on what is left.  The model's function does not change, and the optimizer's moments
+    are carried into the new coordinates exactly.  The frozen increments add up to a rank far above
+    the adapter's (ScaLoRA, arXiv 2510.23818; docs/mathematics.md).
 
-    Whatever is frozen is folded into the base weight, or kept beside it where that is quantized, so
-    the model's function does not change.  The frozen increments add up to a rank far above the
-    adapter's (ScaLoRA, arXiv 2510.23818; docs/mathematics.md).
+    By default ``lora_B`` decays into the weight: once in ``interval`` steps, what the adapter
+    learned more than about ``memory`` steps ago is frozen.  The first steps find how long a step
+    should be.  The paper's rules scale the columns of both factors instead, by the amounts that
+    bring the coming step closest to the step of full fine-tuning.  Increments are folded into the
+    base weight, or kept beside it (in a carry) where the base is quantized.
 
     One line of a training script changes::
 
@@ -58,9 +49,9 @@ class ScaLoRA(OptimizerWrapper):
 
     ``param_groups``, ``state`` and ``defaults`` are the inner optimizer's own, so schedulers,
     ``accelerate`` and ``GradScaler`` treat this as any optimizer.  Parameters of no LoRA layer are
-    stepped as the inner optimizer would alone.  A step whose gradients are not all finite is
-    skipped whole where that can be done without waiting for the device (on CPU, and with a fused
-    inner optimizer); the base weights never take part in such a step.
+    stepped as the inner optimizer would alone.  A step with a gradient that is not finite is
+    skipped whole where that takes no wait for the device (on CPU, and with a fused inner
+    optimizer); the base weights never take part in such a step.
 
     What was learned is then not in the adapter alone: save with `scalora.save_merged` or
     `scalora.save_adapter`.
@@ -73,45 +64,44 @@ class ScaLoRA(OptimizerWrapper):
         model: the PEFT model (or a module around it).
         interval: re-base once every ``interval`` steps (the paper's ScaLoRA-I), or ``"auto"``: a
             tenth of the memory for the rules that have one, else 1.
-        rule: ``"leak"``, what ``"auto"`` is: every step leaves a share 1/K of ``lora_B`` to the
-            weight, K being the memory.  ``"age"``: the same as a bound on the age of every column.
-            By scaling the columns of both factors: ``"exact"``: the theorem's objective, solved for
-            its non-negative optimum; ``"paper"``: the theorem as published, ``H^-1 lambda`` where
-            that is non-negative and two scalars elsewhere; ``"scalar"``: always two scalars;
-            ``"direction"``: the inner optimizer's own direction in place of the gradient.
+        rule: ``"leak"`` (which ``"auto"`` is): every step leaves a share 1/K of ``lora_B`` to the
+            weight, where K is the memory.  ``"age"``: the same as a bound on each column's age.
+            These scale the columns of both factors: ``"exact"``, the theorem's objective, solved
+            for its non-negative optimum; ``"paper"``, the theorem as published, ``H^-1 lambda``
+            where that is non-negative and two scalars elsewhere; ``"scalar"``, always two scalars;
+            ``"direction"``, the inner optimizer's own direction in place of the gradient.
             ``"none"``: never re-base (plain LoRA).
         lipschitz: for ``"paper"``, ``"exact"`` and ``"scalar"``: the smoothness constant L of the
-            theorem, or ``"auto"`` (the default): L times the learning rate is calibrated at a
-            layer's first re-basing, so that the inner optimizer's coming step is predicted to be as
-            long as plain LoRA's, and held from then on.  With a number, the optimum answers a
-            smaller learning rate with a larger scaling, which undoes a schedule.  ``"direction"``
-            holds the step at plain LoRA's length at every re-basing and takes none.
+            theorem, or ``"auto"`` (as None): L times the learning rate is calibrated at a layer's
+            first re-basing, so that the inner optimizer's coming step is predicted to be as long as
+            plain LoRA's, and held from then on.  With a number, the optimum answers a smaller
+            learning rate with a larger scaling, which undoes a schedule.  ``"direction"`` holds the
+            step at plain LoRA's length at every re-basing, and takes none.
         accumulator: where the frozen increments go.  ``"dense"``: into the base weight, in place.
             ``"carry"``: into low-rank factors beside it, which the forward pass adds like a second,
             frozen adapter; the base is never touched.  ``"auto"``: dense where the base is a plain
             float weight that nothing else shares, carry elsewhere (quantized, tied, offloaded).
         adapter_name: which adapter to re-base.
         rounding: for bfloat16 and float16 base weights: ``"stochastic"`` (unbiased),
-            ``"compensated"`` (keeps what was cut, 2 bytes a weight) or ``"nearest"`` (loses nearly
-            all of a small increment; for comparison).
-        bound: every scaling is by factors within ``[1/bound, bound]``.
+            ``"compensated"`` (keeps what was cut, 2 bytes per weight) or ``"nearest"`` (loses
+            nearly all of a small increment; for comparison).
+        bound: columns are scaled by factors within ``[1/bound, bound]``.
         seed: of the stochastic rounding; use the same on every replica.
         carry_rank: the most columns a layer's carry may hold, or ``"auto"``: 8 times the adapter's
             rank at first, doubled up to 32 times whenever a compression would cut more than
-            ``carry_tolerance``.  A compression keeps three quarters.  It is due once in several
-            re-basings, and is the one thing that waits for the device on a GPU.
-        when_full: ``"compress"``; ``"hold"``: the layer is plain LoRA from then on; ``"fold"``:
-            into the base weight, which must be a plain float weight.
+            ``carry_tolerance``.
+        when_full: ``"compress"``: a full carry keeps its largest singular values, in three quarters
+            of its columns.  That is due once in several re-basings, and is the one thing that waits
+            for the device on a GPU.  ``"hold"``: the layer is plain LoRA from then on.
         carry_tolerance: the energy (squared Frobenius norm) that may be cut from a carry over all
-            compressions, relative to that of what the layer has learned.  Beyond it a warning is
-            given, once.
-        calibration: for how many steps after the learning rate's peak the length of a step is
-            calibrated.  All layers' steps grow while they are short beside a lower bound of the
-            distance there is to go, and shrink where the next gradient says that the last one was
-            too long.  The factor is then held, so a schedule keeps its meaning.  0: never.
-            ``"auto"``: 100 with ``rule="auto"``, else 0.
-        memory: for ``"auto"``, ``"leak"`` and ``"age"``: K, how many steps the adapter remembers,
-            counted at the highest learning rate; ``"auto"``: 100, and 15 for ``"age"``.
+            compressions, relative to that of what the layer has learned; beyond it, one warning.
+        calibration: steps after the learning rate's peak during which the length of a step is
+            calibrated.  All layers' steps grow while they are short beside a lower bound on the
+            distance to go, and shrink where the next gradient says that the last one was too long.
+            The factor is then held, so that a schedule keeps its meaning.  0: never.  ``"auto"``:
+            100 with ``rule="auto"``, else 0.
+        memory: for ``"auto"``, ``"leak"`` and ``"age"``: K, the number of steps that the adapter
+            remembers, counted at the highest learning rate; ``"auto"``: 100, and 15 for ``"age"``.
 
     Raises:
         TypeError: an optimizer whose state is not known, or an argument of the wrong type.
@@ -122,17 +112,10 @@ class ScaLoRA(OptimizerWrapper):
     inner: torch.optim.Optimizer
     model: nn.Module
     options: RebasingOptions
-    _skipped: Tensor | None
-    _checked: bool
-    _sharded: list[Any]
-    _made_state: Any
     state_is_in_file: Any
     _rebaser: Rebaser
-    _calibration: StepCalibration
     _run: RunState
-    _owner: object
-    _watch: BaseWatch | None
-    _factors: FactorWatch | None
+    _guard: Guard
 
     def __init__(
         self,
@@ -168,7 +151,7 @@ class ScaLoRA(OptimizerWrapper):
             calibration=calibration,
             memory=memory,
         )
-        check_inner(optimizer, model)
+        _check_inner(optimizer, model)
         moments = moments_of(optimizer)
         if options.resolved_rule in ("direction", "age") and moments.direction is None:
             raise ValueError(
@@ -177,33 +160,29 @@ class ScaLoRA(OptimizerWrapper):
             )
         places = places_of_layers(model, optimizer, options)
         rebaser = Rebaser(places, options, moments)
-        length = StepCalibration(options.calibration_steps)
-        owner = object()
+        run = RunState(options, rebaser)
+        # As torch's own unpickling does it: hooks are set up, groups and state are not copied.
         self.__setstate__(
             {
                 "inner": optimizer,
                 "model": model,
                 "options": options,
-                "_skipped": None,
-                "_checked": False,
-                "_sharded": [],
-                "_made_state": None,
                 "state_is_in_file": False,
                 "_rebaser": rebaser,
-                "_calibration": length,
-                "_run": RunState(options, rebaser, length),
-                "_owner": owner,
-                "_watch": watch_base(rebaser.pairs[0]) if rebaser.folds else None,
-                "_factors": watched_factors(places),
+                "_run": run,
+                "_guard": Guard(optimizer, model, places, options, moments, run.expected),
             }
         )
-        for pair in places:
-            pair.claim(owner)
 
     @property
     def rebase_count(self) -> int:
-        """How often layers were re-based; one step is one time at most."""
+        """Re-basings so far; one step is one at most."""
         return self._run.rebase_count
+
+    @property
+    def next_rebasing(self) -> int | None:
+        """Steps until the next re-basing, the one that re-bases included; None for never."""
+        return self._run.next_rebasing
 
     @property
     def last_scaling(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -212,8 +191,8 @@ class ScaLoRA(OptimizerWrapper):
 
     @property
     def step_factor(self) -> Tensor | None:
-        """What calibration has found: steps are that many times plain LoRA's; () or None."""
-        return self._calibration.factor
+        """Length of a step over plain LoRA's, as calibration has found it; (), None before that."""
+        return self._run.calibration.factor
 
     @property
     def rebased_pairs(self) -> list[LoRAPair]:
@@ -221,86 +200,105 @@ class ScaLoRA(OptimizerWrapper):
         return self._rebaser.pairs
 
     @property
+    def places(self) -> dict[str, str]:
+        """Layer name -> where its increments go, ``"dense"`` or ``"carry"``."""
+        return dict(self._rebaser.places)
+
+    @property
     def skipped_steps(self) -> int:
-        """How many steps were left out because a gradient was not finite.  Waits for the device."""
-        return 0 if self._skipped is None else int(self._skipped)
+        """Steps that were skipped because a gradient was not finite.  Waits for the device."""
+        return 0 if self._guard.skipped is None else int(self._guard.skipped)
 
     def report(self) -> RebasingReport:
-        """Of every layer: where its increments went, and what was cut.  Waits for the device.
+        """Return what was frozen of every layer, what is trainable, and when more will be frozen.
 
-        Of a sharded model, call it on every process.
+        It prints as a table.  Waits for the device.  Of a sharded model, call it on every process.
         """
-        return rebasing_report(self._rebaser.pairs, self._rebaser.places)
+        return rebasing_report(
+            self._rebaser,
+            self._run.frozen,
+            self.inner,
+            self.step_factor,
+            self.rebase_count,
+            self.next_rebasing,
+        )
+
+    def progress(self) -> dict[str, float]:
+        """Return the run's progress in a few numbers for a log.  Waits for the device once.
+
+        Returns:
+            ``rebased``: re-basings so far.  ``step_factor``: as the property.  ``rank``: mean over
+            the layers of the effective rank of the whole change, a lower bound where that is high
+            (`scalora.rebasing.sketch`).  ``frozen_norm``: Frobenius norm of all that was frozen,
+            over that of what is trainable, all layers together.  What is not known is left out:
+            the factor before it is calibrated; the last two of a sharded model.
+        """
+        return progress(self._run.frozen, self.step_factor, self.rebase_count)
 
     def kept_tensors(self) -> list[Tensor]:
-        """Tensors that re-basing keeps between steps, besides the inner optimizer's state."""
-        watched = [] if self._factors is None else self._factors.kept_tensors()
-        return [*self._rebaser.kept_tensors(), *self._calibration.kept_tensors(), *watched]
+        """Return what re-basing keeps between steps, besides the inner optimizer's state."""
+        kept = (self._rebaser, self._run.calibration, self._run.frozen, self._guard)
+        return [tensor for part in kept for tensor in part.kept_tensors()]
 
     # Traced by torch.compile, what a step leaves in this object would be lost without a word.
     @torch.compiler.disable
     @calls_global_hooks_once
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step the inner optimizer, and re-base if it is time to.
+        """Step the inner optimizer, and re-base before it once in ``interval`` steps.
 
         Args:
             closure: re-evaluates the model and returns the loss; called once, before all else.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            ValueError: the step would not be what it seems (docs/faults.md); nothing has changed.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if not self._checked:
-            check_engine(self.model)
-        self._drop_made_state()
-        self._reshard()
-        factors = checked_factors(self._rebaser.pairs, self.inner, self._owner)
-        if only_makes_state(self.inner):
-            self.inner.step()
-            self._made_state = self.inner.state
+        # Evaluate: the gradients of this step.
+        loss = None if closure is None else _evaluated(closure)
+        # Guard: refuse, warn or skip before anything has changed.
+        checked = self._guard.check()
+        if checked is None:
             return loss
-        check_reference(self._watch)
-        self._check_processes()
-        self._run.expected.check(self._rebaser.pairs)
-        self._run.expected, self.state_is_in_file = ExpectedWeights(), False
-        overflow = not_finite(self.param_groups)
-        if overflow is None:
-            warn_without_gradients(self.param_groups)
-        if overflow is not None and overflow.device.type == "cpu" and bool(overflow):
-            self._count_skipped(overflow)
-            warn("a gradient is not finite: this step was skipped, and nothing was changed.")
-            return loss
-        if self._factors is not None:
-            self._factors.check(wait=False)
-            self._factors.suspend()
-        self._calibration.observe(factors, highest_rate(self.param_groups, factors))
-        due = (self._run.steps + 1) % self.options.interval_steps == 0
-        if due and self._rebaser.pairs:
-            if self.rebase_count == 0:
-                peft_layers.complete_what_is_saved(self.model)
-            # Counted first: a step that is tried again after a failure draws other noise.
-            self._run.rebase_count += 1
-            self._rebaser.rebase(self.inner, self.rebase_count)
-        self._run.steps += 1
+        self.state_is_in_file = False
+        run, factors = self._run, checked.factors
+        # Observe: the gradient of a new batch tells whether the last step was too long or short.
+        run.calibration.observe(factors, highest_rate(self.param_groups, factors))
+        # Re-base: freeze part of what the adapter holds; the function of the model stays.
+        if run.is_due:
+            self._rebase()
+        run.steps += 1
+        # Step: the inner optimizer's own, as long as calibration has found.
         linear = self._rebaser.moments.linear_in_rate
-        with self._calibration.scaled(factors, self.param_groups, linear):
-            self._step_inner(overflow)
-        self._rebaser.remembered.learned.count(self.param_groups)
-        if self._factors is not None:
-            self._factors.note(self.rebase_count)
+        with run.calibration.scaled(factors, self.param_groups, linear):
+            self._guard.step_inner(checked.overflow)
+        # Afterwards: count how far the step went, and note the factors that it has left.
+        self._rebaser.learned.count(self.param_groups)
+        self._guard.note_step(run.rebase_count)
         return loss
+
+    def _rebase(self) -> None:
+        """Re-base every layer that has gradients."""
+        if self.rebase_count == 0:
+            peft_layers.complete_what_is_saved(self.model)
+        # Counted first: a step that is tried again after a failure draws other noise.
+        self._run.rebase_count += 1
+        with self._run.frozen.following():
+            self._rebaser.rebase(self.inner, self.rebase_count)
+        self._run.frozen.count(self._rebaser.newest_layers)
 
     @calls_state_dict_hooks
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's, and under ``"scalora"`` what a resumed run needs besides.
+        """Return the inner optimizer's, and under ``"scalora"`` what a resumed run needs besides.
 
         The base weights are the model's: save those with the model's own ``state_dict``, or with
         `scalora.save_training_state`.  Carries are here, and nowhere in the model's.  Of a sharded
         model, call it on every process.
 
         Where `scalora.ScaLoRACallback` has just written all that to the file of a Trainer's
-        checkpoint (``state_is_in_file``, until the next step), it is not written twice: only what
-        kind of run it is of.
+        checkpoint (``state_is_in_file``, until the next step), only what must agree to resume the
+        run is repeated here.
         """
         state = self.inner.state_dict()
         if self.state_is_in_file or self._run.expected.in_file:
@@ -327,91 +325,115 @@ class ScaLoRA(OptimizerWrapper):
         """
         own, state = unpacked(state_dict)
         if own is not None:
-            self.check_rebasing_state(own)
+            self.check_same_run(own)
         elif state["state"]:
             warn(
                 "this optimizer state holds nothing of re-basing, which begins anew: carries and "
                 "the calibrated length of the step are not restored."
             )
         self.inner.load_state_dict(state)
-        self._reshard()
-        if self._factors is not None:
-            self._factors.forget()
+        self._guard.reshard()
+        self._guard.forget_factors()
         self._run.forget()
-        self._run.expected = ExpectedWeights.of(own)
+        self._run.expected.expect(own)
         if own is not None and not self._run.expected.in_file:
             self.load_rebasing_state(own)
 
     def rebasing_state(self) -> dict[str, Any]:
-        """What re-basing itself remembers: numbers and small tensors."""
-        self._reshard()
-        if self._factors is not None:
-            self._factors.check(wait=True)
+        """Return what re-basing itself remembers: numbers and small tensors."""
+        self._guard.reshard()
+        self._guard.check_factors()
         return self._run.saved()
 
     def load_rebasing_state(self, own: dict[str, Any]) -> None:
         """Take up what `rebasing_state` returned.
 
         Raises:
-            ValueError: another version, rule, memory, calibration, rounding, seed,
-                accumulator, set of layers or rank; nothing is loaded then.
+            ValueError: as `load_state_dict` does; nothing is loaded then.
         """
-        self._reshard()
+        self._guard.reshard()
         self._run.load(own)
-        if self._factors is not None:
-            self._factors.forget()
+        self._guard.forget_factors()
         if self.rebase_count:
             peft_layers.complete_what_is_saved(self.model)
+
+    def check_same_run(self, own: dict[str, Any]) -> None:
+        """Raise a ValueError that says what differs if this run cannot continue a saved one.
+
+        Args:
+            own: what `rebasing_state` returned.
+        """
+        check_same_run(own, self._run.kind())
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The inner optimizer's."""
+        return self.inner.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.inner.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The inner optimizer's."""
+        return self.inner.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.inner.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The inner optimizer's."""
+        return self.inner.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.inner.defaults = defaults
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, as the inner optimizer does."""
+        self.inner.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group to the inner optimizer."""
+        self.inner.add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
         # Not all of __dict__: schedulers and accelerate leave methods bound to this object there.
         return {name: self.__dict__[name] for name in ScaLoRA.__annotations__}
 
     def __repr__(self) -> str:
-        return f"ScaLoRA({self.inner!r}, {self.options!r}, layers={len(self._rebaser.pairs)})"
+        given = ", ".join(f"{name}={value!r}" for name, value in self.options.resolved().items())
+        places = list(self._rebaser.places.values())
+        where = ", ".join(f"{places.count(p)} {p}" for p in ("dense", "carry") if p in places)
+        return f"ScaLoRA({self.inner!r}, {given}, layers: {where or 'none'})"
 
-    def check_rebasing_state(self, own: dict[str, Any]) -> None:
-        """Raise a ValueError, which says what differs, if ``own`` is not of this kind of run."""
-        self._run.check(own)
 
-    def _reshard(self) -> None:
-        """Let a sharded model hold its shards, whatever a forward pass left whole."""
-        if not self._checked:  # a wrapper may still shard it
-            self._sharded = sharding.sharded_modules(self.model)
-        for module in self._sharded:
-            module.reshard()
+def _evaluated(closure: Callable[[], Any]) -> Any:
+    with torch.enable_grad():
+        return closure()
 
-    def _check_processes(self) -> None:
-        """Once, for a wrapper may have sharded the parameters since this was made."""
-        if not self._checked:
-            rebaser = self._rebaser
-            check_processes(
-                self.inner, rebaser.pairs, rebaser.places, self.options, rebaser.moments
-            )
-            self._checked = True
 
-    def _step_inner(self, overflow: Tensor | None) -> None:
-        """Step the inner optimizer; a fused one leaves the step out by itself on overflow."""
-        first = not self.inner.state
-        try:
-            if overflow is None or overflow.device.type == "cpu" or not can_skip(self.inner):
-                self.inner.step()
-                return
-            self._count_skipped(overflow)
-            step_unless(overflow, self.inner)
-        except BaseException:
-            # The first step allocates, so it is where memory runs out.  What torch has made half of
-            # by then it takes for whole the next time, and finds no moments in it.
-            if first:
-                self.inner.state.clear()
-            raise
-
-    def _drop_made_state(self) -> None:
-        """Begin without the state that a step of zeros made, which counts that step."""
-        made, self._made_state = self._made_state, None
-        if made is not None and made is self.inner.state:  # none was loaded since
-            made.clear()
-
-    def _count_skipped(self, overflow: Tensor) -> None:
-        one = overflow.to(torch.int64)
-        self._skipped = one if self._skipped is None else self._skipped + one
+def _check_inner(optimizer: Any, model: Any) -> None:
+    """Raise a TypeError if these are no optimizer to wrap and the model that it trains."""
+    if isinstance(optimizer, nn.Module) and isinstance(model, torch.optim.Optimizer):
+        raise TypeError("optimizer and model are swapped: ScaLoRA(optimizer, model) takes both.")
+    if isinstance(optimizer, ScaLoRA):
+        raise TypeError("optimizer is a ScaLoRA already; pass the optimizer it wraps.")
+    if isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer):
+        name = optimizer.__name__
+        raise TypeError(
+            f"optimizer is the class {name}: pass one that was made, {name}(parameters, lr=...), "
+            f"or call scalora.create_scalora_optimizer(model, {name}, lr=...)."
+        )
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer is {described(optimizer)}, not a torch.optim.Optimizer.")
+    if isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        raise TypeError(
+            f"optimizer is a {type(optimizer).__name__} around another: wrap the innermost "
+            "one, before accelerator.prepare."
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {described(model)}, not a torch.nn.Module.")

@@ -1,7 +1,7 @@
 """What a user chooses about re-basing, validated where it is made."""
 
-from __future__ import annotations
-
+# Annotations are not strings here: `help` shows the values that an option takes.
+import inspect
 import math
 import numbers
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ from scalora.scaling import DEFAULT_BOUND
 Rule = Literal["auto", "leak", "age", "paper", "exact", "direction", "scalar", "none"]
 Accumulator = Literal["auto", "dense", "carry"]
 Rounding = Literal["stochastic", "compensated", "nearest"]
-WhenFull = Literal["compress", "hold", "fold"]
+WhenFull = Literal["compress", "hold"]
 
 _CHOICES = {"rule": Rule, "accumulator": Accumulator, "rounding": Rounding, "when_full": WhenFull}
 _REBASING = tuple(rule for rule in get_args(Rule) if rule != "none")
 _WITH_MEMORY = ("auto", "leak", "age")
-# The rules that an option means something to.  Those that are not here mean something to all.
+# Option -> the rules that it means something to; the options that are not here, to all.
 _RULES_OF: dict[str, tuple[str, ...]] = {
     "lipschitz": ("exact", "paper", "scalar"),
     "bound": _REBASING,
@@ -40,7 +40,7 @@ _AUTO_INTERVALS = 10  # re-basings in one memory
 
 
 class RebasingKeywords(TypedDict, total=False):
-    """`RebasingOptions` as keyword arguments, for type checkers."""
+    """Keyword arguments of `RebasingOptions`, for type checkers."""
 
     interval: int | Literal["auto"]
     rule: Rule
@@ -62,87 +62,45 @@ class RebasingOptions:
     """Options of `scalora.ScaLoRA`, which documents them.
 
     Raises:
-        ValueError: a value out of its range, or one that the chosen rule does not take.
+        ValueError: a value out of its range, or one that the chosen rule ignores.
         TypeError: a value of the wrong type.
     """
 
-    interval: int | str = "auto"
-    rule: str = "auto"
-    lipschitz: float | str | None = None
-    accumulator: str = "auto"
+    interval: int | Literal["auto"] = "auto"
+    rule: Rule = "auto"
+    lipschitz: float | Literal["auto"] | None = None
+    accumulator: Accumulator = "auto"
     adapter_name: str = "default"
-    rounding: str = "stochastic"
+    rounding: Rounding = "stochastic"
     bound: float = DEFAULT_BOUND
     seed: int = 0
-    carry_rank: int | str = "auto"
-    when_full: str = "compress"
+    carry_rank: int | Literal["auto"] = "auto"
+    when_full: WhenFull = "compress"
     carry_tolerance: float = 1e-4
-    calibration: int | str = "auto"
-    memory: float | str = "auto"
+    calibration: int | Literal["auto"] = "auto"
+    memory: float | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             _check_choice(name, getattr(self, name), get_args(choices))
-        self._check_interval()
+        _check_count("interval", self.interval, 1, "'auto', 1 (every step) or more")
+        _check_count("carry_rank", self.carry_rank, 1, "'auto', 1 or more")
+        _check_count("calibration", self.calibration, 0, "'auto', 0 (never) or more steps")
         _check_integer("seed", self.seed)
         if not isinstance(self.adapter_name, str):
             raise TypeError(f"adapter_name={described(self.adapter_name)} must be a string.")
         _check_number("bound", self.bound)
         if not (math.isfinite(self.bound) and self.bound >= 1):
             raise ValueError(f"bound={self.bound} must be finite and at least 1.")
-        self._check_lipschitz()
-        self._check_carry()
-        self._check_calibration()
-        self._check_memory()
-        self._check_ignored()
-
-    def _check_interval(self) -> None:
-        interval = self.interval
-        if isinstance(interval, bool) or not isinstance(interval, (int, str)):
-            raise TypeError(
-                f"interval={described(interval)} must be an integer, 1 or more, or 'auto'."
-            )
-        if interval != "auto" and (isinstance(interval, str) or interval < 1):
-            raise ValueError(f"interval={interval!r} must be 'auto', 1 (every step) or more.")
-
-    def _check_memory(self) -> None:
-        memory = self.memory
-        if memory == "auto":
-            return
-        if not isinstance(memory, str):
-            _check_number("memory", memory)
-        if isinstance(memory, str) or not 1 < memory <= 1e15:
-            raise ValueError(f"memory={memory!r} must be 'auto' or more than 1 step.")
-
-    def _check_carry(self) -> None:
-        rank = self.carry_rank
-        if isinstance(rank, bool) or not isinstance(rank, (int, str)):
-            raise TypeError(f"carry_rank={described(rank)} must be an integer or 'auto'.")
-        if rank != "auto" and (isinstance(rank, str) or rank < 1):
-            raise ValueError(f"carry_rank={rank!r} must be 'auto' or 1 at least.")
         _check_number("carry_tolerance", self.carry_tolerance)
         if not 0 <= self.carry_tolerance < 1:
             raise ValueError(f"carry_tolerance={self.carry_tolerance} must be within [0, 1).")
-
-    def _check_calibration(self) -> None:
-        steps = self.calibration
-        if isinstance(steps, bool) or not isinstance(steps, (int, str)):
-            raise TypeError(f"calibration={described(steps)} must be a number of steps or 'auto'.")
-        if steps != "auto" and (isinstance(steps, str) or steps < 0):
-            raise ValueError(f"calibration={steps!r} must be 'auto', 0 (never) or more steps.")
-
-    def _check_lipschitz(self) -> None:
-        if self.lipschitz is None or self.lipschitz == "auto":
-            return
-        if not isinstance(self.lipschitz, str):
-            _check_number("lipschitz", self.lipschitz)
-        if isinstance(self.lipschitz, str) or not (
-            self.lipschitz > 0 and math.isfinite(self.lipschitz)
-        ):
-            raise ValueError(f"lipschitz={self.lipschitz!r} must be 'auto' or a positive number.")
+        _check_lipschitz(self.lipschitz)
+        _check_memory(self.memory)
+        self._check_ignored()
 
     def _check_ignored(self) -> None:
-        """Raise a ValueError if a value would make no difference; its default says nothing."""
+        """Raise a ValueError if a value would make no difference; a default is always accepted."""
         defaults = {option.name: option.default for option in fields(RebasingOptions)}
         given = {
             name: value
@@ -161,7 +119,7 @@ class RebasingOptions:
                     f"accumulator='dense' ignores {name}={value!r}: leave it out, or use 'carry' "
                     "or 'auto'."
                 )
-            if name == "rounding" and self.accumulator == "carry" and self.when_full != "fold":
+            if name == "rounding" and self.accumulator == "carry":
                 raise ValueError(
                     f"accumulator='carry' ignores rounding={value!r}, as nothing is rounded into "
                     "the base: leave it out, or use 'dense' or 'auto'."
@@ -169,7 +127,7 @@ class RebasingOptions:
 
     @property
     def calibration_steps(self) -> int:
-        """For how many steps the length of a step is calibrated; 0: never."""
+        """Steps after the learning rate's peak during which step length is calibrated; 0: never."""
         if self.calibration == "auto":
             return _AUTO_CALIBRATION if self.rule == "auto" else 0
         return int(self.calibration)
@@ -186,7 +144,7 @@ class RebasingOptions:
 
     @property
     def memory_steps(self) -> float:
-        """For how many steps the adapter remembers, by the rules that scale P alone."""
+        """K, the number of steps that the adapter remembers, for the rules that scale P alone."""
         return _AUTO_MEMORY[self.resolved_rule] if self.memory == "auto" else float(self.memory)
 
     @property
@@ -196,13 +154,34 @@ class RebasingOptions:
             return int(self.interval)
         return max(1, int(self.memory_steps) // _AUTO_INTERVALS) if self.scales_P_alone else 1
 
+    def resolved(self) -> dict[str, Any]:
+        """Return the options that matter to the rule, with what "auto" became, by name.
+
+        ``accumulator`` is chosen per layer, and a carry grows: both stay as they were given.
+        """
+        found = {
+            option.name: getattr(self, option.name)
+            for option in fields(self)
+            if self.rule in _RULES_OF.get(option.name, (self.rule,))
+        }
+        became = {
+            "rule": self.resolved_rule,
+            "interval": self.interval_steps if self.rule != "none" else None,
+            "calibration": self.calibration_steps,
+            "memory": self.memory_steps if self.scales_P_alone else None,
+        }
+        return {name: became.get(name, value) for name, value in found.items()}
+
 
 def options_of(keywords: Mapping[str, Any], caller: str) -> RebasingOptions:
-    """The options among a callable's keyword arguments.
+    """Return a callable's keyword arguments as options.
+
+    Args:
+        keywords: names and values.
+        caller: the callable's name, for the messages.
 
     Raises:
-        TypeError, ValueError: as `RebasingOptions` does; a name that is none is one of the
-            ``caller``'s, so far as its user knows.
+        TypeError, ValueError: as `RebasingOptions` does; TypeError for a name that is no option.
     """
     known = [option.name for option in fields(RebasingOptions)]
     for name in keywords:
@@ -214,10 +193,42 @@ def options_of(keywords: Mapping[str, Any], caller: str) -> RebasingOptions:
     return RebasingOptions(**keywords)
 
 
+def option_parameters() -> list[inspect.Parameter]:
+    """Return the options as keyword-only parameters, for a callable that takes ``**options``."""
+    parameters = inspect.signature(RebasingOptions).parameters.values()
+    return [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in parameters]
+
+
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in choices:
         near = did_you_mean(value, choices) if isinstance(value, str) else ""
         raise ValueError(f"{name}={described(value)} is not one of {list(choices)}.{near}")
+
+
+def _check_count(name: str, value: Any, least: int, accepted: str) -> None:
+    """Raise if a value is neither an integer of at least ``least`` nor ``"auto"``."""
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise TypeError(f"{name}={described(value)} must be an integer: {accepted}.")
+    if value != "auto" and (isinstance(value, str) or value < least):
+        raise ValueError(f"{name}={value!r} must be {accepted}.")
+
+
+def _check_memory(memory: Any) -> None:
+    if memory == "auto":
+        return
+    if not isinstance(memory, str):
+        _check_number("memory", memory)
+    if isinstance(memory, str) or not 1 < memory <= 1e15:
+        raise ValueError(f"memory={memory!r} must be 'auto' or more than 1 step.")
+
+
+def _check_lipschitz(lipschitz: Any) -> None:
+    if lipschitz is None or lipschitz == "auto":
+        return
+    if not isinstance(lipschitz, str):
+        _check_number("lipschitz", lipschitz)
+    if isinstance(lipschitz, str) or not (lipschitz > 0 and math.isfinite(lipschitz)):
+        raise ValueError(f"lipschitz={lipschitz!r} must be 'auto' or a positive number.")
 
 
 def _check_integer(name: str, value: Any) -> None:

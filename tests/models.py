@@ -5,7 +5,7 @@ Nothing here imports scalora: the tests that reload what it wrote run where it i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,17 @@ def token_ids(*shape: int) -> Tensor:
     return torch.randint(1, VOCABULARY, shape, generator=torch.Generator().manual_seed(1))
 
 
+class Sequences(torch.utils.data.Dataset):
+    """16 random sequences of 9 tokens for a language model, as a Trainer takes them."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        ids = torch.randint(1, VOCABULARY, (9,), generator=torch.Generator().manual_seed(i))
+        return {"input_ids": ids, "labels": ids}
+
+
 def outputs(model: nn.Module, inputs: Tensor) -> Tensor:
     """A plain module's output, or a transformers model's logits or hidden states."""
     result = model(inputs)
@@ -166,6 +177,11 @@ def loss(model: nn.Module, inputs: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(2)
     targets = torch.randn(found.shape, generator=generator, dtype=torch.float64)
     return (found - targets.to(found.dtype)).square().mean()
+
+
+def language_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    """A language model's own loss on its inputs."""
+    return model(input_ids=ids, labels=ids).loss
 
 
 def train(
@@ -184,6 +200,16 @@ def train(
         optimizer.step()
         losses.append(value.item())
     return losses
+
+
+def train_on(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Tensor],
+    loss: Callable[[nn.Module, Tensor], Tensor] = loss,
+) -> list[float]:
+    """The losses of one step on each batch."""
+    return [train(model, optimizer, batch, 1, loss)[0] for batch in batches]
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-import miub.monitor
+import miub.forward_pass
 from examples.benchmark.cases import INNER, KINDS, Case, measured_steps
 from examples.benchmark.fake_device import FakeDevice, fake_device
 from examples.benchmark.llama import LAYERS_PER_BLOCK, llama, with_lora
@@ -69,7 +69,7 @@ def measuring_operations(device: FakeDevice, model: nn.Module) -> Counter[str]:
         model(input_ids=ids, attention_mask=mask, use_cache=False)
 
     # It measures outside of the modes that are entered, this one among them.
-    stay = mock.patch.object(miub.monitor, "_disable_current_modes", nullcontext)
+    stay = mock.patch.object(miub.forward_pass, "_disable_current_modes", nullcontext)
     with stay, torch.no_grad():
         plain = device.operations(forward)
         with MIUBMonitor(model, every=1):

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from miub.estimators.conditional import Conditional
+from miub.estimators.conditional import LinearGaussian
 from miub.estimators.crossfit import crossfitted
 from miub.estimators.estimate import Estimate, warns_of_heavy_tails
 from miub.estimators.samples import Samples
 
 
 @warns_of_heavy_tails
-def club(
-    u: Tensor, v: Tensor, *, noise: float = 0.0, conditional: str = "linear", seed: int = 0
-) -> Estimate:
+def club(u: Tensor, v: Tensor, *, noise: float = 0.0) -> Estimate:
     """``E_p(u,v) log q(v|u) - E_p(u)p(v) log q(v|u)`` nats, q fitted on the other half.
 
     An upper bound of I(u; v) if q is the true conditional, or closer (in KL divergence) to the
@@ -27,9 +25,6 @@ def club(
             at least 2 (d_v + 2).
         noise: tau: isotropic noise of tau times the mean variance of the coordinates, on both
             sides.  It moves both terms alike, so it enters through q alone.
-        conditional: "linear" (`conditional.fit_linear`) or "mlp" (`mlp.fit_mlp`), for dependence
-            that is not linear.
-        seed: of the network, and of the noise if it has to be drawn.
 
     Returns:
         Estimate: of shape (...); NaN where samples are not finite, 0 where u or v is constant.
@@ -39,12 +34,10 @@ def club(
 
     Cost: two fits on N / 2 samples, and N^2 d_v / 2 for the pairs.
     """
-    return crossfitted(
-        u, v, _score, noise=noise, conditional=conditional, seed=seed, draws_noise=False
-    )
+    return crossfitted(u, v, _score, noise=noise)
 
 
-def _score(training: Samples, q: Conditional, v: Tensor) -> tuple[Tensor, Tensor]:
+def _score(training: Samples, q: LinearGaussian, v: Tensor) -> tuple[Tensor, Tensor]:
     n = v.shape[-2]
     pairs = q.log_density_pairs(v)
     joint = q.log_density(v)

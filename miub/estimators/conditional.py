@@ -1,38 +1,20 @@
-"""Conditionals q(v|u) of the variational estimators: the interface, and the linear one."""
+"""The linear-Gaussian conditional q(v|u) of the variational estimators."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from miub.estimators.design import design_of
+from miub.estimators.positive_definite import jitter, logdet, squared_lengths
 from miub.estimators.regression import regress
-from miub.estimators.ridge import jitter, logdet
-from miub.estimators.samples import Samples, squared_lengths
+from miub.estimators.samples import Samples
 
 _LOG_2PI = math.log(2 * math.pi)
-
-
-class Conditional(Protocol):
-    """A Gaussian q(v|u) for the u of n samples."""
-
-    def log_density(self, v: Tensor) -> Tensor:
-        """(..., n): log q(v_i|u_i) for v (..., n, d_v)."""
-
-    def log_density_pairs(self, v: Tensor) -> Tensor:
-        """(..., n_v, n): log q(v_i|u_j) for v (..., n_v, d_v)."""
-
-    def divergence(self, mean: Tensor, covariance: Tensor) -> Tensor:
-        """(..., n): KL divergence of q(.|u_i) from N(mean (..., 1, d_v), covariance)."""
-
-
-# Fitted to some samples; evaluated at the u of others, (..., n, d_u).  The generator draws the
-# noise on u where the conditional does not carry it analytically.
-Fitted = Callable[[Tensor, torch.Generator | None], Conditional]
 
 
 @dataclass(frozen=True)
@@ -51,11 +33,11 @@ class LinearGaussian:
     carried: Tensor
 
     def log_density(self, v: Tensor) -> Tensor:
-        """See `Conditional`."""
+        """Return log q(v_i|u_i), (..., n), for v (..., n, d_v)."""
         return self._log(squared_lengths(v - self.means, self.covariance))
 
     def log_density_pairs(self, v: Tensor) -> Tensor:
-        """See `Conditional`."""
+        """Return log q(v_i|u_j), (..., n_v, n), for v (..., n_v, d_v)."""
         # Distances are of v and the means less a common origin, or they would cancel.
         origin = self.means.mean(-2, keepdim=True)
         factor = torch.linalg.cholesky_ex(self.covariance)[0]
@@ -67,7 +49,10 @@ class LinearGaussian:
         return self._log((squares - 2 * left @ right.mT).clamp_min(0))
 
     def divergence(self, mean: Tensor, covariance: Tensor) -> Tensor:
-        """See `Conditional`; in the mean over the noise on u."""
+        """Return the KL divergence (..., n) of q(.|u_i) from N(mean (..., 1, d_v), covariance).
+
+        It is the mean over the noise on u.
+        """
         r = mean.shape[-1]
         trace = torch.linalg.solve_ex(covariance, self.covariance + self.carried)[0]
         fixed = logdet(covariance) - logdet(self.covariance) - r
@@ -79,14 +64,19 @@ class LinearGaussian:
         return -(squares + constant[(..., *(None,) * (squares.ndim - constant.ndim))]) / 2
 
 
-def fit_linear(samples: Samples) -> Fitted:
-    """The linear-Gaussian conditional, by `ridge.fit_ridge`; noise on u and v is in its covariance.
+def fit_linear(
+    samples: Samples,
+) -> Callable[[Tensor, torch.Generator | None], LinearGaussian]:
+    """Fit a conditional by `ridge.fit_ridge`; noise on u and v is in its covariance.
 
-    Called with a generator, it moves the means by the noise on u.
+    Returns:
+        A function from u (..., n, d_u) to q(v|u).  With a generator, it draws the noise on u and
+        moves the means by it.
     """
     mean_u, mean_v = (x.mean(-2, keepdim=True) for x in (samples.u, samples.v))
-    regression = regress(replace(samples, u=samples.u - mean_u, v=samples.v - mean_v))
-    weight, carried = regression.ridge.weight, regression.carried
+    centred = replace(samples, u=samples.u - mean_u, v=samples.v - mean_v)
+    regression = regress(design_of(centred))
+    weight, carried = regression.ridge.weight(centred.u), regression.carried
 
     def at(u: Tensor, generator: torch.Generator | None) -> LinearGaussian:
         means = mean_v + (u - mean_u) @ weight
@@ -99,17 +89,18 @@ def fit_linear(samples: Samples) -> Fitted:
 
 
 def moved_by_noise(means: Tensor, carried: Tensor, generator: torch.Generator) -> Tensor:
-    """Predictions (..., n, d_v) as they would be from u with its noise, drawn where they are.
+    """Return predictions (..., n, d_v) as they would be from u with its noise, which is drawn.
 
     Args:
         means: predictions from u without it.
         carried: (..., d_v, d_v), the covariance that the noise gives them.
         generator: on their device.
     """
-    factor = torch.linalg.cholesky_ex(carried + jitter(carried))[0]
-    return means + draw(means.shape, generator, means) @ factor.mT
+    # More than rounds a product of the weights: from inner products of samples they are less exact.
+    factor = torch.linalg.cholesky_ex(carried + 8 * jitter(carried))[0]
+    return means + standard_normal(means.shape, generator, means) @ factor.mT
 
 
-def draw(shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:
-    """Standard normal numbers of a tensor's dtype, on its device."""
+def standard_normal(shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:
+    """Return standard normal numbers of a tensor's dtype, on its device."""
     return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)

@@ -3,56 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from miub.estimators.conditional import Conditional, Fitted, draw, fit_linear
+from miub.estimators.conditional import LinearGaussian, fit_linear, standard_normal
 from miub.estimators.estimate import Estimate, estimate_of
-from miub.estimators.mlp import fit_mlp
 from miub.estimators.samples import FEWEST, Samples, full_precision, prepare
-
-ConditionalName = Literal["linear", "mlp"]
 
 # The training half, q at the held-out u, the held-out v -> value (...) and the terms (..., n) whose
 # spread is the value's.
-Score = Callable[[Samples, Conditional, Tensor], tuple[Tensor, Tensor]]
+Score = Callable[[Samples, LinearGaussian, Tensor], tuple[Tensor, Tensor]]
 
 
 def fewest_in_a_half(coordinates: int) -> int:
-    """Samples from which the inverse of so many coordinates' covariance has an expectation."""
+    """Return from how many samples the inverse of a covariance of that size has an expectation."""
     return coordinates + 2
 
 
 @torch.no_grad()
 def crossfitted(
-    u: Tensor,
-    v: Tensor,
-    score: Score,
-    *,
-    noise: float,
-    conditional: str,
-    seed: int,
-    draws_noise: bool,
+    u: Tensor, v: Tensor, score: Score, *, noise: float, drawn_with: int | None = None
 ) -> Estimate:
-    """The mean of ``score`` over both halves.
+    """Return the mean of ``score`` over both halves.
 
     Args:
         u, v: (..., N, d_u), (..., N, d_v).
-        score: what to compute on a half that was held out.
-        noise: tau of the derivation's section 5.
-        conditional: "linear" or "mlp".
-        seed: of the drawn noise and of the network.
-        draws_noise: whether the score needs samples that carry the noise.  Otherwise it is in the
-            conditional analytically, where that is linear.
+        score: computed on a half that was held out.
+        noise: tau of the noise model.
+        drawn_with: seed of the noise, for a score that needs samples that carry it; None: the noise
+            is in the conditional analytically.
 
     Raises:
-        ValueError: an unknown conditional; fewer than 16 samples, or without noise fewer than
-            2 (d_v + 2); and as `samples.prepare` does.
+        ValueError: fewer than 16 samples, or without noise fewer than 2 (d_v + 2); and as
+            `samples.prepare` does.
     """
-    if conditional not in ("linear", "mlp"):
-        raise ValueError(f"conditional must be 'linear' or 'mlp', got {conditional!r}.")
     with full_precision():
         samples = prepare(u, v, noise)
         half = samples.n // 2
@@ -65,20 +50,18 @@ def crossfitted(
                 f"{2 * fewest_in_a_half(v.shape[-1])}, give noise=, or take tempered, which holds "
                 "out no samples."
             )
-        generator = torch.Generator(u.device).manual_seed(seed)
+        generator = None
+        if drawn_with is not None and noise > 0:
+            generator = torch.Generator(u.device).manual_seed(drawn_with)
         parts = samples.part(0, half), samples.part(half, 2 * half)
         values, variances = [], []
         for training, held_out in (parts, parts[::-1]):
-            fitted: Fitted = (
-                fit_linear(training) if conditional == "linear" else fit_mlp(training, seed=seed)
-            )
+            q_of = fit_linear(training)
             v_held_out = held_out.v
-            noisy = noise > 0 and (draws_noise or conditional == "mlp")
-            if noisy:
-                drawn = draw(v_held_out.shape, generator, v_held_out)
+            if generator is not None:
+                drawn = standard_normal(v_held_out.shape, generator, v_held_out)
                 v_held_out = v_held_out + samples.noise_v.sqrt() * drawn
-            q = fitted(held_out.u, generator if noisy else None)
-            value, terms = score(training, q, v_held_out)
+            value, terms = score(training, q_of(held_out.u, generator), v_held_out)
             values.append(value)
             variances.append(terms.var(-1) / half)
         value = (values[0] + values[1]) / 2

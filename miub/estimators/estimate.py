@@ -1,4 +1,4 @@
-"""What an estimator returns, and when it says that it means little."""
+"""The result of an estimator, and when it means little."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import ParamSpec
 
 from torch import Tensor
 
+from miub.estimators.design import Design
 from miub.estimators.samples import Samples
 from scalora.warning import warn
 
 P = ParamSpec("P")
 
-# Above this share of the variance, and what chance gives a few samples.
+# A sample is heavy above this share of the variance, and the share that chance gives a few samples.
 _HEAVY = 0.1
 
 
@@ -26,7 +27,7 @@ class Estimate:
     Attributes:
         value: (...), nats, on the samples' device; at least 0, as mutual information is.
         stderr: (...), nats: its standard error over the draw of the samples.
-        n: the number of samples it was made from.
+        n: the number of samples behind it.
         heaviest: (...): the largest share that a single sample has of the variance of u or of v, or
             None where it was not looked at.  Where moments exist it falls with the number of
             samples; where it does not, as for Cauchy samples, an estimate from moments means little
@@ -39,8 +40,8 @@ class Estimate:
     heaviest: Tensor | None = None
 
 
-def estimate_of(samples: Samples, value: Tensor, stderr: Tensor, n: int) -> Estimate:
-    """Make an estimate: 0 where u or v is constant, and never negative.
+def estimate_of(samples: Samples | Design, value: Tensor, stderr: Tensor, n: int) -> Estimate:
+    """Return an estimate: 0 where u or v is constant, and never negative.
 
     A bound stays one: mutual information is not negative, so the larger of an upper bound and 0 is
     an upper bound, and the larger of a lower bound and 0 a lower bound.  NaN stays NaN.
@@ -50,7 +51,7 @@ def estimate_of(samples: Samples, value: Tensor, stderr: Tensor, n: int) -> Esti
 
 
 def is_heavy(heaviest: float, n: int) -> bool:
-    """Whether a single one of n samples decides their moments.
+    """Return whether a single one of n samples decides their moments.
 
     A Gaussian number's largest square of n is about 2 log n times its variance.
     """
@@ -58,7 +59,7 @@ def is_heavy(heaviest: float, n: int) -> bool:
 
 
 def warns_of_heavy_tails(estimator: Callable[P, Estimate]) -> Callable[P, Estimate]:
-    """Let an estimator that is made of moments warn where a single sample decides them.
+    """Let an estimator from moments warn where a single sample decides them.
 
     Samples on a device are not looked at, which would wait for it: `Estimate.heaviest` says so.
     """

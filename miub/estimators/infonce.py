@@ -6,15 +6,13 @@ import math
 
 from torch import Tensor
 
-from miub.estimators.conditional import Conditional
+from miub.estimators.conditional import LinearGaussian
 from miub.estimators.crossfit import crossfitted
 from miub.estimators.estimate import Estimate
 from miub.estimators.samples import Samples
 
 
-def infonce(
-    u: Tensor, v: Tensor, *, noise: float = 0.0, conditional: str = "linear", seed: int = 0
-) -> Estimate:
+def infonce(u: Tensor, v: Tensor, *, noise: float = 0.0, seed: int = 0) -> Estimate:
     """``mean_i log q(v_i|u_i) - log mean_j q(v_i|u_j)`` nats, q fitted on the other half.
 
     A lower bound of I(u; v) in expectation whatever q is (van den Oord et al. 2018, arXiv
@@ -25,8 +23,7 @@ def infonce(
             at least 2 (d_v + 2).
         noise: tau: isotropic noise of tau times the mean variance of the coordinates, on both
             sides; drawn.
-        conditional: "linear" (`conditional.fit_linear`) or "mlp" (`mlp.fit_mlp`).
-        seed: of the noise and of the network.
+        seed: of the noise.
 
     Returns:
         Estimate: of shape (...); NaN where samples are not finite, 0 where u or v is constant.
@@ -36,17 +33,15 @@ def infonce(
 
     Cost: two fits on N / 2 samples, and N^2 d_v / 2 for the pairs.
     """
-    return crossfitted(
-        u, v, _score, noise=noise, conditional=conditional, seed=seed, draws_noise=True
-    )
+    return crossfitted(u, v, _score, noise=noise, drawn_with=seed)
 
 
-def _score(training: Samples, q: Conditional, v: Tensor) -> tuple[Tensor, Tensor]:
+def _score(training: Samples, q: LinearGaussian, v: Tensor) -> tuple[Tensor, Tensor]:
     return contrast(q, v)
 
 
-def contrast(q: Conditional, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The bound (...) and its terms (..., n), for v (..., n, d_v) that q was not fitted to."""
+def contrast(q: LinearGaussian, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the bound (...) and its terms (..., n), for v (..., n, d_v) outside of the fit."""
     pairs = q.log_density_pairs(v)
     terms = pairs.diagonal(dim1=-2, dim2=-1) - pairs.logsumexp(-1) + math.log(v.shape[-2])
     return terms.mean(-1), terms

@@ -7,16 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-from miub.estimators.conditional import Conditional
+from miub.estimators.conditional import LinearGaussian
 from miub.estimators.crossfit import crossfitted
 from miub.estimators.estimate import Estimate, warns_of_heavy_tails
 from miub.estimators.samples import Samples
 
 
 @warns_of_heavy_tails
-def l1out(
-    u: Tensor, v: Tensor, *, noise: float = 0.0, conditional: str = "linear", seed: int = 0
-) -> Estimate:
+def l1out(u: Tensor, v: Tensor, *, noise: float = 0.0, seed: int = 0) -> Estimate:
     """``mean_i log q(v_i|u_i) - log mean_(j != i) q(v_i|u_j)`` nats, q fitted on the other half.
 
     An upper bound of I(u; v) in expectation if q is the true conditional (Poole et al. 2019, arXiv
@@ -28,8 +26,7 @@ def l1out(
             at least 2 (d_v + 2).
         noise: tau: isotropic noise of tau times the mean variance of the coordinates, on both
             sides; drawn.
-        conditional: "linear" (`conditional.fit_linear`) or "mlp" (`mlp.fit_mlp`).
-        seed: of the noise and of the network.
+        seed: of the noise.
 
     Returns:
         Estimate: of shape (...); NaN where samples are not finite, 0 where u or v is constant.
@@ -39,12 +36,10 @@ def l1out(
 
     Cost: two fits on N / 2 samples, and N^2 d_v / 2 for the pairs.
     """
-    return crossfitted(
-        u, v, _score, noise=noise, conditional=conditional, seed=seed, draws_noise=True
-    )
+    return crossfitted(u, v, _score, noise=noise, drawn_with=seed)
 
 
-def _score(training: Samples, q: Conditional, v: Tensor) -> tuple[Tensor, Tensor]:
+def _score(training: Samples, q: LinearGaussian, v: Tensor) -> tuple[Tensor, Tensor]:
     n = v.shape[-2]
     pairs = q.log_density_pairs(v)
     own = torch.eye(n, dtype=torch.bool, device=v.device)

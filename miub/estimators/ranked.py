@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from miub.estimators.conditional import draw
+from miub.estimators.conditional import standard_normal
+from miub.estimators.design import design_of
 from miub.estimators.estimate import Estimate
 from miub.estimators.regression import regress
 from miub.estimators.samples import full_precision, prepare
@@ -48,12 +49,12 @@ def ranked(
         u, v = given.u, given.v
         if noise > 0:
             generator = torch.Generator(u.device).manual_seed(seed)
-            u = u + given.noise_u.sqrt() * draw(u.shape, generator, u)
-            v = v + given.noise_v.sqrt() * draw(v.shape, generator, v)
+            u = u + given.noise_u.sqrt() * standard_normal(u.shape, generator, u)
+            v = v + given.noise_v.sqrt() * standard_normal(v.shape, generator, v)
         u, v = (_with_magnitude(normal_scores(x)) for x in (u, v))
         # Noise that was drawn on a constant is not a signal.
         u, v = (x * given.informative[..., None, None] for x in (u, v))
-        return tempered_moments(regress(prepare(u, v, 0.0, overwrite=True)), order)
+        return tempered_moments(regress(design_of(prepare(u, v, 0.0))), order)
 
 
 def normal_scores(x: Tensor) -> Tensor:

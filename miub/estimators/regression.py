@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from miub.estimators.ridge import PENALTIES, Ridge, fit_ridge, jitter
+from miub.estimators.design import Design
+from miub.estimators.positive_definite import jitter
+from miub.estimators.ridge import PENALTIES, Ridge, fit_ridge
 from miub.estimators.samples import Samples
 
 
@@ -17,7 +19,7 @@ class Regression:
     """A ridge regression of v on u, and the covariances that follow from it.
 
     Attributes:
-        samples: what it was made from.
+        design: the samples.
         ridge: the fit.
         covariance: (..., d_v, d_v), of v with its noise.
         conditional: (..., d_v, d_v), of v given u, both with their noise.
@@ -25,7 +27,7 @@ class Regression:
         least: (..., d_v, d_v), the part of both that the noise on v brings.
     """
 
-    samples: Samples
+    design: Design
     ridge: Ridge
     covariance: Tensor
     conditional: Tensor
@@ -33,24 +35,24 @@ class Regression:
     least: Tensor
 
 
-def regress(samples: Samples, penalties: Sequence[float] = PENALTIES) -> Regression:
+def regress(design: Design, penalties: Sequence[float] = PENALTIES) -> Regression:
     """Fit to centred samples, and take the moments; see `ridge.fit_ridge`."""
-    ridge = fit_ridge(samples, penalties)
-    covariance, least = _covariance(samples.v, samples.noise_v)
-    carried = samples.noise_u * (ridge.weight.mT @ ridge.weight)
+    ridge = fit_ridge(design, penalties)
+    covariance, least = _covariance(design.v, design.noise_v)
+    carried = design.noise_u * ridge.squared_weight
     residual = ridge.unbiased_residual
-    conditional = residual.mT @ residual / samples.n + carried + least
-    return Regression(samples, ridge, covariance, conditional, carried, least)
+    conditional = residual.mT @ residual / design.n + carried + least
+    return Regression(design, ridge, covariance, conditional, carried, least)
 
 
 def spread(samples: Samples) -> tuple[Tensor, Tensor]:
-    """Mean (..., 1, d_v) and covariance (..., d_v, d_v) of v with its noise."""
+    """Return the mean (..., 1, d_v) and covariance (..., d_v, d_v) of v with its noise."""
     mean = samples.v.mean(-2, keepdim=True)
     return mean, _covariance(samples.v - mean, samples.noise_v)[0]
 
 
 def _covariance(v: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Of centred v with its noise, and the part that the noise brings."""
+    """Return the covariance of centred v with its noise, and the part that the noise brings."""
     covariance = v.mT @ v / (v.shape[-2] - 1)
     identity = torch.eye(v.shape[-1], dtype=v.dtype, device=v.device)
     least = noise * identity + jitter(covariance)

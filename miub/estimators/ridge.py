@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from miub.estimators.samples import Samples, energy
+from miub.estimators.design import Design
+from miub.estimators.positive_definite import cholesky, inverse_of_triangle, jitter, logdet
+from miub.estimators.samples import energy
 
 # Penalties that are tried, over the total variance of u.  The first leaves the noise model's own.
 PENALTIES = (0.0, 1e-3, 1e-2, 10**-1.5, 1e-1, 10**-0.5, 1.0, 10**0.5, 10.0, 100.0)
@@ -24,15 +26,23 @@ class Ridge:
     """Ridge regression of v on u, both centred.
 
     Attributes:
-        weight: (..., d_u, d_v).
+        coefficients: the weights (..., d_u, d_v) where d_u < N; else (..., N, d_v), whose products
+            with the samples, ``u^T coefficients``, are the weights.
+        squared_weight: (..., d_v, d_v), ``W^T W`` of the weights.
         residual: (..., N, d_v), the residuals of the samples it was fitted to.
-        freedom: (..., N, 1), one minus each sample's leverage: what a residual's variance is of
-            the noise's.
+        freedom: (..., N, 1), one minus each sample's leverage: the variance of its residual over
+            that of the noise.
     """
 
-    weight: Tensor
+    coefficients: Tensor
+    squared_weight: Tensor
     residual: Tensor
     freedom: Tensor
+
+    def weight(self, u: Tensor) -> Tensor:
+        """Return the weights (..., d_u, d_v), given the samples (..., N, d_u) of the fit."""
+        n, d = u.shape[-2:]
+        return self.coefficients if d < n else u.mT @ self.coefficients
 
     @property
     def unbiased_residual(self) -> Tensor:
@@ -53,8 +63,8 @@ class Ridge:
         return self.residual / self.freedom
 
 
-def fit_ridge(samples: Samples, penalties: Sequence[float] = PENALTIES) -> Ridge:
-    """Regularised as leaving one out asks for, and at least as the noise on u implies.
+def fit_ridge(design: Design, penalties: Sequence[float] = PENALTIES) -> Ridge:
+    """Fit with the regularisation that leaving one out chooses, at least what noise on u implies.
 
     Noise of variance t on every coordinate of u is, in the mean over its draws, a penalty of N t.
     On top of it two numbers are chosen: a penalty, and a factor in [0, 1] by which the weights are
@@ -63,43 +73,42 @@ def fit_ridge(samples: Samples, penalties: Sequence[float] = PENALTIES) -> Ridge
     leverages, without refitting.
 
     Both are chosen on all samples.  A penalty that suits a few of them shrinks the weights of many
-    for nothing: the error of the fit falls as 1 / N, and what it is worth to shrink falls with it.
+    for nothing: the error of the fit falls as 1 / N, and the gain from shrinking falls with it.
 
     Args:
-        samples: N of them, centred.
+        design: of N samples.
         penalties: those to try, over the total variance of u.
 
-    Cost: N d_u min(N, d_u) for the Gram matrix, min(N, d_u)^3 and N d_u d_v for each penalty.
+    Cost: for each penalty min(N, d_u)^3 / 3, and N d_u^2 / 2 where d_u < N.
     """
-    u, v = samples.u, samples.v
-    own = samples.n * samples.noise_u + _least_penalty(u)
-    gram = _gram(u)
-    added = [penalty * energy(u) / samples.n for penalty in penalties]
-    chosen = added[0] if len(added) == 1 else _chosen(u, v, gram, added, own)
-    fit = _fit(u, v, gram, chosen + own)
-    return _shrunk(fit, v, _scores(fit, v).argmin(-1))
+    own = design.n * design.noise_u + _least_penalty(design)
+    added = [penalty * design.energy / design.n for penalty in penalties]
+    chosen = added[0] if len(added) == 1 else _chosen(design, added, own)
+    fit = _fit(design, chosen + own)
+    return _shrunk(fit, design.v, _scores(fit, design.v).argmin(-1))
 
 
-def _chosen(u: Tensor, v: Tensor, gram: Tensor, added: Sequence[Tensor], own: Tensor) -> Tensor:
-    """The best (..., 1, 1) of some penalties on top of the noise's, each at its best shrinkage.
+def _chosen(design: Design, added: Sequence[Tensor], own: Tensor) -> Tensor:
+    """Return the best (..., 1, 1) of some penalties on top of the noise's.
 
-    Beyond 512 samples in fewer dimensions by generalised cross-validation (Golub, Heath and Wahba
-    1979): every leverage is taken to be their mean.
+    Each is judged at its best shrinkage.  Beyond 512 samples in fewer dimensions by generalised
+    cross-validation (Golub, Heath and Wahba 1979): every leverage is taken to be their mean.
     """
-    estimate = _fit if u.shape[-2] <= _OWN_LEVERAGE_UP_TO else _fit_at_mean_leverage
-    best, chosen = u.new_full(added[0].shape, math.inf), added[0]
+    estimate = _fit if design.n <= _OWN_LEVERAGE_UP_TO else _fit_at_mean_leverage
+    best, chosen = design.v.new_full(added[0].shape, math.inf), added[0]
     # Not all at once, which would hold a factor of the Gram matrix for each.
     for penalty in added:
-        score = _scores(estimate(u, v, gram, penalty + own), v).amin(-1)[..., None, None]
+        score = _scores(estimate(design, penalty + own), design.v).amin(-1)[..., None, None]
         # Kept on the device: each leading index has a penalty of its own.
         better = score < best
         best, chosen = torch.where(better, score, best), torch.where(better, penalty, chosen)
     return chosen
 
 
-def _least_penalty(u: Tensor) -> Tensor:
-    """(..., 1, 1): what the arithmetic resolves of the largest eigenvalue of a Gram matrix."""
-    return 4 * torch.finfo(u.dtype).eps * energy(u)
+def _least_penalty(design: Design) -> Tensor:
+    """(..., 1, 1): the arithmetic's resolution of the largest eigenvalue of a Gram matrix."""
+    finfo = torch.finfo(design.gram.dtype)
+    return 4 * finfo.eps * design.energy + finfo.tiny
 
 
 def _scores(fit: Ridge, v: Tensor) -> Tensor:
@@ -119,99 +128,58 @@ def _scores(fit: Ridge, v: Tensor) -> Tensor:
 
 
 def _shrunk(fit: Ridge, v: Tensor, index: Tensor) -> Ridge:
-    """The fit with its weights times ``index / 20``."""
+    """Return the fit with its weights times ``index / 20``."""
     factor = (index.to(v.dtype) / (_SHRINKAGES - 1))[..., None, None]
     whole = 1 - 1 / v.shape[-2]
     return Ridge(
-        factor * fit.weight,
+        factor * fit.coefficients,
+        factor.square() * fit.squared_weight,
         v - factor * (v - fit.residual),
         whole - factor * (whole - fit.freedom),
     )
 
 
-def _is_primal(u: Tensor) -> bool:
-    n, d = u.shape[-2:]
-    return d < n
+def _fit(design: Design, penalty: Tensor) -> Ridge:
+    """Return the fit at one penalty (..., 1, 1), with the leverage of each sample."""
+    v = design.v
+    factor = cholesky(design.gram, penalty)
+    if design.u is None:
+        return _dual(v, inverse_of_triangle(factor), penalty)
+    # From the right: the same numbers as the left-hand solve of u^T, in half the time.
+    half = torch.linalg.solve_triangular(factor.mT, design.u, upper=True, left=False)
+    weight = torch.linalg.solve_triangular(factor.mT, half.mT @ v, upper=True)
+    leverage = torch.linalg.vector_norm(half, dim=-1, keepdim=True).square()
+    freedom = _freedom(1 - leverage, design.n)
+    return Ridge(weight, weight.mT @ weight, v - design.u @ weight, freedom)
 
 
-def _gram(u: Tensor) -> Tensor:
-    """(..., d, d), or (..., N, N) where that is smaller: its lower triangle at least."""
-    return u.mT @ u if _is_primal(u) else _outer_gram(u)
-
-
-def _fit(u: Tensor, v: Tensor, gram: Tensor, penalty: Tensor) -> Ridge:
-    """Centred u (..., N, d), v (..., N, r), penalty (..., 1, 1)."""
-    penalty = penalty + torch.finfo(u.dtype).tiny
-    return (_fit_primal if _is_primal(u) else _fit_dual)(u, v, gram, penalty)
-
-
-def _fit_primal(u: Tensor, v: Tensor, gram: Tensor, penalty: Tensor) -> Ridge:
-    factor = _cholesky(gram, penalty)
-    half = torch.linalg.solve_triangular(factor, u.mT, upper=False)
-    weight = torch.linalg.solve_triangular(factor.mT, half @ v, upper=True)
-    leverage = torch.linalg.vector_norm(half, dim=-2).square().unsqueeze(-1)
-    return Ridge(weight, v - u @ weight, _freedom(1 - leverage, u.shape[-2]))
-
-
-def _fit_at_mean_leverage(u: Tensor, v: Tensor, gram: Tensor, penalty: Tensor) -> Ridge:
-    """`_fit`, with the mean of the samples' leverages, (..., 1, 1), where that costs less."""
-    if not _is_primal(u):
-        return _fit(u, v, gram, penalty)
-    n, d = u.shape[-2:]
-    penalty = penalty + torch.finfo(u.dtype).tiny
-    inverse = _inverse_factor(_cholesky(gram, penalty))
+def _fit_at_mean_leverage(design: Design, penalty: Tensor) -> Ridge:
+    """Return `_fit` with the mean of the samples' leverages, (..., 1, 1), where it costs less."""
+    if design.u is None:
+        return _fit(design, penalty)
+    u, v = design.u, design.v
+    inverse = inverse_of_triangle(cholesky(design.gram, penalty))
     weight = inverse.mT @ (inverse @ (u.mT @ v))
-    left = (penalty * energy(inverse)).clamp(0, d)
-    return Ridge(weight, v - u @ weight, _freedom(1 - (d - left) / n, n))
+    left = (penalty * energy(inverse)).clamp(0, u.shape[-1])
+    freedom = _freedom(1 - (u.shape[-1] - left) / design.n, design.n)
+    return Ridge(weight, weight.mT @ weight, v - u @ weight, freedom)
 
 
-def _fit_dual(u: Tensor, v: Tensor, gram: Tensor, penalty: Tensor) -> Ridge:
-    inverse = _inverse_factor(_cholesky(gram, penalty))
+def _dual(v: Tensor, inverse: Tensor, penalty: Tensor) -> Ridge:
+    """Return the fit by the inverse (..., N, N) of the factor of ``u u^T + penalty I``."""
     dual = inverse.mT @ (inverse @ v)
+    residual = penalty * dual
+    squared_weight = dual.mT @ (v - residual)
     freedom = penalty * torch.linalg.vector_norm(inverse, dim=-2).square().unsqueeze(-1)
-    return Ridge(u.mT @ dual, penalty * dual, _freedom(freedom, u.shape[-2]))
-
-
-def _inverse_factor(factor: Tensor) -> Tensor:
-    """Of a lower triangular matrix."""
-    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    return torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
-
-
-def _outer_gram(u: Tensor) -> Tensor:
-    """``u u^T`` by its lower triangle of blocks: a factorisation reads no more of it."""
-    half = u.shape[-2] // 2
-    first, second = u[..., :half, :], u[..., half:, :]
-    gram = u.new_zeros(*u.shape[:-1], u.shape[-2])
-    gram[..., :half, :half] = first @ first.mT
-    gram[..., half:, :half] = second @ first.mT
-    gram[..., half:, half:] = second @ second.mT
-    return gram
+    return Ridge(
+        dual,
+        (squared_weight + squared_weight.mT) / 2,
+        residual,
+        _freedom(freedom, v.shape[-2]),
+    )
 
 
 def _freedom(one_minus_leverage: Tensor, n: int) -> Tensor:
-    """The mean of n samples took one more degree of freedom: 1/n of every sample's."""
+    """Return it less 1/n, each sample's share of the degree of freedom that their mean took."""
     resolution = torch.finfo(one_minus_leverage.dtype).eps
     return (one_minus_leverage - 1 / n).clamp_min(resolution)
-
-
-def _cholesky(gram: Tensor, penalty: Tensor) -> Tensor:
-    size = gram.shape[-1]
-    identity = torch.eye(size, dtype=gram.dtype, device=gram.device)
-    # The _ex form: a check of the factorisation would wait for the device.
-    return torch.linalg.cholesky_ex(gram + penalty * identity)[0]
-
-
-def logdet(covariance: Tensor) -> Tensor:
-    """(...,): log determinant of positive definite matrices (..., r, r)."""
-    factor = torch.linalg.cholesky_ex(covariance)[0]
-    return 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-
-
-def jitter(covariance: Tensor) -> Tensor:
-    """What keeps a covariance positive definite in its arithmetic, times the identity."""
-    r = covariance.shape[-1]
-    level = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    finfo = torch.finfo(covariance.dtype)
-    identity = torch.eye(r, dtype=covariance.dtype, device=covariance.device)
-    return (8 * finfo.eps * level + finfo.tiny) * identity

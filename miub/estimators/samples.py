@@ -14,7 +14,7 @@ FEWEST = 8
 
 @dataclass(frozen=True)
 class Samples:
-    """Pairs of samples under the noise model of the derivation's section 5.
+    """Pairs of samples under the noise model of docs/miub.md, "What is measured".
 
     Attributes:
         u: (..., N, d_u), centred, float32 at least.
@@ -32,24 +32,21 @@ class Samples:
 
     @property
     def n(self) -> int:
-        """How many there are."""
+        """The number of samples."""
         return self.u.shape[-2]
 
     @property
     def heaviest(self) -> Tensor:
         """(...): the largest share that a sample has of all squares of u, or of v; NaN is 0."""
-        shares = (_largest_share(self.u), _largest_share(self.v))
-        return torch.maximum(*shares).nan_to_num(0)
+        return larger_share(squares_of(self.u), squares_of(self.v))
 
     def part(self, start: int, end: int) -> Samples:
-        """The samples from ``start`` to ``end`` under the same noise, not centred again."""
+        """Return the samples from ``start`` to ``end`` under the same noise, not centred again."""
         return replace(self, u=self.u[..., start:end, :], v=self.v[..., start:end, :])
 
 
-def prepare(u: Tensor, v: Tensor, noise: float, *, overwrite: bool = False) -> Samples:
+def prepare(u: Tensor, v: Tensor, noise: float) -> Samples:
     """Check the samples, centre them and work out the noise's variances.
-
-    With ``overwrite`` they are centred where they lie, if they need no other dtype.
 
     Raises:
         TypeError: samples that are not real floating-point tensors.
@@ -70,54 +67,60 @@ def prepare(u: Tensor, v: Tensor, noise: float, *, overwrite: bool = False) -> S
         )
     if u.device != v.device:
         raise ValueError(f"u is on {u.device} and v on {v.device}; move one.")
-    if u.shape[-2] < FEWEST:
-        raise ValueError(f"at least {FEWEST} samples are needed, got {u.shape[-2]}.")
-    if not 0 <= noise < float("inf"):
-        raise ValueError(f"noise must be finite and at least 0, got {noise}.")
+    check_number(u.shape[-2], noise)
     dtype = torch.promote_types(torch.promote_types(u.dtype, v.dtype), torch.float32)
-    u, variance_u = _centred_with_variance(u.detach().to(dtype), overwrite)
-    v, variance_v = _centred_with_variance(v.detach().to(dtype), overwrite)
+    u, variance_u = centred_with_variance(u.detach().to(dtype))
+    v, variance_v = centred_with_variance(v.detach().to(dtype))
     informative = ((variance_u > 0) & (variance_v > 0))[..., 0, 0]
     return Samples(u, v, noise * variance_u, noise * variance_v, informative)
+
+
+def check_number(n: int, noise: float) -> None:
+    """Raise a ValueError for fewer than 8 samples, or noise that is negative or infinite."""
+    if n < FEWEST:
+        raise ValueError(f"at least {FEWEST} samples are needed, got {n}.")
+    if not 0 <= noise < float("inf"):
+        raise ValueError(f"noise must be finite and at least 0, got {noise}.")
 
 
 def _kind(x: object) -> str:
     return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
 
 
-def _largest_share(x: Tensor) -> Tensor:
-    squares = torch.linalg.vector_norm(x, dim=-1).square()
-    return squares.amax(-1) / squares.sum(-1)
+def squares_of(x: Tensor) -> Tensor:
+    """Return the squared lengths (..., N) of samples (..., N, d)."""
+    return torch.linalg.vector_norm(x, dim=-1).square()
+
+
+def larger_share(squares_u: Tensor, squares_v: Tensor) -> Tensor:
+    """Return the largest share (...) that one of N samples has of the sum of either's squares."""
+    shares = (squares.amax(-1) / squares.sum(-1) for squares in (squares_u, squares_v))
+    return torch.maximum(*shares).nan_to_num(0)
 
 
 def energy(x: Tensor) -> Tensor:
-    """(..., 1, 1): sum of all squares of x (..., N, d)."""
+    """Return the sum (..., 1, 1) of all squares of x (..., N, d)."""
     return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).square()
 
 
-def _centred_with_variance(x: Tensor, overwrite: bool) -> tuple[Tensor, Tensor]:
-    """Return x centred, and (..., 1, 1) the mean variance of its coordinates.
-
-    Zero where what varies is below the arithmetic's resolution of the values themselves.
-    """
+def centred_with_variance(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x (..., N, d) centred, and the mean variance (..., 1, 1) of its coordinates."""
     n, d = x.shape[-2:]
     mean = x.mean(-2, keepdim=True)
-    x = x.sub_(mean) if overwrite else x - mean
-    variance = energy(x) / (n * d)
-    resolution = 4 * torch.finfo(x.dtype).eps ** 2 * mean.square().mean(-1, keepdim=True)
+    x = x - mean
+    return x, resolved(energy(x) / (n * d), mean.square().mean(-1, keepdim=True))
+
+
+def resolved(variance: Tensor, squared_mean: Tensor) -> Tensor:
+    """Return a variance, or zero where the arithmetic cannot tell it from rounding of the mean."""
+    resolution = 4 * torch.finfo(variance.dtype).eps ** 2 * squared_mean
     # Negated, so that what is not a number stays: it must not pass for a constant.
-    return x, variance * ~(variance <= resolution)
-
-
-def squared_lengths(x: Tensor, covariance: Tensor) -> Tensor:
-    """(..., N): ``x_i' covariance^-1 x_i`` for x (..., N, r)."""
-    factor = torch.linalg.cholesky_ex(covariance)[0]
-    return torch.linalg.solve_triangular(factor, x.mT, upper=False).square().sum(-2)
+    return variance * ~(variance <= resolution)
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Matrix products of float32 in float32, whatever the script allows for its own.
+    """Compute matrix products of float32 in float32, whatever the script allows for its own.
 
     Gram matrices in TF32 would be off by 1e-3 of their largest entries, more than the noise.
     """

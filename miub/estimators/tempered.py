@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from miub.estimators.design import design_of
 from miub.estimators.estimate import Estimate, estimate_of, warns_of_heavy_tails
+from miub.estimators.positive_definite import logdet
 from miub.estimators.regression import Regression, regress
-from miub.estimators.ridge import PENALTIES, logdet
+from miub.estimators.ridge import PENALTIES
 from miub.estimators.samples import full_precision, prepare
 
 
@@ -58,17 +60,17 @@ def tempered(
             `samples.prepare`.
 
     Cost: N d_u min(N, d_u), and min(N, d_u)^3 + N d_u d_v for each penalty; up to 512 samples
-        N d_u^2 for each penalty.
+        N d_u^2 for each penalty where d_u < N.
     """
     with full_precision():
-        return tempered_moments(regress(prepare(u, v, noise), penalties), order)
+        return tempered_moments(regress(design_of(prepare(u, v, noise)), penalties), order)
 
 
 def tempered_moments(regression: Regression, order: float) -> Estimate:
-    """`tempered` from the moments of a regression that has been made."""
+    """Return `tempered` from the moments of a regression."""
     if not 0 < order <= 1:
         raise ValueError(f"order must be in (0, 1], got {order}.")
-    samples, S, R = regression.samples, regression.covariance, regression.conditional
+    design, S, R = regression.design, regression.covariance, regression.conditional
     mixed = (1 - order) * R + order * S
     inverse = torch.linalg.inv_ex(mixed)[0]
     trace = (inverse * S).sum((-2, -1))
@@ -77,10 +79,10 @@ def tempered_moments(regression: Regression, order: float) -> Estimate:
     by_mixed = inverse / (2 * order) - inverse @ S @ inverse / 2
     by_R = (1 - order) * by_mixed - torch.linalg.inv_ex(R)[0] / (2 * order)
     by_S = order * by_mixed + inverse / 2
-    v, residual = samples.v, regression.ridge.unbiased_residual
+    v, residual = design.v, regression.ridge.unbiased_residual
     influence = ((v @ by_S) * v).sum(-1) + ((residual @ by_R) * residual).sum(-1)
-    stderr = influence.std(-1) / samples.n**0.5
-    return estimate_of(samples, value, stderr, samples.n)
+    stderr = influence.std(-1) / design.n**0.5
+    return estimate_of(design, value, stderr, design.n)
 
 
 @warns_of_heavy_tails
@@ -90,12 +92,12 @@ def gaussian(
 ) -> Estimate:
     """``-1/2 sum log(1 - rho_i^2)`` nats, rho the canonical correlations: `tempered` of order 1.
 
-    Equal to I(u; v) where u and v are jointly Gaussian (section 5 of the derivation).  In general
-    it is ``I + J(v) - J(v|u)``, where J is the negentropy, the divergence of a distribution from
-    the Gaussian with its mean and covariance: an upper bound as long as v is at least as far from
-    Gaussian as v given u, and the dependence is linear.
+    Equal to I(u; v) where u and v are jointly Gaussian.  In general it is ``I + J(v) - J(v|u)``,
+    where J is the negentropy, the divergence of a distribution from the Gaussian with its mean and
+    covariance: an upper bound as long as v is at least as far from Gaussian as v given u, and the
+    dependence is linear.
 
     Arguments, result, errors and cost as for `tempered`.
     """
     with full_precision():
-        return tempered_moments(regress(prepare(u, v, noise), penalties), 1.0)
+        return tempered_moments(regress(design_of(prepare(u, v, noise)), penalties), 1.0)

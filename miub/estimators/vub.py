@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from miub.estimators.conditional import Conditional
+from miub.estimators.conditional import LinearGaussian
 from miub.estimators.crossfit import crossfitted
 from miub.estimators.estimate import Estimate, warns_of_heavy_tails
+from miub.estimators.positive_definite import squared_lengths
 from miub.estimators.regression import spread
-from miub.estimators.samples import Samples, squared_lengths
+from miub.estimators.samples import Samples
 
 
 @warns_of_heavy_tails
-def vub(
-    u: Tensor, v: Tensor, *, noise: float = 0.0, conditional: str = "linear", seed: int = 0
-) -> Estimate:
+def vub(u: Tensor, v: Tensor, *, noise: float = 0.0) -> Estimate:
     """``E_p(u) KL(q(v|u) || r(v))`` nats, q and the Gaussian r fitted on the other half.
 
     With the true conditional for q it is ``I + KL(p(v) || r)``, an upper bound of I(u; v) for any r
@@ -25,9 +24,7 @@ def vub(
         u, v: samples (..., N, d_u) and (..., N, d_v), N at least 16; without noise also
             at least 2 (d_v + 2).
         noise: tau: isotropic noise of tau times the mean variance of the coordinates, on both
-            sides; analytic with the linear conditional.
-        conditional: "linear" (`conditional.fit_linear`) or "mlp" (`mlp.fit_mlp`).
-        seed: of the network, and of the noise if it has to be drawn.
+            sides; analytic.
 
     Returns:
         Estimate: of shape (...); NaN where samples are not finite, 0 where u or v is constant.  The
@@ -38,12 +35,10 @@ def vub(
 
     Cost: two fits on N / 2 samples.
     """
-    return crossfitted(
-        u, v, _score, noise=noise, conditional=conditional, seed=seed, draws_noise=False
-    )
+    return crossfitted(u, v, _score, noise=noise)
 
 
-def _score(training: Samples, q: Conditional, v: Tensor) -> tuple[Tensor, Tensor]:
+def _score(training: Samples, q: LinearGaussian, v: Tensor) -> tuple[Tensor, Tensor]:
     mean, marginal = spread(training)
     return q.divergence(mean, marginal).mean(-1), q.log_density(v) + squared_lengths(
         v - mean, marginal

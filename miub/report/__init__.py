@@ -1,4 +1,4 @@
-"""What was measured: rows, totals, tables, files, pictures."""
+"""Rows and totals of what was measured, as tables, files and pictures."""
 
 from miub.report.report import MIUBReport
 

@@ -1,4 +1,4 @@
-"""A report as a file: CSV and JSON, written whole or not at all."""
+"""CSV and JSON of a report."""
 
 from __future__ import annotations
 
@@ -10,34 +10,18 @@ import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from miub.report.report import LayerRow, MIUBReport
+from miub.report.rows import LayerRow, LayerRows
 
 _COLUMNS = (
-    *("step", "layer", "adapter", "kind", "rank", "value", "per_rank", "stderr", "lower"),
-    *("tokens", "rebased", "steps", "not_a_number"),
+    *("step", "layer", "adapter", "kind", "coordinates", "value", "per_coordinate", "stderr"),
+    *("lower", "tokens", "rebased", "steps", "not_a_number"),
 )
 
 
-def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file under a temporary name, force it to disk, then rename it."""
-    path = Path(path)
-    # Several processes of one training run may write the same report.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def as_csv(report: MIUBReport) -> bytes:
-    """One line per layer and step, oldest first; cells without a number are empty."""
+def as_csv(report: LayerRows) -> bytes:
+    """Return one line per layer and step, oldest first; cells without a number are empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("estimator", "noise", *_COLUMNS))
@@ -47,15 +31,15 @@ def as_csv(report: MIUBReport) -> bytes:
     return text.getvalue().encode("utf-8")
 
 
-def as_json(report: MIUBReport) -> bytes:
-    """All that the report holds; null where there is no finite number."""
+def as_json(report: LayerRows) -> bytes:
+    """Return all that the report holds; null where there is no finite number."""
     content = {
         "estimator": report.estimator,
         "noise": report.noise,
         "unit": "nats",
         "mean": report.mean,
         "total": report.total,
-        "mean_per_rank": report.mean_per_rank,
+        "mean_per_coordinate": report.mean_per_coordinate,
         "kinds": [
             {"adapter": adapter, "kind": kind, **total._asdict()}
             for adapter in report.adapters
@@ -68,7 +52,7 @@ def as_json(report: MIUBReport) -> bytes:
 
 
 def read_json(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], str, float]:
-    """The history that `as_json` wrote, as fields of its rows; the estimator and the noise.
+    """Return the history that `as_json` wrote, as fields of rows, the estimator and the noise.
 
     Raises:
         ValueError: the file is not such a report.
@@ -77,7 +61,7 @@ def read_json(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], str, 
         content = json.loads(Path(path).read_text("utf-8"))
         rows = [
             {
-                **{name: field for name, field in row.items() if name != "per_rank"},
+                **{name: field for name, field in row.items() if name != "per_coordinate"},
                 **{name: _number(row[name]) for name in ("value", "stderr", "lower")},
             }
             for row in content["history"]
@@ -89,12 +73,12 @@ def read_json(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], str, 
         raise ValueError(f"{path} is not a report that MIUBReport.to_json wrote.") from error
 
 
-def _measurements(report: MIUBReport) -> Iterable[LayerRow]:
+def _measurements(report: LayerRows) -> Iterable[LayerRow]:
     return (row for rows in report.history.values() for row in rows)
 
 
 def _fields(row: LayerRow) -> dict[str, Any]:
-    return {**asdict(row), "per_rank": row.per_rank}
+    return {**asdict(row), "per_coordinate": row.per_coordinate}
 
 
 def _csv_cell(cell: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A report as a picture: blocks against kinds of module, and lines over steps."""
+"""The picture of a report: blocks against kinds of module, and lines over steps."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from miub.report.module_kinds import Place
+from miub.report.rows import LayerRow, LayerRows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from miub.report.report import LayerRow, MIUBReport
 
 _CELLS_WITH_NUMBERS = 120  # the most that have room for them
 _UNMEASURED = "#eeeeee"
@@ -27,8 +26,8 @@ _COLOURS = (
 )
 
 
-def draw(report: MIUBReport, path: str | os.PathLike[str]) -> bytes:
-    """The picture, in the format that the path's suffix names, png without one.
+def picture(report: LayerRows, path: str | os.PathLike[str]) -> bytes:
+    """Return the picture in the format that the path's suffix names, png without one.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -39,46 +38,51 @@ def draw(report: MIUBReport, path: str | os.PathLike[str]) -> bytes:
     return image.getvalue()
 
 
-def figure(report: MIUBReport) -> Figure:
-    """A row of panels for every adapter: a heat map, and lines where there are several steps."""
+def figure(report: LayerRows) -> Figure:
+    """Return a row of panels per adapter: a heat map, and lines where there are several steps.
+
+    Adapters with different numbers of coordinates have colour scales of their own, and a layer's
+    line holds the steps at which it had as many coordinates as at the newest.
+    """
     try:
         # Not pyplot: a script's own figures and backend stay as they are.
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("MIUBReport.plot needs matplotlib: pip install scalora[plot]") from error
-    maps = {
-        adapter: heat_map([row for row in report if row.adapter == adapter], report.places)
-        for adapter in report.adapters
+    rows = {
+        adapter: [row for row in report if row.adapter == adapter] for adapter in report.adapters
     }
-    over_time = any(len(rows) > 1 for rows in report.history.values())
-    widths = [3.2 + 0.7 * max(len(cells.columns) for cells in maps.values())]
+    maps = {adapter: heat_map(own, report.places) for adapter, own in rows.items()}
+    over_time = any(len(history) > 1 for history in report.history.values())
+    widths = [3.2 + 0.7 * max(len(cells.kinds) for cells in maps.values())]
     if over_time:
         widths.append(7.5)
-    height = min(12.0, max(3.6, 2.2 + 0.26 * max(len(cells.rows) for cells in maps.values())))
-    picture = Figure(figsize=(max(5.5, sum(widths)), len(maps) * height), layout="constrained")
-    panels = picture.subplots(len(maps), len(widths), squeeze=False, width_ratios=widths)
-    finite = [row.value for row in report if math.isfinite(row.value)]
-    limits = (min([0.0, *finite]), max([0.0, *finite]) or 1.0)
+    height = min(12.0, max(3.6, 2.2 + 0.26 * max(len(cells.blocks) for cells in maps.values())))
+    drawn = Figure(figsize=(max(5.5, sum(widths)), len(maps) * height), layout="constrained")
+    panels = drawn.subplots(len(maps), len(widths), squeeze=False, width_ratios=widths)
     for (adapter, cells), axes in zip(maps.items(), panels, strict=True):
-        _draw_cells(axes[0], cells, limits)
-        axes[0].set_title(_title(report, adapter), fontsize=10)
+        spans = _coordinates(rows[adapter])
+        alike = [row for own in rows.values() if _coordinates(own) == spans for row in own]
+        finite = [row.value for row in alike if math.isfinite(row.value)]
+        _draw_cells(axes[0], cells, (min([0.0, *finite]), max([0.0, *finite]) or 1.0))
+        axes[0].set_title(_title(rows[adapter], len(maps) > 1), fontsize=10)
         if over_time:
             _draw_lines(axes[1], report, adapter)
-    picture.suptitle(f"MIUB: {report.estimator} estimator, noise tau = {report.noise:g}")
-    return picture
+    drawn.suptitle(f"MIUB: {report.estimator} estimator, noise tau = {report.noise:g}")
+    return drawn
 
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Labels, and the mean of the layers in every cell, in nats; nan where there is none."""
+    """Labels, and the mean of the layers in each cell, in nats; nan where there is none."""
 
-    rows: list[str]
-    columns: list[str]
+    blocks: list[str]
+    kinds: list[str]
     cells: list[list[float]]
 
 
 def heat_map(rows: Sequence[LayerRow], where: dict[str, Place]) -> HeatMap:
-    """Blocks against kinds; where no layer is in a block, layers by name in one column.
+    """Return blocks against kinds; where no layer is in a block, layers by name in one column.
 
     Layers that are in no block, where others are, share the last row.
     """
@@ -106,7 +110,7 @@ def heat_map(rows: Sequence[LayerRow], where: dict[str, Place]) -> HeatMap:
 
 
 def _told_apart(stacks: Sequence[str]) -> dict[str, str]:
-    """Names without the components that all have in front or at the end."""
+    """Return names without the components that all have in front or at the end."""
     names = {stack: stack.split(".") for stack in stacks}
     for end in (0, -1):
         while all(names.values()) and len({parts[end] for parts in names.values()}) == 1:
@@ -115,11 +119,17 @@ def _told_apart(stacks: Sequence[str]) -> dict[str, str]:
     return {stack: ".".join(parts) for stack, parts in names.items()}
 
 
-def _title(report: MIUBReport, adapter: str) -> str:
-    rows = [row for row in report if row.adapter == adapter]
+def _coordinates(rows: Sequence[LayerRow]) -> str:
+    found = [row.coordinates for row in rows]
+    least, most = min(found), max(found)
+    return f"{least} coordinates" if least == most else f"{least} to {most} coordinates"
+
+
+def _title(rows: Sequence[LayerRow], several: bool) -> str:
     steps = max(row.steps for row in rows)
     when = f"mean over {steps} steps" if steps > 1 else f"step {max(row.step for row in rows)}"
-    return f"adapter {adapter}, {when}" if len(report.adapters) > 1 else when
+    adapter = f"adapter {rows[0].adapter}, " if several else ""
+    return f"{adapter}{when}, {_coordinates(rows)}"
 
 
 def _draw_cells(axes: Axes, cells: HeatMap, limits: tuple[float, float]) -> None:
@@ -130,17 +140,17 @@ def _draw_cells(axes: Axes, cells: HeatMap, limits: tuple[float, float]) -> None
     image = axes.imshow(
         cells.cells, cmap=colours, aspect="auto", vmin=limits[0], vmax=limits[1], origin="upper"
     )
-    axes.set_xticks(range(len(cells.columns)), cells.columns, rotation=40, fontsize=9)
+    axes.set_xticks(range(len(cells.kinds)), cells.kinds, rotation=40, fontsize=9)
     for label in axes.get_xticklabels():
         label.set(horizontalalignment="right", rotation_mode="anchor")
-    if all(label.isdecimal() for label in cells.rows) and len(cells.rows) > 16:
+    if all(label.isdecimal() for label in cells.blocks) and len(cells.blocks) > 16:
         axes.yaxis.set_major_locator(MaxNLocator(16, integer=True, steps=[1, 2, 4, 5, 10]))
         axes.yaxis.set_major_formatter(
-            lambda i, _: cells.rows[int(i)] if 0 <= i < len(cells.rows) else ""
+            lambda i, _: cells.blocks[int(i)] if 0 <= i < len(cells.blocks) else ""
         )
     else:
-        axes.set_yticks(range(len(cells.rows)), cells.rows, fontsize=9)
-    if cells.rows[0].isdecimal():
+        axes.set_yticks(range(len(cells.blocks)), cells.blocks, fontsize=9)
+    if cells.blocks[0].isdecimal():
         axes.set_ylabel("block")
     axes.tick_params(length=0)
     for side in axes.spines.values():
@@ -148,7 +158,7 @@ def _draw_cells(axes: Axes, cells: HeatMap, limits: tuple[float, float]) -> None
     bar = axes.figure.colorbar(image, ax=axes, pad=0.02, aspect=30)
     bar.set_label("MIUB (nats)")
     bar.outline.set_visible(False)
-    if len(cells.rows) * len(cells.columns) <= _CELLS_WITH_NUMBERS:
+    if len(cells.blocks) * len(cells.kinds) <= _CELLS_WITH_NUMBERS:
         _write_numbers(axes, cells, limits)
 
 
@@ -166,12 +176,13 @@ def _write_numbers(axes: Axes, cells: HeatMap, limits: tuple[float, float]) -> N
             )
 
 
-def _draw_lines(axes: Axes, report: MIUBReport, adapter: str) -> None:
-    """A thin line for each layer, a thick one for the mean of each kind."""
+def _draw_lines(axes: Axes, report: LayerRows, adapter: str) -> None:
+    """Draw a thin line per layer, a thick one for the mean of each kind."""
     by_kind: dict[str, list[list[LayerRow]]] = {}
     for rows in report.history.values():
         if rows[0].adapter == adapter:
-            by_kind.setdefault(rows[0].kind, []).append(rows)
+            alike = [row for row in rows if row.coordinates == rows[-1].coordinates]
+            by_kind.setdefault(rows[0].kind, []).append(alike)
     for k, (kind, layers) in enumerate(by_kind.items()):
         colour, style = _COLOURS[k % len(_COLOURS)], ("-", "--", ":")[k // len(_COLOURS) % 3]
         if len(layers) > 1:

@@ -82,11 +82,11 @@ class Carry:
 
     def whole_up(self, dtype: torch.dtype | None = None) -> Tensor:
         """(m, capacity), on every process that has a share, all of which must call this."""
-        return self.rows.whole(self.up.to(dtype or self.up.dtype), 0, self.m)
+        return self.rows.gathered(self.up.to(dtype or self.up.dtype), 0, self.m)
 
     def whole_down(self, dtype: torch.dtype | None = None) -> Tensor:
         """(capacity, n), likewise."""
-        return self.rows.whole(self.down.to(dtype or self.down.dtype), 1, self.n)
+        return self.rows.gathered(self.down.to(dtype or self.down.dtype), 1, self.n)
 
     def grow(self, capacity: int) -> None:
         """Make room for ``capacity`` columns in all; nothing that is there changes."""
@@ -112,8 +112,8 @@ class Carry:
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run needs, whole; of a sharded layer on the host, where there is room."""
-        up = self.rows.whole(self.used_up, 0, self.m)
-        down = self.rows.whole(self.used_down, 1, self.n)
+        up = self.rows.gathered(self.used_up, 0, self.m)
+        down = self.rows.gathered(self.used_down, 1, self.n)
         if self.rows.processes > 1:
             up, down = up.cpu(), down.cpu()
         return {"up": up, "down": down, "cut": self.cut, "capacity": torch.tensor(self.capacity)}

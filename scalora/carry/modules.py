@@ -50,7 +50,7 @@ class _Joined(torch.autograd.Function):
 
 
 def _cat(weight: Tensor, frozen: Tensor, axis: int, rows: Rows) -> Tensor:
-    return torch.cat([weight, rows.whole(frozen, 1 - axis, weight.shape[1 - axis])], dim=axis)
+    return torch.cat([weight, rows.gathered(frozen, 1 - axis, weight.shape[1 - axis])], dim=axis)
 
 
 def _joined(x: Tensor, weight: Tensor, frozen: Tensor, axis: int, rows: Rows) -> Tensor:

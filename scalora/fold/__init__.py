@@ -1,4 +1,4 @@
-"""Where the frozen increment of a re-basing goes: into the dense base weight."""
+"""Low-rank increments added to dense base weights in place; tensors only."""
 
 from scalora.fold.dense import ROUNDINGS, fold
 from scalora.fold.rounding import noise_bits, noise_seed, round_stochastically

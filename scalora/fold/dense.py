@@ -1,4 +1,4 @@
-"""Folding low-rank increments into dense base weights, in place."""
+"""Addition of low-rank increments to dense base weights, in place."""
 
 from __future__ import annotations
 
@@ -23,22 +23,24 @@ def fold(
     residuals: Sequence[Tensor] = (),
     first_row: int = 0,
 ) -> None:
-    """``weights[l] += left[l] @ right[l].T``, in place, for all layers of one shape.
+    """Add ``left[l] @ right[l].T`` to ``weights[l]``, in place, for all layers of one shape.
 
     float32 and float64 weights take the increment to round-off.  In bfloat16 and float16:
-    ``"stochastic"`` is unbiased; ``"compensated"`` keeps what rounding cut in ``residuals`` and
-    adds it the next time (that in turn is rounded stochastically: residuals have few bits too);
-    ``"nearest"`` loses what is below half a unit in the last place.
+
+    - ``"stochastic"`` rounding is unbiased;
+    - ``"compensated"`` keeps what rounding to nearest cut off in ``residuals`` and adds it the next
+      time; a residual has few bits too, so it is itself rounded stochastically;
+    - ``"nearest"`` loses increments below half a unit in the last place.
 
     Args:
-        weights: each (m, n), one dtype and device.
+        weights: each (m, n), of one dtype and device.
         left: (layers, m, k), float32 or wider.
-        right: (layers, n, k), likewise.
-        rounding: one of `ROUNDINGS`; half precision only.
-        seeds: one for each layer (`noise_seed`); all but ``"nearest"``.
-        residuals: each (m, n), the weights' dtype; ``"compensated"`` only.
-        first_row: where the weights are rows of larger ones, the place of their first there: the
-            noise of an element is that of its place in the whole.
+        right: (layers, n, k), float32 or wider.
+        rounding: one of `ROUNDINGS`; read in half precision only.
+        seeds: one `noise_seed` per layer; ``"nearest"`` needs none.
+        residuals: each (m, n), in the weights' dtype; for ``"compensated"`` only.
+        first_row: index of the weights' first row in the whole weight, where each process holds
+            some rows: an element's noise depends on its place in the whole.
     """
     if _fused_kernel_applies(weights, left):
         from scalora.fold.fused import fold_fused
@@ -69,7 +71,7 @@ def fold(
 
 
 def _write(weight: Tensor, result: Tensor, residual: Tensor | None, cut: Tensor | None) -> None:
-    """Write the weight, and what was cut from it if and only if that was done."""
+    """Write the weight, then what was cut from it if and only if the weight was written."""
     version = weight._version
 
     def follow() -> None:
@@ -93,9 +95,9 @@ def _half_precision_sum(
     residual: Tensor | None,
     first_row: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """``weight + residual + left @ right.T`` rounded to the weight's dtype, and what was cut.
+    """Return ``weight + residual + left @ right.T`` in the weight's dtype, and what was cut.
 
-    New tensors, so that the one write into the weight that follows is all or nothing.
+    Both are new tensors, so that the single write into the weight is all or nothing.
     """
     rows, columns = weight.shape
     result = torch.empty_like(weight)
@@ -118,6 +120,7 @@ def _half_precision_sum(
 
 
 def _fused_kernel_applies(weights: Sequence[Tensor], left: Tensor) -> bool:
+    """Return whether `scalora.fold.fused` takes these tensors and Triton is installed."""
     if left.device.type != "cuda" or torch.float64 in (left.dtype, weights[0].dtype):
         return False
     if not all(weight.is_contiguous() and weight.numel() for weight in weights):

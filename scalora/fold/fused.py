@@ -1,4 +1,7 @@
-"""The fold as one Triton kernel for all layers of one shape: one read, one write a weight."""
+"""The fold as one Triton kernel for all layers of one shape: one read and one write per weight.
+
+Held by tests/fold/test_fused_kernel.py, in Triton's interpreter where there is no GPU.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +82,7 @@ def _fold_kernel(
 
 @triton.jit
 def _matrix(address, element: tl.constexpr, aligned: tl.constexpr):
-    """The pointer stored at ``address``; known to be aligned it is read 16 bytes at a time."""
+    """Return the pointer stored at ``address``; an aligned one is read 16 bytes at a time."""
     pointer = tl.load(address).to(tl.pointer_type(element))
     if aligned:
         pointer = tl.multiple_of(pointer, 16)
@@ -88,7 +91,7 @@ def _matrix(address, element: tl.constexpr, aligned: tl.constexpr):
 
 @triton.jit
 def _noise_bits(seed, position):
-    """`scalora.fold.rounding.noise_bits`, bit for bit."""
+    """Return the bits of `scalora.fold.rounding.noise_bits`."""
     x = position.to(tl.uint32) * 0x9E3779B9 + seed.to(tl.uint32, bitcast=True)
     x = x ^ (x >> 16)
     x = x * 0x7FEB352D
@@ -99,7 +102,7 @@ def _noise_bits(seed, position):
 
 @triton.jit
 def _round_stochastically(exact, bits, element: tl.constexpr):
-    """`scalora.fold.rounding.round_stochastically`, bit for bit."""
+    """Return the bits of `scalora.fold.rounding.round_stochastically`."""
     raw = exact.to(tl.uint32, bitcast=True)
     if element == tl.bfloat16:
         rounded = ((raw + (bits & 0xFFFF)) & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -126,7 +129,7 @@ def fold_fused(
     residuals: Sequence[Tensor],
     first_row: int = 0,
 ) -> None:
-    """`scalora.fold.dense.fold` in one launch; contiguous weights of one shape and dtype."""
+    """Do what `scalora.fold.dense.fold` does in one launch, for contiguous weights of one dtype."""
     mode = _MODES["nearest" if weights[0].dtype == torch.float32 else rounding]
     fold = torch.ops.scalora.fold_
     fold(list(weights), left, right, mode, list(seeds), list(residuals), first_row)
@@ -201,7 +204,7 @@ def _launch(
 
 
 def _to_device(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Host integers on the device, without waiting for it."""
+    """Return host integers as a tensor on the device, without waiting for it."""
     host = torch.tensor(values, dtype=dtype)
     if device.type != "cuda":
         return host.to(device)

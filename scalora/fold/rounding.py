@@ -1,7 +1,7 @@
-"""Adding small increments to half-precision weights without losing them.
+"""Stochastic rounding, with which half-precision weights do not lose small increments.
 
-One unit in the last place of a bfloat16 weight of 0.02 is about 1e-4, larger than most increments:
-rounding to nearest would lose those below half of it, silently.
+One unit in the last place of a bfloat16 weight of 0.02 is about 1e-4, larger than most increments.
+Rounding to nearest would silently lose all increments below half of it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _FLOAT16_SUBNORMAL_STEP = 2.0**-24
 
 
 def noise_seed(*parts: int) -> int:
-    """A 32-bit seed mixed from integers (splitmix64), the same on every machine."""
+    """Return a 32-bit seed mixed from integers (splitmix64), the same on every machine."""
     state = 0
     for part in parts:
         state = (state ^ (part & 0xFFFFFFFFFFFFFFFF)) + 0x9E3779B97F4A7C15
@@ -28,10 +28,11 @@ def noise_seed(*parts: int) -> int:
 
 
 def noise_bits(seed: int, first: int, count: int, device: torch.device) -> Tensor:
-    """Random 32-bit words for the elements ``first .. first + count`` of a weight: (count,) int32.
+    """Return random 32-bit words for the elements ``first`` to ``first + count - 1`` of a weight.
 
-    A hash of the element's position: no generator, hence no state to save, and replicas and
-    devices agree to the bit.
+    They have the shape (count,) and dtype int32.  Each is a hash of the seed and the element's
+    position: without a generator there is no state to save, and replicas and devices agree to the
+    bit.
     """
     x = torch.arange(first, first + count, device=device).to(torch.int32)
     x = x * _signed(0x9E3779B9) + _signed(seed)
@@ -48,10 +49,10 @@ def round_stochastically(value: Tensor, dtype: torch.dtype, bits: Tensor) -> Ten
     Args:
         value: float32, any shape.
         dtype: bfloat16 or float16.
-        bits: int32, as many as ``value`` has elements; the noise.
+        bits: int32 noise, one word per element of ``value``.
 
     Returns:
-        ``value``'s shape, in ``dtype``; a finite value stays finite.
+        A tensor of ``value``'s shape in ``dtype``.  A finite value stays finite.
     """
     bits = bits.view_as(value)
     dropped = (1 << _DROPPED_BITS[dtype]) - 1
@@ -70,10 +71,10 @@ def round_stochastically(value: Tensor, dtype: torch.dtype, bits: Tensor) -> Ten
 
 
 def _signed(word: int) -> int:
-    """A 32-bit word as the int32 with the same bits."""
+    """Return the int32 with the bits of a 32-bit word."""
     return word - (1 << 32) if word & _INT32_SIGN else word
 
 
 def _shift(x: Tensor, places: int) -> Tensor:
-    """Logical right shift of int32 words."""
+    """Shift int32 words right, filling with zeros."""
     return (x >> places) & (_MASK_32 >> places)

@@ -1,12 +1,13 @@
-"""Whether an adapter's factors are still those that belong to what was taken out of them.
+"""Factors that were exchanged under a base or carry that has moved since.
 
 Re-basing moves part of what the factors hold into the base weight or a carry.  Factors from another
-moment (the best of a run that were kept in memory, an average, another adapter) do not fit what is
-there now, and nothing in PyTorch or PEFT can tell.
+moment (the best of a run, kept in memory; an average; another adapter) do not fit what is there
+now, and nothing in PyTorch or PEFT can tell.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +18,12 @@ from scalora import sharding
 from scalora.peft_layers.pair import LoRAPair
 from scalora.warning import warn
 
-_SAMPLE = 4096  # elements of each tensor that are looked at: adapters are put back whole
-_ROUND_OFF = 16  # in units of the dtype's: an average that is taken back may leave so much
+_SAMPLE = 4096  # elements per tensor that are looked at: adapters are exchanged as a whole
+_ROUND_OFF = 16  # in units of the dtype's epsilon: what taking back an average may leave
 
 
 class _Lineage:
-    """How often increments have left the factors of a model; one for it and for all its copies."""
+    """Counts the re-basings of a model; the model and all its copies share one."""
 
     def __init__(self, moves: int = 0) -> None:
         self.moves = moves
@@ -33,15 +34,15 @@ class _Lineage:
 
 @dataclass(frozen=True)
 class _Left:
-    """What the newest step has left.
+    """Samples of the layer as the newest step has left it.
 
     Attributes:
         factors: (elements,) of P and Q.
-        tolerance: (), by which they may differ and be the same.
+        tolerance: (), the largest difference that counts as none.
         base: (elements,) of the base weight, where increments go into it.
-        versions: of P and Q.
-        moves: of the lineage.
-        is_sharded: whether all this is of the rows of one process.
+        versions: version counters of P and Q.
+        moves: re-basings of the lineage so far.
+        is_sharded: whether the samples are of the rows of one process.
     """
 
     factors: Tensor
@@ -53,16 +54,16 @@ class _Left:
 
 
 class FactorWatch:
-    """Says when factors are used that are not those that the newest step has left.
+    """Warns when factors are used that are not those that the newest step has left.
 
-    In a model's own copies, which no step of its optimizer reaches, that is an error where
-    increments have left the model's factors since: an average of factors alone, for example.
+    In copies of a model, which no step of its optimizer reaches, it raises if the model was
+    re-based since: an average of factors alone, for example, is no model.
 
-    Where all weights were replaced together, the base among them, nothing is said: a whole state
-    was put back, or the average is one of whole models.  A carry is in no state of the model.
+    Where all weights were replaced together, the base among them, it is silent: a whole state was
+    put back, or whole models were averaged.  A carry is in no state dict of the model.
 
     Args:
-        pair: one layer of the adapter, which tells of all.
+        pair: one layer of the adapter, which stands for all.
         folds: whether its increments go into its base weight.
     """
 
@@ -80,18 +81,18 @@ class FactorWatch:
         return {**self.__dict__, "_is_copy": True, "_seen": None, "_arrived": None}
 
     def begin(self, folds: bool) -> None:
-        """Take the factors as they are for those that an optimizer begins with."""
+        """Note the factors with which a new optimizer begins."""
         self._folds, self._count, self._told = folds, 0, False
         self.note(0)
 
     def kept_tensors(self) -> list[Tensor]:
-        """What is kept between steps."""
+        """Return the samples that are kept between steps."""
         left = self._left
         found = () if left is None else (left.factors, left.tolerance, left.base)
         return [tensor for tensor in found if tensor is not None]
 
     def suspend(self) -> None:
-        """Expect nothing until the step is done that begins now; it may fail half way."""
+        """Expect nothing until the step that begins now is done; it may fail half way."""
         self._left = None
 
     def forget(self) -> None:
@@ -100,10 +101,10 @@ class FactorWatch:
 
     @torch.no_grad()
     def note(self, count: int) -> None:
-        """Note what a step has left.
+        """Note the factors as a step has left them.
 
         Args:
-            count: of the re-basings so far.
+            count: re-basings so far.
         """
         if self._is_copy:  # which is trained by an optimizer of its own
             self._is_copy, self._lineage = False, _Lineage(self._lineage.moves)
@@ -125,13 +126,13 @@ class FactorWatch:
             self._arrived = torch.zeros((), dtype=torch.bool, pin_memory=True)
 
     def __call__(self, layer: nn.Module, args: Any) -> None:
-        """Forward pre-hook of the layer: look, where a model is evaluated."""
+        """Check the factors where a model is evaluated; a forward pre-hook of the layer."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return
         pair, left = self.pair, self._left
         if left is None or not pair.exists or not pair.runs or pair.is_merged:
             return
-        # Not within torch.func, and not where a sharded layer is whole for as long as it computes.
+        # Not within torch.func, nor while a sharded layer is gathered to compute.
         if left.is_sharded or not isinstance(pair.P_parameter, nn.Parameter):
             return
         rewritten = self._versions() != left.versions
@@ -146,10 +147,11 @@ class FactorWatch:
         """Warn if the factors are others; raise where a copy cannot be right.
 
         Args:
-            wait: for an accelerator.  Otherwise what it finds is said the next time.
+            wait: whether to wait for an accelerator.  Otherwise what it finds is said at the next
+                check.
 
         Raises:
-            ValueError: in a copy, increments have left the model's factors since it was made.
+            ValueError: in a copy, whose model was re-based since it was made.
         """
         left = self._left
         if left is None or self._told or self._lineage.moves == 0 or not self.pair.exists:
@@ -212,13 +214,21 @@ class FactorWatch:
         )
 
 
-def watch_factors(pair: LoRAPair, folds: bool) -> FactorWatch:
-    """Watch an adapter from now on, at one of its layers; there is one watch for all who ask.
+def watch_factors(places: Mapping[LoRAPair, str]) -> FactorWatch | None:
+    """Watch an adapter at one of its layers; all optimizers of that adapter share one watch.
 
     Args:
-        pair: the layer.
-        folds: whether its increments go into its base weight.
+        places: layer -> "dense" or "carry", where its increments go.
+
+    Returns:
+        The watch; None if no layer is re-based.
     """
+    if not places:
+        return None
+    # A carry tells more: it is left behind even where a model's whole state is put back.  And of
+    # an embedding, some columns may never change.
+    pair = min(places, key=lambda pair: (places[pair] != "carry", pair.is_embedding))
+    folds = places[pair] == "dense"
     found = [watch for watch in _watches(pair.module) if watch.pair.adapter == pair.adapter]
     watch = found[0] if found else FactorWatch(pair, folds)
     if not found:
@@ -228,7 +238,7 @@ def watch_factors(pair: LoRAPair, folds: bool) -> FactorWatch:
 
 
 def check_factors(model: nn.Module) -> None:
-    """Warn or raise, as `FactorWatch.check`, for every adapter of a model that is to be saved."""
+    """Check every adapter of a model that is to be saved, as `FactorWatch.check` does."""
     for module in model.modules():
         for watch in _watches(module):
             watch.check(wait=True)
@@ -239,7 +249,7 @@ def _watches(module: nn.Module) -> list[FactorWatch]:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """(elements,): the first of those held here, most often in the same memory."""
+    """Return the first elements held here, (elements,); a view where the memory allows it."""
     held = sharding.local(tensor).detach()
     width = max(1, held.shape[1:].numel())
     return held[: -(-_SAMPLE // width)].flatten()[:_SAMPLE]  # few rows: some have no flat view

@@ -1,29 +1,29 @@
-"""Whether the model's layers are still those that an optimizer was made for."""
+"""Layers that are no longer those that an optimizer was made for, or its state was saved with."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from scalora.guards.factor_watch import FactorWatch, watch_factors
+from scalora import peft_layers
 from scalora.peft_layers import LoRAPair
-from scalora.warning import warn
 
 
 def checked_factors(
-    pairs: Sequence[LoRAPair], optimizer: torch.optim.Optimizer, owner: object
+    pairs: Iterable[LoRAPair], optimizer: torch.optim.Optimizer, owner: object
 ) -> list[nn.Parameter]:
-    """P and Q of every layer in turn, if a step will be what it seems.
+    """Return P and Q of every layer in turn, or raise if the optimizer no longer fits the model.
 
-    They are looked up here, once a step: of hundreds of layers that takes its time.
+    They are looked up here, once per step: for hundreds of layers a look-up takes its time.
 
     Args:
         pairs: the layers to re-base.
         optimizer: the inner one.
-        owner: whoever re-bases them.
+        owner: whoever claimed the layers when it was made (`LoRAPair.claim`).
 
     Raises:
         ValueError: an adapter was deleted, another ScaLoRA has taken over, factors were replaced,
@@ -57,20 +57,11 @@ def checked_factors(
     return factors
 
 
-def watched_factors(places: Mapping[LoRAPair, str]) -> FactorWatch | None:
-    """Watch whether factors are put back, from now on; None if no layer is re-based.
-
-    Args:
-        places: layer -> "dense" or "carry".
-    """
-    # A carry tells more: it is left behind even where a model's whole state is put back.  And of
-    # an embedding, some columns may never change.
-    order = sorted(places, key=lambda pair: (places[pair] != "carry", pair.is_embedding))
-    return watch_factors(order[0], folds=places[order[0]] == "dense") if order else None
-
-
 def _check_state(parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
-    """A model is moved or converted as one, so one parameter tells."""
+    """Raise a ValueError if a factor and its state are on two devices or of two dtypes.
+
+    A model is moved or converted as one, so one parameter tells.
+    """
     if not type(optimizer).__module__.startswith("torch.optim."):
         return  # others may keep their state elsewhere on purpose
     for value in optimizer.state.get(parameter, {}).values():
@@ -85,11 +76,60 @@ def _check_state(parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> N
             )
 
 
-def warn_without_gradients(param_groups: Iterable[dict[str, Any]]) -> None:
-    """Warn if no parameter has a gradient, which is what an optimizer of another model finds."""
-    if all(p.grad is None for group in param_groups for p in group["params"]):
-        warn(
-            "no parameter of this optimizer has a gradient, so the step does nothing. Was the "
-            "model made anew after its optimizer, or another adapter activated? Make the optimizer "
-            "over the parameters that are trained."
-        )
+@dataclass
+class ExpectedWeights:
+    """Checksums of a loaded state, which the next step verifies, then drops.
+
+    Attributes:
+        base: layer name -> checksum of the base weight, where increments went into it.
+        adapter: factor -> checksum, where a carry belongs to it.
+        in_file: whether the state itself is in a Trainer's checkpoint, and still to be loaded.
+    """
+
+    base: Mapping[str, int] = field(default_factory=dict)
+    adapter: Mapping[str, int] = field(default_factory=dict)
+    in_file: bool = False
+
+    def expect(self, own: Mapping[str, Any] | None) -> None:
+        """Expect what a state of re-basing was saved with; None expects nothing."""
+        own = own or {}
+        self.base, self.adapter = own.get("base", {}), own.get("adapter", {})
+        self.in_file = own.get("in_file", False)
+
+    def verify(self, pairs: Sequence[LoRAPair]) -> None:
+        """Check the layers' weights, then expect nothing.  Waits for the device if at all.
+
+        Args:
+            pairs: all layers that are re-based.
+
+        Raises:
+            ValueError: the weights are not those of the state; they stay expected.
+        """
+        if self.in_file:
+            raise ValueError(
+                "this optimizer state is from a Trainer's checkpoint, which has the rest in "
+                "scalora.safetensors: call scalora.load_training_state(optimizer, folder) after "
+                "load_state_dict and before the first step, or give the Trainer a ScaLoRACallback."
+            )
+        if self.adapter:
+            found = peft_layers.adapter_checksums(pairs)
+            if name := _differing(self.adapter, found):
+                raise ValueError(
+                    f"the model's adapter is not the one this optimizer state was saved with "
+                    f"({name!r} differs), and the carry in it belongs to that one: load the "
+                    "adapter of the same checkpoint before the first step."
+                )
+        if self.base:
+            found = peft_layers.base_checksums([pair for pair in pairs if pair.name in self.base])
+            if name := _differing(self.base, found):
+                raise ValueError(
+                    f"the base weight of {name!r} is not the one this optimizer state was saved "
+                    "with: what had been folded into it would be lost. Load the model's full "
+                    "state_dict, or scalora.load_training_state, before the first step (or drop "
+                    "the state's 'scalora' entry to begin re-basing anew on this base)."
+                )
+        self.expect(None)
+
+
+def _differing(expected: Mapping[str, int], found: Mapping[str, int]) -> str | None:
+    return next((name for name, value in expected.items() if found[name] != value), None)

@@ -1,7 +1,6 @@
 """The optimizer in the spelling of PEFT's own factories."""
 
-from __future__ import annotations
-
+# Annotations are not strings here: `help` shows the values that an option takes.
 import inspect
 from collections.abc import Iterable
 from typing import Any, Literal

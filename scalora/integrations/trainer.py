@@ -1,7 +1,8 @@
-"""The one place that knows the transformers Trainer."""
+"""ScaLoRA in a transformers Trainer: attached, checkpointed, resumed, logged."""
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,9 +25,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from scalora import sharding
 from scalora.arguments import check_folder
-from scalora.guards.reference_model import options_beside_base, refers_to_base
+from scalora.integrations.reference_model import options_beside_base, refers_to_base
+from scalora.integrations.trainer_logs import ProgressLogs, closing, opening, say
 from scalora.optimizer import ScaLoRA
-from scalora.options import RebasingKeywords, RebasingOptions, options_of
+from scalora.options import RebasingKeywords, RebasingOptions, option_parameters, options_of
 from scalora.peft_layers import complete_checkpoints
 from scalora.saving.sharded_checkpoint import load_sharded, save_sharded
 from scalora.saving.training_state import load_training_state, save_training_state
@@ -45,10 +47,15 @@ class ScaLoRACallback(TrainerCallback):
 
         trainer = Trainer(model, args, callbacks=[scalora.ScaLoRACallback()])
 
-    It wraps whatever optimizer the Trainer made (or takes the ScaLoRA it was given), completes the
+    It wraps the optimizer that the Trainer made (or takes the ScaLoRA it was given), completes the
     Trainer's checkpoints with the base weights, restores them on
     ``trainer.train(resume_from_checkpoint=...)``, and with ``load_best_model_at_end`` brings back
     the base that belongs to the best adapter.
+
+    The Trainer's logs of training have ``scalora/rank``, ``scalora/rebased``,
+    ``scalora/step_factor`` and ``scalora/frozen_norm`` (`scalora.ScaLoRA.progress`), so TensorBoard
+    and the like have them too.  A line is printed when training begins, with what will be re-based
+    and when, and one when it ends, with how to save; ``log_level="warning"`` keeps both back.
 
     TRL's trainers with a reference model switch the adapter off to get it, and expect the
     pretrained model.  With their arguments (``DPOConfig``, ``KTOConfig``, ``GRPOConfig``,
@@ -57,14 +64,27 @@ class ScaLoRACallback(TrainerCallback):
 
     Args:
         resume_from: the checkpoint's folder, needed only when a run is resumed from a folder that
-            is not ``output_dir/checkpoint-<step>`` nor ``args.resume_from_checkpoint``.
-        options: as for `scalora.ScaLoRA`: ``interval``, ``rule``, ``lipschitz``, and so on.
+            is neither ``output_dir/checkpoint-<step>`` nor ``args.resume_from_checkpoint``.
+        options: the options of `scalora.ScaLoRA`: ``interval``, ``rule``, and so on.
 
     Raises:
         TypeError, ValueError: as `scalora.ScaLoRA` does; those about ``options`` at once.
             ValueError also when training begins and increments would change a trainer's reference
             model, or its teacher is an average of the adapter's parameters.
     """
+
+    # What `help` shows: type checkers read the options from RebasingKeywords instead.
+    __signature__ = inspect.Signature(
+        [
+            inspect.Parameter(
+                "resume_from",
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=str | None,
+            ),
+            *option_parameters(),
+        ]
+    )
 
     def __init__(
         self, *, resume_from: str | None = None, **options: Unpack[RebasingKeywords]
@@ -78,6 +98,7 @@ class ScaLoRACallback(TrainerCallback):
         self._resumable = True
         self._completed = ""
         self._completed_sharded: tuple[str, list[float]] | None = None
+        self._logs: ProgressLogs | None = None
 
     def on_train_begin(
         self,
@@ -86,7 +107,7 @@ class ScaLoRACallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Attach to the Trainer's optimizer, and restore the base weights of a resumed run."""
+        """Attach to the Trainer's optimizer and logs, and restore a resumed run's base weights."""
         beside_base = refers_to_base(args)
         options = options_beside_base(self._options) if beside_base else self._options
         self.optimizer = _attach(kwargs["optimizer"], kwargs["model"], options)
@@ -102,6 +123,9 @@ class ScaLoRACallback(TrainerCallback):
         complete_checkpoints(self.optimizer.model, completing if self._resumable else None)
         if state.global_step > 0:
             self._resume(self._checkpoint(args, state))
+        say(opening(self.optimizer, state.global_step, state.max_steps), args)
+        self._logs = ProgressLogs(self.optimizer)
+        self._logs.attach()
 
     def on_step_end(
         self,
@@ -110,9 +134,9 @@ class ScaLoRACallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Of a sharded model: complete the checkpoint before the Trainer deletes older ones.
+        """Complete a sharded model's checkpoint before the Trainer deletes older ones.
 
-        It is going to save now, unless it evaluates before: then that may still fail.
+        The Trainer will save now, unless it evaluates first, which may still fail.
         """
         if self._saves_early(state, control) and not control.should_evaluate:
             self._complete_sharded(_checkpoint_folder(args, state))
@@ -126,7 +150,7 @@ class ScaLoRACallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """As `on_step_end`, which has waited for this."""
+        """Do what `on_step_end` has put off for this evaluation."""
         if self._saves_early(state, control):
             self._complete_sharded(_checkpoint_folder(args, state))
 
@@ -137,10 +161,10 @@ class ScaLoRACallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Complete the checkpoint, where saving the model has not done that.
+        """Complete the checkpoint where saving the model has not done so.
 
-        A model without ``save_pretrained`` is saved as its state dict, which has no carry; of a
-        sharded model the adapter alone is saved, so all else is written here.
+        A model without ``save_pretrained`` is saved as its state dict, which has no carry.  Of a
+        sharded model the Trainer saves the adapter alone, so all else is written here.
         """
         folder = _saved_checkpoint(args, state)
         if self._sharded:
@@ -157,7 +181,9 @@ class ScaLoRACallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """With ``load_best_model_at_end``: bring back the base of the best adapter."""
+        """Say how to save; with ``load_best_model_at_end``, bring back the best adapter's base."""
+        if self._logs is not None:
+            self._logs.detach()
         if self.optimizer is not None:
             complete_checkpoints(self.optimizer.model, None)
             self.optimizer.state_is_in_file = False
@@ -165,13 +191,15 @@ class ScaLoRACallback(TrainerCallback):
         if args.load_best_model_at_end and best is not None and self.optimizer is not None:
             load = load_sharded if self._sharded else load_training_state
             load(self.optimizer, best)
+        if self.optimizer is not None:
+            say(closing(self.optimizer, self._sharded), args)
 
     @contextmanager
     def _completing(self, folder: Path) -> Iterator[None]:
-        """Around the writing of a checkpoint's adapter.
+        """Complete a checkpoint right after its adapter is written, while entered.
 
-        The Trainer's own state is the last of a checkpoint to be written, and older checkpoints are
-        deleted after it: so it tells that this one is whole.
+        The Trainer writes its own state last, and deletes older checkpoints after that.  So a
+        checkpoint with a Trainer's state is whole, and the old state goes first.
         """
         (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         yield
@@ -193,7 +221,7 @@ class ScaLoRACallback(TrainerCallback):
             self._completed_sharded = completed
 
     def _saves_early(self, state: TrainerState, control: TrainerControl) -> bool:
-        """Whether a checkpoint's shards are to be written now: it is known where to."""
+        """Return whether a checkpoint's shards are written now: its folder is known."""
         return self._sharded and control.should_save and not state.is_hyper_param_search
 
     def _checkpoint(self, args: TrainingArguments, state: TrainerState) -> Path:
@@ -245,14 +273,13 @@ def _attach(optimizer: Any, model: nn.Module, options: RebasingOptions) -> ScaLo
 
 def _check_places(optimizer: ScaLoRA) -> None:
     """Raise a ValueError if one that was passed to the Trainer folds into the base."""
-    folding = any(row.accumulator == "dense" for row in optimizer.report())
-    place = "dense" if folding else "carry"
-    options_beside_base(replace(optimizer.options, accumulator=place))
+    folds = "dense" in optimizer.places.values()
+    options_beside_base(replace(optimizer.options, accumulator="dense" if folds else "carry"))
 
 
 @contextmanager
 def _completed_elsewhere(folder: Path) -> Iterator[None]:
-    """Around the writing of an adapter to a checkpoint that is completed by other means."""
+    """Do nothing while an adapter is written: its checkpoint is completed by other means."""
     yield
 
 
@@ -261,7 +288,7 @@ def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def _saved_checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    """Where the Trainer has just saved; in a search for hyper-parameters every run has a folder."""
+    """Return where the Trainer has just saved; a hyper-parameter search has a folder per run."""
     folder = _checkpoint_folder(args, state)
     if not state.is_hyper_param_search:
         return folder
@@ -270,10 +297,10 @@ def _saved_checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 class _InFile:
-    """What says in ``optimizer.pt`` that the rest of the state is in the file beside it.
+    """Entry of ``optimizer.pt`` which says that the rest of the state is in the file beside it.
 
-    Pickled by the name of a function that torch calls when it reads the file.  Where this package
-    was not imported it refuses to, and names the function.
+    It is pickled as the name of a function that torch calls when it reads the file.  Where this
+    package was not imported, torch refuses to, and names the function.
     """
 
     def __reduce__(self) -> tuple[Any, tuple[()]]:
@@ -281,7 +308,7 @@ class _InFile:
 
 
 def resumed_with_scalora_callback() -> bool:
-    """True; it stands in ``optimizer.pt``, and is called whenever that is read.
+    """Return True; its name is in ``optimizer.pt``, and it is called whenever that is read.
 
     Raises:
         ValueError: a Trainer without `ScaLoRACallback` reads it, to resume.
@@ -304,7 +331,7 @@ torch.serialization.add_safe_globals([resumed_with_scalora_callback])
 
 
 def _resuming_trainer() -> Trainer | None:
-    """The Trainer that is reading an optimizer's state further up the stack, if one is."""
+    """Return the Trainer that is reading an optimizer's state further up the stack, if one is."""
     frame: FrameType | None = sys._getframe()
     while frame is not None and frame.f_code.co_name != "_load_optimizer_and_scheduler":
         frame = frame.f_back

@@ -1,4 +1,7 @@
-"""Putting a carry into PEFT's layers: in the forward pass and in PEFT's own merging."""
+"""Carries in PEFT's layers: in the forward pass and in PEFT's own merging.
+
+Held by tests/carry/test_carry.py.
+"""
 
 from __future__ import annotations
 
@@ -11,32 +14,32 @@ from torch import Tensor
 from scalora.carry import Carry, put_carry
 
 
-def carry_of(module: Any, adapter: str) -> Carry | None:
-    """The carry of one adapter of PEFT's layer, or None."""
+def attached_carry(module: Any, adapter: str) -> Carry | None:
+    """Return the carry of one adapter of PEFT's layer, or None."""
     if isinstance(module, lora_layers.Embedding):
         return getattr(module, "scalora_carries", {}).get(adapter)
     return getattr(module.lora_A[adapter], "carry", None) if adapter in module.lora_A else None
 
 
 def attach_carry(module: Any, adapter: str, carry: Carry) -> None:
-    """Let the layer compute with the carry, wherever it computes with the adapter.
+    """Let the layer compute with the carry wherever it computes with the adapter.
 
-    It is switched on, scaled, dropped out, merged and deleted with the adapter.
+    The carry is switched on, scaled, dropped out, merged and deleted with the adapter.
     """
     if not isinstance(module, lora_layers.Embedding):
         put_carry(module.lora_A[adapter], module.lora_B[adapter], carry)
     else:
-        if carry_of(module, adapter) is None:
+        if attached_carry(module, adapter) is None:
             module.register_forward_hook(_EmbeddingCarry(adapter), with_kwargs=True)
         module.scalora_carries = {**getattr(module, "scalora_carries", {}), adapter: carry}
         module.delete_adapter = _DeleteAdapter(module)
-    # PEFT merges and unmerges adapters by this method alone, where it can at all.
+    # PEFT merges and unmerges adapters by this method alone, where it can merge them.
     if hasattr(type(module), "get_delta_weight"):
         module.get_delta_weight = _DeltaWeight(module)
 
 
 class _DeltaWeight:
-    """``layer.get_delta_weight`` with the carry in it; an object, so that it can be pickled."""
+    """``layer.get_delta_weight`` with the carry added; an object, so that it can be pickled."""
 
     def __init__(self, module: Any) -> None:
         self.module = module
@@ -44,7 +47,7 @@ class _DeltaWeight:
     def __call__(self, adapter: str) -> Tensor:
         module = self.module
         delta = type(module).get_delta_weight(module, adapter)
-        carry = carry_of(module, adapter)
+        carry = attached_carry(module, adapter)
         if carry is None or adapter not in module.scaling:
             return delta
         carry = carry.on(delta.device)
@@ -57,7 +60,7 @@ class _DeltaWeight:
 
 
 class _DeleteAdapter:
-    """``layer.delete_adapter`` of an embedding: its carry goes too."""
+    """``layer.delete_adapter`` of an embedding, which also deletes the carry."""
 
     def __init__(self, module: Any) -> None:
         self.module = module
@@ -68,7 +71,7 @@ class _DeleteAdapter:
 
 
 class _EmbeddingCarry:
-    """Forward hook of an embedding, whose factors are no modules that could be replaced."""
+    """A forward hook of an embedding, whose factors are parameters and not modules."""
 
     def __init__(self, adapter: str) -> None:
         self.adapter = adapter
@@ -76,8 +79,8 @@ class _EmbeddingCarry:
     def __call__(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor:
-        carry = carry_of(module, self.adapter)
-        rows = kwargs.get("adapter_names")  # of a batch that mixes adapters, one a row
+        carry = attached_carry(module, self.adapter)
+        rows = kwargs.get("adapter_names")  # one per row of a batch that mixes adapters
         runs = self.adapter in (module.active_adapters if rows is None else rows)
         if carry is None or module.merged or module.disable_adapters or not runs:
             return output
@@ -87,6 +90,6 @@ class _EmbeddingCarry:
         if rows is not None:
             own = torch.tensor([name == self.adapter for name in rows], device=output.device)
             added = added * own.view(-1, *(1,) * (added.ndim - 1))
-        scale = module._get_embed_scale()  # of Gemma's embeddings
+        scale = module._get_embed_scale()  # Gemma scales its embeddings
         added = added if scale is None else added * scale.to(added.dtype)
         return output + added.to(output.dtype)

@@ -1,4 +1,7 @@
-"""Checksums of weights and adapters, to tell whether two belong together."""
+"""Checksums of weights and adapters, which tell whether two belong together.
+
+Held by tests/sharding/test_distributed.py and tests/resuming/test_training_state.py.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,15 @@ from scalora.peft_layers.pair import LoRAPair
 
 @torch.no_grad()
 def base_checksums(pairs: Sequence[LoRAPair]) -> dict[str, int]:
-    """Layer name -> sum of the base weight's bits.  Waits for the device once."""
+    """Return layer name -> sum of the base weight's bits.  Waits for the device once."""
     return checksums({pair.name: pair.base_weight for pair in pairs})
 
 
 @torch.no_grad()
 def adapter_checksums(pairs: Sequence[LoRAPair]) -> dict[str, int]:
-    """``lora_B:`` or ``lora_A:`` and the layer's name -> sum of the factor's bits in float32.
+    """Return ``lora_B:`` or ``lora_A:`` and layer name -> sum of the factor's bits in float32.
 
-    PEFT loads half-precision adapters as float32: their values are what counts.  Waits for the
-    device once.
+    Float32, because PEFT loads half-precision adapters as such.  Waits for the device once.
     """
     factors: dict[str, Tensor] = {f"lora_B:{pair.name}": pair.P_parameter for pair in pairs}
     factors |= {f"lora_A:{pair.name}": pair.Q_parameter for pair in pairs}
@@ -31,7 +33,7 @@ def adapter_checksums(pairs: Sequence[LoRAPair]) -> dict[str, int]:
 
 @torch.no_grad()
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Name -> sum of the tensor's bits, over all processes.  Waits for the device once."""
+    """Return name -> sum of the tensor's bits over all processes.  Waits for the device once."""
     if not tensors:
         return {}
     words = {2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -1,4 +1,7 @@
-"""Embeddings that are part of an adapter's files: those of a new vocabulary, and adapted ones."""
+"""Embeddings in an adapter's files: those of a new vocabulary, and adapted ones.
+
+Held by tests/peft_layers/test_adapter_files.py.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal
 
-from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
+from peft import get_peft_model_state_dict, load_peft_weights
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -14,29 +17,30 @@ from torch import Tensor, nn
 from scalora import transformers_models
 from scalora.peft_layers.finding import PREFIX, base_model, base_weight_name
 
-# What PEFT says of what is decided here.
+# Warnings of PEFT about what this module decides.
 _ASIDES = ("Setting `save_embedding_layers` to `True`", "Could not identify embedding layer")
 
 
-def vocabulary_changed(model: PeftModel, adapter: str) -> bool:
-    """Whether the model's vocabulary is not that of the pretrained model the adapter names."""
-    config = model.peft_config[adapter]
+def vocabulary_changed(model: nn.Module, adapter: str) -> bool:
+    """Return whether the vocabulary has another size than that of the model the adapter names."""
+    adapted: Any = model
+    config = adapted.peft_config[adapter]
     own = base_model(model)
     source = config.base_model_name_or_path or getattr(own, "name_or_path", None)
     return bool(source) and transformers_models.has_other_vocabulary(own, str(source))
 
 
-def saved_embeddings(model: PeftModel, adapter: str, grown: bool) -> dict[str, Tensor]:
+def saved_embeddings(model: nn.Module, adapter: str, grown: bool) -> dict[str, Tensor]:
     """Return the base weights that PEFT writes with the adapter, by their names in its files.
 
-    Those are an adapted embedding's and head's, which may have been changed before training began,
-    and both of a model whose vocabulary was changed, whose new rows are nowhere else.  Quantized
-    weights are left out: nothing changes them.
+    These are an adapted embedding and head, which may have been changed before training began, and
+    both where the vocabulary was changed, whose new rows are nowhere else.  Quantized weights are
+    left out: nothing changes them.
 
     Args:
-        model: the PEFT model.
-        adapter: its name.
-        grown: whether the vocabulary was changed, of `vocabulary_changed`.
+        model: one of `adapted_models`.
+        adapter: the adapter's name.
+        grown: whether the vocabulary was changed, as `vocabulary_changed` returns.
     """
     without = _tensors(model, adapter, False)
     found = {
@@ -53,10 +57,10 @@ def saved_embeddings(model: PeftModel, adapter: str, grown: bool) -> dict[str, T
     }
 
 
-def forgotten_embeddings(model: PeftModel, adapter: str) -> list[str]:
+def forgotten_embeddings(model: nn.Module, adapter: str) -> list[str]:
     """Return the weights with a new vocabulary's rows that PEFT leaves out of its own files.
 
-    Those of a head beside an adapted embedding, and those of a model of text and images.
+    PEFT leaves out a head beside an adapted embedding, and both in a model of text and images.
     """
     if not vocabulary_changed(model, adapter):
         return []
@@ -68,13 +72,14 @@ def forgotten_embeddings(model: PeftModel, adapter: str) -> list[str]:
 def weights_in_files(folder: Path) -> set[str]:
     """Return the names of the base's weights that an adapter's files in ``folder`` hold.
 
-    Those of ``modules_to_save`` and of embeddings: whatever loads the adapter puts them in place.
+    These are of ``modules_to_save`` and of embeddings; loading the adapter puts them in place.
     """
     names = load_peft_weights(str(folder), device="cpu")
     return set(map(base_weight_name, names))
 
 
-def _tensors(model: PeftModel, adapter: str, embeddings: bool | Literal["auto"]) -> dict[str, Any]:
+def _tensors(model: nn.Module, adapter: str, embeddings: bool | Literal["auto"]) -> dict[str, Any]:
+    """Return the tensors of PEFT's own adapter file, by ``save_embedding_layers``."""
     with warnings.catch_warnings():
         for aside in _ASIDES:
             warnings.filterwarnings("ignore", message=aside)
@@ -83,8 +88,11 @@ def _tensors(model: PeftModel, adapter: str, embeddings: bool | Literal["auto"])
         )
 
 
-def _plain_embeddings(model: PeftModel, without: dict[str, Any]) -> dict[str, Tensor]:
-    """Those that PEFT's wrappers leave alone; PEFT forgets them where another one is adapted."""
+def _plain_embeddings(model: nn.Module, without: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the embedding's and head's weights outside PEFT's wrappers.
+
+    PEFT forgets one of them where the other is adapted.
+    """
     own: Any = base_model(model)
     layers = {id(own.get_input_embeddings()), id(own.get_output_embeddings())}
     return {
@@ -97,4 +105,5 @@ def _plain_embeddings(model: PeftModel, without: dict[str, Any]) -> dict[str, Te
 
 
 def _is_plain(module: nn.Module) -> bool:
+    """Return whether a module is none of PEFT's wrappers."""
     return not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))

@@ -1,4 +1,7 @@
-"""One adapter of one LoRA layer as the derivation's two matrices."""
+"""One adapter of one LoRA layer as the derivation's two matrices.
+
+Held by tests/peft_layers/test_layers.py and tests/carry/test_carry.py.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 
 from scalora import sharding
 from scalora.carry import Carry
-from scalora.peft_layers.carried import attach_carry, carry_of
+from scalora.peft_layers.carried import attach_carry, attached_carry
 from scalora.peft_layers.unpacking import unpack
 
 CONVOLUTIONS = (lora_layers.Conv1d, lora_layers.Conv2d, lora_layers.Conv3d)
@@ -20,7 +23,7 @@ CONVOLUTIONS = (lora_layers.Conv1d, lora_layers.Conv2d, lora_layers.Conv3d)
 
 @dataclass(frozen=True)
 class LoRAPair:
-    """One adapter of one LoRA layer.  It holds the module and looks tensors up when asked.
+    """One adapter of one LoRA layer, which looks tensors up in PEFT's module when asked.
 
     Attributes:
         name: the module's name in the model that the adapter was put on.
@@ -34,41 +37,47 @@ class LoRAPair:
 
     @property
     def is_embedding(self) -> bool:
-        """Whether the layer is an embedding, whose factors PEFT keeps elsewhere."""
+        """Return whether the layer is an embedding; its factors are parameters, not modules."""
         return isinstance(self.module, lora_layers.Embedding)
 
     @property
     def P_parameter(self) -> nn.Parameter:
-        """``lora_B``: (m, r) followed by ones (convolutions); axis 1 is the rank's."""
+        """``lora_B``: (m, r), followed by ones in a convolution; axis 1 is the rank's."""
         if self.is_embedding:
             return self.module.lora_embedding_B[self.adapter]
         return _weight(self.module._modules["lora_B"]._modules[self.adapter])
 
     @property
     def Q_parameter(self) -> nn.Parameter:
-        """``lora_A``: (r, n), or (r, in, *kernel) for convolutions; axis 0 is the rank's."""
+        """``lora_A``: (r, n), or (r, in, *kernel) in a convolution; axis 0 is the rank's."""
         if self.is_embedding:
             return self.module.lora_embedding_A[self.adapter]
         return _weight(self.module._modules["lora_A"]._modules[self.adapter])
 
     @property
     def factor_modules(self) -> list[nn.Module]:
-        """Those that hold and compute with the factors; an embedding has none of its own."""
+        """Modules that hold the factors and compute with them; none in an embedding."""
         if self.is_embedding:
             return []
         return [self.module.lora_A[self.adapter], self.module.lora_B[self.adapter]]
 
     @property
     def carry(self) -> Carry | None:
-        """The frozen increments beside the base, where the factors are; None before the first."""
-        carry = carry_of(self.module, self.adapter)
+        """Frozen increments beside the base, on the factors' device and sharded alike; or None."""
+        carry = attached_carry(self.module, self.adapter)
         if carry is None:
             return None
         P = self.P_parameter
         return carry.on(P.device).among(sharding.rows_of(P))
 
+    @property
+    def has_carry(self) -> bool:
+        """Return whether increments are in a carry."""
+        carry = self.carry
+        return carry is not None and carry.columns > 0
+
     def ensure_carry(self, capacity: int) -> Carry:
-        """The layer's carry with room for that many columns; an empty one if it has none."""
+        """Return the layer's carry, made if there is none, with room for ``capacity`` columns."""
         carry = self.carry
         if carry is None:
             P, Q = self.P_parameter, self.Q_parameter
@@ -82,9 +91,9 @@ class LoRAPair:
 
     @property
     def learned_P(self) -> Tensor:
-        """(m, r + columns of the carry): all that is learned beside the base, float32 at least.
+        """P and the carry's columns, (m, r + columns), float32 at least.
 
-        Of a carry that is dealt out, call it on every process.
+        With a sharded carry, call it on every process.
         """
         P, carry = _wide(self.P_parameter).flatten(1), self.carry
         if carry is None:
@@ -93,14 +102,14 @@ class LoRAPair:
 
     @property
     def learned_Q(self) -> Tensor:
-        """(r + columns of the carry, n): likewise."""
+        """Q transposed and the carry's rows, (r + columns, n), likewise."""
         Q, carry = _wide(self.Q_parameter).flatten(1), self.carry
         if carry is None:
             return Q
         return torch.cat([Q, carry.whole_down()[: carry.columns].to(Q.dtype)])
 
     def on_all_processes(self, flag: bool) -> bool:
-        """Whether a flag is true on all processes that share the carry; they must all ask."""
+        """Return whether a flag is true on all processes that share the carry; call it on each."""
         carry = self.carry
         if carry is None or carry.rows.processes == 1:
             return flag
@@ -108,7 +117,7 @@ class LoRAPair:
 
     @property
     def base_weight(self) -> Tensor:
-        """The frozen weight as its layer stores it."""
+        """Frozen weight as its layer stores it."""
         layer = self.module
         while (inner := layer._modules.get("base_layer")) is not None:
             layer = inner
@@ -116,45 +125,45 @@ class LoRAPair:
 
     @property
     def base_is_transposed(self) -> bool:
-        """Whether the frozen weight is stored (n, m): GPT-2's Conv1D, and embeddings."""
+        """Return whether the frozen weight is stored as (n, m): GPT-2's Conv1D, and embeddings."""
         return self.is_embedding or bool(getattr(self.module, "fan_in_fan_out", False))
 
     @property
     def scaling(self) -> float:
-        """PEFT's ``s``."""
+        """PEFT's factor s in front of ``P Q^T``."""
         return float(self.module.scaling[self.adapter])
 
     @property
     def rank(self) -> int:
-        """The adapter's r."""
+        """Rank r of the adapter."""
         return int(self.module.r[self.adapter])
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(m, n) of the weight, as a matrix."""
+        """Shape (m, n) of the weight as a matrix."""
         return self.P_parameter.shape[0], self.Q_parameter.shape[1:].numel()
 
     @property
     def learned_rank(self) -> int:
-        """r, and the columns of the carry."""
+        """Rank r plus the number of the carry's columns."""
         carry = self.carry
         return self.rank if carry is None else self.rank + carry.columns
 
     @property
     def has_variant(self) -> bool:
-        """Whether the layer computes more than a weight plus a low-rank product (DoRA)."""
+        """Return whether the layer computes more than a weight plus a low-rank product (DoRA)."""
         return self.adapter in self.module.lora_variant
 
     @property
     def is_merged(self) -> bool:
-        """Whether an adapter is merged into the base, which then is not W0."""
+        """Return whether an adapter is merged into the base, which then is not the frozen one."""
         return bool(self.module.merged)
 
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
-        """The weight the layer computes with, as stored, float32 at least.
+        """Return the weight that the layer computes with, shaped as stored, float32 at least.
 
-        Of a quantized base: dequantized.
+        A quantized base is dequantized.
         """
         base = self._wide_base()
         if self.is_merged:
@@ -169,16 +178,20 @@ class LoRAPair:
 
     @torch.no_grad()
     def learned_change(self) -> Tensor:
-        """What the adapter and its carry add to the base weight, as stored, float32 at least."""
+        """Return what adapter and carry add to the base weight, as stored, float32 at least."""
         if self.has_variant:
             return self.effective_weight() - self._wide_base()
         return self._product()
 
     def _wide_base(self) -> Tensor:
-        return _wide(dequantized(self.module.get_base_layer()))
+        """Return the base weight as stored, dequantized, float32 at least."""
+        return _wide(dequantized(self.base_layer))
 
     def _product(self) -> Tensor:
-        """As the base weight is stored.  PEFT's own product is rounded to the factors' dtype."""
+        """Return ``s P Q^T``, carry included, as the base weight is stored.
+
+        PEFT's own product is rounded to the factors' dtype; this one is not.
+        """
         product = self.scaling * (self.learned_P @ self.learned_Q)
         if self.base_is_transposed:
             return product.T
@@ -186,18 +199,35 @@ class LoRAPair:
 
     @property
     def runs(self) -> bool:
-        """Whether the layer's output has this adapter's contribution in it now."""
-        module = self.module
-        return not module.disable_adapters and self.adapter in module.active_adapters
+        """Return whether the layer's output has this adapter's contribution in it now."""
+        return not self.is_switched_off and self.adapter in self.module.active_adapters
+
+    @property
+    def is_switched_off(self) -> bool:
+        """Return whether all adapters of the layer are disabled."""
+        return bool(self.module.disable_adapters)
+
+    @property
+    def base_layer(self) -> Any:
+        """Layer of the model that PEFT's layer is around."""
+        return self.module.get_base_layer()
 
     def rows(self, outputs: Tensor) -> Tensor:
-        """The base layer's outputs as (positions, m): a convolution's have the channels inside."""
+        """Return the base layer's outputs as (positions, m), with a convolution's channels last."""
         if isinstance(self.module, CONVOLUTIONS):
             outputs = outputs.movedim(1, -1)
         return outputs.flatten(0, -2)
 
     def code(self, inputs: Tensor, index: Tensor) -> Tensor:
-        """(k, c): what ``learned_Q`` makes of the inputs there, without dropout, float32."""
+        """Return ``learned_Q`` times the inputs at some positions, without dropout, in float32.
+
+        Args:
+            inputs: the layer's inputs.
+            index: (k,), the positions.
+
+        Returns:
+            (k, c) with c the learned rank.
+        """
         if isinstance(self.module, CONVOLUTIONS):
             # Not `mapped`: where the base is dilated or grouped, the adapter is not.
             convolution = self.module.lora_A[self.adapter]
@@ -207,12 +237,18 @@ class LoRAPair:
         return self.mapped(self.learned_Q.float(), inputs, index)
 
     def mapped(self, matrix: Tensor, inputs: Tensor, index: Tensor) -> Tensor:
-        """(k, d): a matrix (d, n) times the inputs at those positions, float32.
+        """Return a matrix times the inputs at some positions, in float32.
 
-        A convolution's inputs are the patches that its base layer sees.
+        Args:
+            matrix: (d, n).
+            inputs: the layer's inputs; a convolution's are the patches that its base layer sees.
+            index: (k,), the positions.
+
+        Returns:
+            (k, d).
         """
         if isinstance(self.module, CONVOLUTIONS):
-            base = self.module.get_base_layer()
+            base = self.base_layer
             kernel = matrix.reshape(-1, *base.weight.shape[1:])
             images = base._conv_forward(inputs.float(), kernel, None)
             return self.rows(images).index_select(0, index)
@@ -221,35 +257,42 @@ class LoRAPair:
         return inputs.flatten(0, -2).index_select(0, index).float() @ matrix.T
 
     def as_matrix(self, weight: Tensor) -> Tensor:
-        """A stored base weight as (m, n)."""
+        """Return a stored base weight as a matrix (m, n)."""
         return weight.T if self.base_is_transposed else weight.flatten(1)
 
     def mark_rebased(self) -> None:
-        """Note on the layer itself that its base has taken in increments."""
-        self.module.scalora_folded = {*getattr(self.module, "scalora_folded", ()), self.adapter}
+        """Note on PEFT's layer that this adapter's increments were folded into the base weight."""
+        folded = folded_adapters(self.module)
+        if self.adapter not in folded:
+            self.module.scalora_folded = folded | {self.adapter}
 
     @property
     def was_rebased(self) -> bool:
-        """Whether increments have been folded into the layer's base."""
-        return bool(getattr(self.module, "scalora_folded", ()))
+        """Return whether increments of any adapter were folded into the base weight."""
+        return bool(folded_adapters(self.module))
 
     @property
     def exists(self) -> bool:
-        """Whether the layer still has the adapter."""
+        """Return whether the layer still has the adapter."""
         return self.adapter in self.module.r
 
     def claim(self, owner: object) -> None:
-        """Note on the layer itself who re-bases it from now on."""
+        """Note on PEFT's layer who re-bases the adapter from now on."""
         owners = getattr(self.module, "scalora_owners", {})
         self.module.scalora_owners = {**owners, self.adapter: owner}
 
     def belongs_to(self, owner: object) -> bool:
-        """Whether nobody else has claimed it since."""
+        """Return whether ``owner`` was the last to claim the adapter."""
         return getattr(self.module, "scalora_owners", {}).get(self.adapter) is owner
 
 
+def folded_adapters(module: nn.Module) -> set[str]:
+    """Return the adapters whose increments were folded into a layer's base, deleted ones too."""
+    return set(getattr(module, "scalora_folded", ()))
+
+
 def dequantized(base: Any) -> Tensor:
-    """The weight of a base layer as it computes with it; the very weight where it is a float.
+    """Return the weight of a base layer as it computes with it; the very weight if it is a float.
 
     Raises:
         ValueError: PEFT cannot dequantize layers of this kind.
@@ -261,7 +304,7 @@ def dequantized(base: Any) -> Tensor:
     except (AttributeError, NotImplementedError, TypeError) as error:
         raise ValueError(_cannot_dequantize(base)) from error
     finally:
-        # On a CPU PEFT leaves an 8-bit layer with another parameter, which has lost its scales.
+        # On a CPU PEFT replaces an 8-bit layer's parameter by one without scales.
         if weight is not None and base.weight is not weight:
             base.weight = weight
     if not found.is_floating_point():
@@ -277,14 +320,14 @@ def _cannot_dequantize(base: Any) -> str:
 
 
 def _weight(layer: nn.Module) -> Any:
-    """``layer.weight``, without the search of ``nn.Module.__getattr__``: every layer's every step.
+    """Return ``layer.weight`` without the search of ``nn.Module.__getattr__``, which is slow.
 
-    One that is not a plain parameter is found by that search.
+    The search is for weights that are not plain parameters.  Every step asks this of every layer.
     """
     weight = layer._parameters.get("weight")
     return layer.weight if weight is None else weight
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """Float32 at least."""
+    """Return the tensor detached, in float32 or in its own dtype if that is wider."""
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))

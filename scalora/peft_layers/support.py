@@ -1,4 +1,7 @@
-"""Which layers can be re-based, and where their increments can go."""
+"""Reasons why a layer cannot be re-based, folded into, carried or measured.
+
+Held by tests/peft_layers/test_layers.py and tests/rebasing/test_quantized_backends.py.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from scalora import sharding
 from scalora.peft_layers.pair import CONVOLUTIONS, LoRAPair
 
 _PLAIN = (lora_layers.Linear, lora_layers.Embedding, *CONVOLUTIONS)
-# PEFT's layers over quantized bases, by module: most exist only where their library does.
+# Modules of PEFT's layers over quantized bases; most can be imported only with their library.
 _QUANTIZED = ("bnb", "gptq", "awq", "hqq", "eetq", "aqlm", "torchao")
 _PRESERVED_VARIANTS = (
     lora_variants.DoraLinearVariant,
@@ -25,7 +28,7 @@ _PRESERVED_VARIANTS = (
     lora_variants.DoraConv2dVariant,
     lora_variants.DoraConv3dVariant,
 )
-# These call the adapter's modules, and so see what a carry adds to them.
+# These call the adapter's modules, and so see what a carry adds to their output.
 _CARRIED_VARIANTS = (lora_variants.DoraLinearVariant,)
 # One class for both where they have no memory, to plan a run or to count what it launches.
 _PARAMETERS = (nn.Parameter, FakeTensor)
@@ -34,12 +37,12 @@ _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def is_quantized(pair: LoRAPair) -> bool:
-    """Whether PEFT's layer is one over a quantized base."""
+    """Return whether PEFT's layer is one over a quantized base."""
     return _class_of(pair).__module__.rpartition(".")[2] in _QUANTIZED
 
 
 def why_not_dense(pair: LoRAPair) -> str | None:
-    """Why increments cannot be folded into this layer's base weight, or None if they can."""
+    """Return why increments cannot be folded into this layer's base weight, or None."""
     if is_quantized(pair):
         return "its base weight is quantized"
     if _class_of(pair) not in _PLAIN:
@@ -47,12 +50,12 @@ def why_not_dense(pair: LoRAPair) -> str | None:
     reason = _why_not_rebased(pair, _PRESERVED_VARIANTS)
     if reason is not None:
         return reason
-    weight = pair.module.get_base_layer()._parameters.get("weight")
+    weight = pair.base_layer._parameters.get("weight")
     if weight is None:
         return "its base weight is computed from others (a parametrization)"
     plain = type(weight) in (*_PARAMETERS, *_TENSORS)
     if sharding.is_sharded(weight):
-        reason = sharding.why_not_understood(weight)
+        reason = sharding.why_layout_unsupported(weight)
         if reason is not None:
             return f"of its base weight, {reason}"
         plain = type(sharding.local(weight)) in _TENSORS
@@ -66,7 +69,7 @@ def why_not_dense(pair: LoRAPair) -> str | None:
 
 
 def why_no_carry(pair: LoRAPair) -> str | None:
-    """Why increments cannot be kept beside this layer's base weight, or None if they can."""
+    """Return why increments cannot be carried beside this layer's base weight, or None."""
     module = pair.module
     if _class_of(pair) not in _PLAIN and not is_quantized(pair):
         return f"{type(module).__name__} layers are not supported"
@@ -76,14 +79,14 @@ def why_no_carry(pair: LoRAPair) -> str | None:
 
 
 def _why_not_rebased(pair: LoRAPair, variants: tuple[type, ...]) -> str | None:
-    """Why re-basing this layer would not preserve its function, or None if it would."""
+    """Return why re-basing this layer would not preserve its function, or None."""
     module = pair.module
     variant = module.lora_variant.get(pair.adapter)
-    # Exactly these: PEFT's variant of an embedding is a subclass of that of a linear layer.
+    # No subclasses: PEFT's variant of an embedding is a subclass of that of a linear layer.
     if variant is not None and type(variant) not in variants:
         return f"{type(variant).__name__} is more than a weight plus a low-rank product"
     for factor in (pair.P_parameter, pair.Q_parameter):
-        reason = sharding.why_not_understood(factor)
+        reason = sharding.why_layout_unsupported(factor)
         if reason is not None:
             return f"of its factors, {reason}"
         plain = type(factor) in _PARAMETERS or sharding.is_sharded(factor)
@@ -91,7 +94,7 @@ def _why_not_rebased(pair: LoRAPair, variants: tuple[type, ...]) -> str | None:
             return "its factors are sharded"
     if sharding.layout(pair.P_parameter) != sharding.layout(pair.Q_parameter):
         return "its factors are sharded differently"
-    base = module.get_base_layer()
+    base = pair.base_layer
     if isinstance(base, NonDynamicallyQuantizableLinear):
         return "PEFT adds the adapter of a MultiheadAttention's out_proj twice"
     if isinstance(module, CONVOLUTIONS):
@@ -104,11 +107,12 @@ def _why_not_rebased(pair: LoRAPair, variants: tuple[type, ...]) -> str | None:
 
 
 def _class_of(pair: LoRAPair) -> type[nn.Module]:
+    """Return PEFT's class of a layer, sharded or not."""
     return sharding.class_under_sharding(pair.module)
 
 
 def why_not_measured(pair: LoRAPair) -> str | None:
-    """Why the layer's two paths cannot be seen apart from outside, or None if they can."""
+    """Return why the base's and the adapter's output cannot be told apart by hooks, or None."""
     module = pair.module
     factors = module.lora_embedding_A if pair.is_embedding else module.lora_A
     if pair.adapter not in factors or not hasattr(module, "get_base_layer"):
@@ -122,6 +126,7 @@ def why_not_measured(pair: LoRAPair) -> str | None:
 
 
 def _why_not_convolution(base: Any) -> str | None:
+    """Return why PEFT's adapter of a convolution is not one matrix beside its weight, or None."""
     if base.groups != 1:
         return "grouped convolutions are not one matrix"
     if base.padding_mode != "zeros":

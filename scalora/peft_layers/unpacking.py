@@ -1,8 +1,10 @@
-"""Four-bit layers of bitsandbytes that were evaluated on a CPU, and then looked at.
+"""Repairs to bitsandbytes' 4-bit layers that were evaluated on a CPU.
 
-To evaluate on some CPUs bitsandbytes lays codes and scales out anew, in place; ``state_dict()`` of
-the layer takes that back.  Of scales that are not quantized themselves it forgets to: they stay
-(blocks in a row, rows), and every weight of more than one block in a row is another from then on.
+To evaluate on some CPUs bitsandbytes rearranges codes and scales in place, and ``state_dict()`` of
+the layer takes that back.  It forgets scales that are not quantized themselves: they stay (blocks
+per row, rows), and every weight with more than one block per row is wrong from then on.
+
+Held by tests/saving/test_quantized_saving.py.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch import nn
 
 
 def unpack(layer: nn.Module) -> None:
-    """Lay a layer's weight out as it was before the layer was evaluated."""
+    """Arrange a layer's codes and scales as they were before the layer was evaluated."""
     state: Any = getattr(layer._parameters.get("weight"), "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):
         layer.state_dict()
@@ -23,7 +25,7 @@ def unpack(layer: nn.Module) -> None:
 
 @torch.no_grad()
 def put_scales_back(model: nn.Module) -> None:
-    """Put the scales in order wherever ``state_dict()`` has left them the wrong way round."""
+    """Transpose scales that ``state_dict()`` has left the wrong way round, in all of a model."""
     for module in model.modules():
         state: Any = getattr(module._parameters.get("weight"), "quant_state", None)
         if state is None or getattr(state, "packing_format_for_cpu", False):

@@ -1,24 +1,31 @@
-"""What re-basing did to every layer, as a table."""
+"""What re-basing has done to every layer, as numbers for a log and as a table."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import StringIO
+from math import hypot, inf, nan
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from scalora import sharding
 from scalora.carry import Carry
+from scalora.moments.inner_states import stacked_states
 from scalora.peft_layers import LoRAPair
 from scalora.rebasing.batches import thin_factors
+from scalora.rebasing.rebaser import Rebaser
+from scalora.rebasing.sketch import FrozenSketches
+from scalora.sharding.stacks import widened
+from scalora.step_length.rates import host_rate
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer's.
+    """What re-basing has done to one layer; numbers that are not known are NaN.
 
     Attributes:
         layer: its name.
@@ -29,6 +36,16 @@ class LayerReport:
         cut: the energy (squared Frobenius norm) of all that was cut from the carry, relative to
             that of what the layer has learned, carry and adapter together.
         bytes: of the carry; of a sharded layer's, of what this process keeps.
+        frozen_columns: columns frozen so far, r per re-basing.
+        effective_rank: of the whole change so far (`SketchedChange.effective_rank`); NaN for
+            sharded layers.
+        frozen_norm: Frobenius norm of the sum of all that was frozen, from its sketch, within about
+            a tenth; NaN likewise.
+        trainable_norm: likewise, of the adapter's product as it is.
+        age: mean over the columns of ``lora_B`` of their age in steps (docs/mathematics.md, the
+            memory of an adapter): the number of steps at the highest learning rate, as long as
+            calibrated and all in one direction, that a column is made of.  NaN where the inner
+            optimizer's direction is not known.
     """
 
     layer: str
@@ -38,13 +55,28 @@ class LayerReport:
     capacity: int
     cut: float
     bytes: int
+    frozen_columns: int
+    effective_rank: float
+    frozen_norm: float
+    trainable_norm: float
+    age: float
 
 
 class RebasingReport:
-    """All layers', in the model's order; prints as a table."""
+    """All layers' reports, in the model's order; prints as a table.
 
-    def __init__(self, rows: Sequence[LayerReport]) -> None:
+    Attributes:
+        rows: one for each layer.
+        rebase_count: re-basings so far.
+        next_rebasing: steps until the next one; None if there will be none.
+    """
+
+    def __init__(
+        self, rows: Sequence[LayerReport], rebase_count: int = 0, next_rebasing: int | None = None
+    ) -> None:
         self.rows = list(rows)
+        self.rebase_count = rebase_count
+        self.next_rebasing = next_rebasing
 
     def __iter__(self) -> Iterator[LayerReport]:
         return iter(self.rows)
@@ -60,49 +92,131 @@ class RebasingReport:
 
     @property
     def largest_cut(self) -> float:
-        """Of the layer that lost most."""
+        """Cut of the layer that lost most."""
         return max((row.cut for row in self.rows), default=0.0)
 
     def __str__(self) -> str:
-        table = Table("layer", "accumulator", title="Re-based layers")
-        for name in ("rank", "carry", "room", "energy cut", "KiB"):
+        title = f"Re-based {_times(self.rebase_count)}"
+        if self.next_rebasing is not None:
+            title += f", next in {_steps(self.next_rebasing)}"
+        table = Table("layer", "accumulator", title=title)
+        names = ["r", "frozen columns", "rank so far", "frozen norm", "trainable norm", "age"]
+        carried = any(row.accumulator == "carry" for row in self.rows)
+        for name in [*names, *(["carry", "room", "energy cut", "KiB"] if carried else [])]:
             table.add_column(name, justify="right")
         for row in self.rows:
-            carried = row.accumulator == "carry"
-            table.add_row(
+            cells = [
                 row.layer,
                 row.accumulator,
                 str(row.rank),
-                str(row.columns) if carried else "",
-                str(row.capacity) if carried else "",
-                f"{row.cut:.1e}" if carried else "",
-                f"{row.bytes / 1024:.0f}" if carried else "",
-            )
-        console = Console(file=StringIO(), width=120)
+                str(row.frozen_columns),
+                _shown(row.effective_rank, ".1f"),
+                _shown(row.frozen_norm, ".3g"),
+                _shown(row.trainable_norm, ".3g"),
+                _shown(row.age, ".1f"),
+            ]
+            if row.accumulator == "carry":
+                cells += [str(row.columns), str(row.capacity), f"{row.cut:.1e}"]
+                cells += [f"{row.bytes / 1024:.0f}"]
+            table.add_row(*cells)
+        console = Console(file=StringIO(), width=240)  # the table takes what it needs
         console.print(table)
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
-def rebasing_report(pairs: Sequence[LoRAPair], places: Mapping[str, str]) -> RebasingReport:
-    """Of these layers.  Waits for the device once a layer."""
+def rebasing_report(
+    rebaser: Rebaser,
+    frozen: FrozenSketches,
+    optimizer: torch.optim.Optimizer,
+    step_factor: Tensor | None,
+    rebase_count: int,
+    next_rebasing: int | None,
+) -> RebasingReport:
+    """Report on every layer.  Waits for the device, and more than once per layer.
+
+    Args:
+        rebaser: of the layers.
+        frozen: what it froze.
+        optimizer: the inner one.
+        step_factor: length of a step over the inner optimizer's, (); None for 1.
+        rebase_count, next_rebasing: of the `RebasingReport`.
+    """
     rows = []
-    for pair in pairs:
-        carry = pair.carry
+    changes = frozen.changes()
+    factor = 1.0 if step_factor is None else float(step_factor)
+    for pair in rebaser.pairs:
+        carry, change = pair.carry, changes.get(pair.name)
         rows.append(
             LayerReport(
                 layer=pair.name,
-                accumulator=places[pair.name],
+                accumulator=rebaser.places[pair.name],
                 rank=pair.rank,
                 columns=0 if carry is None else carry.columns,
                 capacity=0 if carry is None else carry.capacity,
                 cut=0.0 if carry is None else float(_relative_cut(pair, carry)),
                 bytes=0 if carry is None else carry.up.nbytes + carry.down.nbytes,
+                frozen_columns=frozen.columns.get(pair.name, 0),
+                effective_rank=nan if change is None else change.effective_rank,
+                frozen_norm=nan if change is None else float(change.frozen.norm()),
+                trainable_norm=nan if change is None else float(change.trainable.norm()),
+                age=_age(pair, rebaser, optimizer) / factor,
             )
         )
-    return RebasingReport(rows)
+    return RebasingReport(rows, rebase_count, next_rebasing)
+
+
+@torch.no_grad()
+def progress(
+    frozen: FrozenSketches, step_factor: Tensor | None, rebase_count: int
+) -> dict[str, float]:
+    """Return a run's progress in numbers for a log (`scalora.ScaLoRA.progress`)."""
+    found: dict[str, float] = {"rebased": rebase_count}
+    if step_factor is not None:
+        found["step_factor"] = float(step_factor)
+    changes = frozen.changes().values()
+    if changes:
+        found["rank"] = sum(change.effective_rank for change in changes) / len(changes)
+        trainable = hypot(*(float(change.trainable.norm()) for change in changes))
+        if trainable > 0:
+            everything = hypot(*(float(change.frozen.norm()) for change in changes))
+            found["frozen_norm"] = everything / trainable
+    return found
+
+
+def _age(pair: LoRAPair, rebaser: Rebaser, optimizer: torch.optim.Optimizer) -> float:
+    """Return the mean age of a layer's columns, in steps of the inner optimizer."""
+    P, moments = pair.P_parameter, rebaser.moments
+    if moments.direction is None or sharding.is_sharded(P):
+        return nan
+    index, group = next(
+        (i, group)
+        for i, group in enumerate(optimizer.param_groups)
+        if any(p is P for p in group["params"])
+    )
+    # Without gradients, as after `zero_grad`: the direction that the moments alone give.
+    grad = widened(torch.zeros_like(P) if P.grad is None else P.grad)
+    state = stacked_states(optimizer, moments, [P])
+    direction = moments.direction(widened(P.detach())[None], grad[None], state, group)[0]
+    peak = float(rebaser.learned.peak(index, host_rate(group["lr"])))
+    columns = widened(P.detach()).flatten(1).norm(dim=0)
+    step = peak * float(direction.flatten(1).norm()) / pair.rank**0.5
+    age = float(columns.mean()) / step if step > 0 else inf
+    return age if age < inf else nan
 
 
 def _relative_cut(pair: LoRAPair, carry: Carry) -> Tensor:
     P, Q = thin_factors([pair])
     return carry.relative_cut(P[0], Q[0])
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
+def _steps(count: int) -> str:
+    return "1 step" if count == 1 else f"{count} steps"
+
+
+def _shown(value: float, how: str) -> str:
+    return "" if value != value else format(value, how)

@@ -88,7 +88,7 @@ def _place(pair: LoRAPair, users: dict[int, list[str]], options: RebasingOptions
             "out of target_modules, or untie the weights (tie_word_embeddings=False)."
         )
     if options.accumulator == "carry" or len(sharing) != 1:
-        _check_carry(pair, not_dense, sharing, options)
+        _check_carry(pair, options)
         return "carry"
     return "dense"
 
@@ -98,20 +98,12 @@ def _sharing(pair: LoRAPair, users: dict[int, list[str]]) -> list[str]:
     return users[peft_layers.storage_address(pair.base_weight)]
 
 
-def _check_carry(
-    pair: LoRAPair, not_dense: str | None, sharing: list[str], options: RebasingOptions
-) -> None:
+def _check_carry(pair: LoRAPair, options: RebasingOptions) -> None:
     least = 2 * increment_columns(pair, P_alone=options.scales_P_alone)
     if not isinstance(options.carry_rank, str) and options.carry_rank < least:
         raise ValueError(
             f"carry_rank={options.carry_rank} is too small for {pair.name!r}: every re-basing adds "
             f"{least // 2} columns, and two of them must fit. Pass {least} at least, or 'auto'."
-        )
-    if options.when_full == "fold" and (not_dense is not None or len(sharing) > 1):
-        reason = not_dense or f"its base weight is tied: {sharing} share it"
-        raise ValueError(
-            f"when_full='fold' cannot fold the carry of {pair.name!r} into its base: {reason}. Use "
-            "when_full='compress' or 'hold'."
         )
 
 

@@ -1,1 +1,1 @@
-"""What a resumed run takes up, and what must agree for it to continue another."""
+"""How far a run has come, as it is saved, and what a run that continues it must agree on."""

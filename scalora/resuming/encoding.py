@@ -1,7 +1,7 @@
 """A state of re-basing as tensors, JSON and a checksum of both: never pickled.
 
-So it is written to ``scalora.safetensors``, and so it travels in a distributed checkpoint, which
-keeps one value of a parameter group.
+In this form it is written to ``scalora.safetensors``, and travels in a distributed checkpoint,
+which keeps single values of a parameter group.
 """
 
 from __future__ import annotations
@@ -26,15 +26,19 @@ _CARRY = ("up", "down", "cut", "capacity")
 
 
 def flattened(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `scalora.ScaLoRA.rebasing_state` returns, as named tensors and what JSON can express.
+    """Split what `scalora.ScaLoRA.rebasing_state` returns into tensors and values for JSON.
 
     Returns:
-        ``carry.up:``, ``carry.down:``, ``carry.cut:``, ``carry.capacity:``, ``product:`` or
-        ``residual:`` and a layer's name, or ``step_length:`` and a name -> the tensor, for those
-        that are not None; and all other values.
+        The tensors that are not None, by ``carry.up:``, ``carry.down:``, ``carry.cut:``,
+        ``carry.capacity:``, ``product:`` or ``residual:`` followed by a layer's name, or
+        ``frozen:`` followed by a layer's name, or ``step_length:`` followed by a name; and all
+        other values.
     """
-    values = {key: value for key, value in state.items() if key != "layers"}
+    values = {key: value for key, value in state.items() if key not in ("layers", "frozen")}
     tensors: dict[str, Tensor] = {}
+    if (frozen := state.get("frozen")) is not None:
+        values["frozen"] = frozen["columns"]
+        tensors |= {f"frozen:{name}": sketch for name, sketch in frozen["sketches"].items()}
     for name, layer in state["layers"].items():
         carry = {f"carry.{key}": value for key, value in (layer["carry"] or {}).items()}
         memory = {"product": layer["product"], "residual": layer["residual"], **carry}
@@ -47,17 +51,22 @@ def flattened(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, An
 
 
 def restored(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The state that `flattened` was given."""
+    """Return the state that `flattened` was given."""
     length = values["step_length"]
+    sketches = {
+        name: tensors[f"frozen:{name}"] for name in values["ranks"] if f"frozen:{name}" in tensors
+    }
+    columns = values.get("frozen")
     return {
         **values,
+        "frozen": None if columns is None else {"columns": columns, "sketches": sketches},
         "layers": {layer: _memory(tensors, layer) for layer in values["ranks"]},
         "step_length": {key: tensors.get(f"step_length:{key}", length[key]) for key in length},
     }
 
 
-def carry_of(tensors: Mapping[str, Tensor], layer: str) -> dict[str, Tensor] | None:
-    """A layer's ``up`` (m, c), ``down`` (c, n), ``cut`` and ``capacity``; None without one."""
+def saved_carry(tensors: Mapping[str, Tensor], layer: str) -> dict[str, Tensor] | None:
+    """Return a layer's ``up`` (m, c), ``down`` (c, n), ``cut`` and ``capacity``, or None."""
     carry = {key: tensors.get(f"carry.{key}:{layer}") for key in _CARRY}
     found = {key: tensor for key, tensor in carry.items() if tensor is not None}
     return found if len(found) == len(_CARRY) else None
@@ -67,14 +76,14 @@ def _memory(tensors: Mapping[str, Tensor], layer: str) -> dict[str, Any]:
     return {
         "product": tensors.get(f"product:{layer}"),
         "residual": tensors.get(f"residual:{layer}"),
-        "carry": carry_of(tensors, layer),
+        "carry": saved_carry(tensors, layer),
     }
 
 
 def sealed(
     tensors: Mapping[str, Tensor], values: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors, contiguous and on the CPU, and safetensors' metadata: values and checksum."""
+    """Return the tensors, contiguous on the CPU, and safetensors' metadata: values, checksum."""
     text = json.dumps(values)
     here = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return here, {"scalora": text, "sha256": _sha256(here, text)}
@@ -83,11 +92,11 @@ def sealed(
 def opened(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: object
 ) -> dict[str, Any]:
-    """The values that were `sealed` with these tensors.
+    """Return the values that were `sealed` with these tensors.
 
     Args:
         tensors, metadata: as they were read.
-        source: where from, for the messages.
+        source: where they were read from, for the messages.
 
     Raises:
         ValueError: they are not as they were written, or not by this version of this package.
@@ -115,7 +124,7 @@ def opened(
 
 
 def noted(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The values as they are there, not compared with anything; {} if there are none."""
+    """Return the values without a comparison with the checksum; {} if there are none."""
     try:
         values = json.loads(metadata["scalora"])
     except (KeyError, json.JSONDecodeError):
@@ -124,13 +133,13 @@ def noted(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def packed(state: Mapping[str, Any]) -> bytes:
-    """A state of re-basing as one value, which a distributed checkpoint writes as it is."""
+    """Return a state of re-basing as one value, which a distributed checkpoint writes as it is."""
     tensors, metadata = sealed(*flattened(state))
     return save(tensors, metadata)
 
 
 def unpacked(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """An optimizer's state dict -> the state of re-basing, if it holds one, and the inner one's.
+    """Split an optimizer's state dict into the state of re-basing, or None, and the inner one's.
 
     Raises:
         ValueError: it is in a parameter group and damaged, or was not written by this version of
@@ -162,7 +171,7 @@ def _from_bytes(held: bytes) -> dict[str, Any]:
 
 
 def _sha256(tensors: Mapping[str, Tensor], text: str) -> str:
-    """Of contiguous tensors on the CPU, with names, dtypes and shapes, and of the text."""
+    """Return the checksum of contiguous tensors on the CPU, their names, and the text."""
     found = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -9,37 +9,50 @@ import torch
 from torch import Tensor
 
 from scalora import peft_layers
+from scalora.guards.stale_layers import ExpectedWeights
 from scalora.options import RebasingOptions
 from scalora.rebasing.rebaser import Rebaser
-from scalora.resuming.same_run import STATE_VERSION, ExpectedWeights, check_same_kind
+from scalora.rebasing.sketch import FrozenSketches
+from scalora.resuming.same_run import STATE_VERSION, check_same_run
 from scalora.step_length.calibration import StepCalibration
 
 
 class RunState:
-    """Counts a run's steps and re-basings, and saves and takes up all that re-basing remembers.
+    """Counts the steps and re-basings of a run, and saves and restores what re-basing remembers.
 
     Args:
         options: the user's.
-        rebaser: of the layers, with what it remembers of each.
-        calibration: of the length of a step.
+        rebaser: re-bases the layers, and remembers something of each.
 
     Attributes:
+        calibration: of the length of a step.
+        frozen: sketches of what was frozen, for reports and logs alone.
         steps: done so far.
-        rebase_count: re-basings so far.
-        expected: the weights that a loaded state was saved with, until the next step.
+        rebase_count: re-basings so far; one step is one at most.
+        expected: the weights that a loaded state was saved with.
     """
 
-    def __init__(
-        self, options: RebasingOptions, rebaser: Rebaser, calibration: StepCalibration
-    ) -> None:
+    def __init__(self, options: RebasingOptions, rebaser: Rebaser) -> None:
         self.options = options
         self.rebaser = rebaser
-        self.calibration = calibration
+        self.calibration = StepCalibration(options.calibration_steps)
+        self.frozen = FrozenSketches({pair: rebaser.places[pair.name] for pair in rebaser.pairs})
         self.steps = self.rebase_count = 0
         self.expected = ExpectedWeights()
 
+    @property
+    def is_due(self) -> bool:
+        """Whether the coming step re-bases."""
+        return self.next_rebasing == 1
+
+    @property
+    def next_rebasing(self) -> int | None:
+        """Steps until the next re-basing, the step that re-bases included; None for never."""
+        interval = self.options.interval_steps
+        return interval - self.steps % interval if self.rebaser.pairs else None
+
     def kind(self) -> dict[str, Any]:
-        """What must agree for one run to continue another."""
+        """Return what must agree for one run to continue another (`check_same_run`)."""
         pairs = self.rebaser.pairs
         return {
             "version": STATE_VERSION,
@@ -53,12 +66,8 @@ class RunState:
             "places": self.rebaser.places,
         }
 
-    def check(self, own: Mapping[str, Any]) -> None:
-        """Raise a ValueError, which says what differs, if ``own`` is not of this kind of run."""
-        check_same_kind(own, self.kind())
-
     def saved(self) -> dict[str, Any]:
-        """Numbers and small tensors, of all processes together."""
+        """Return numbers and small tensors, of all processes together."""
         pairs = self.rebaser.pairs
         return {
             **self.kind(),
@@ -69,33 +78,36 @@ class RunState:
             | dict(self.expected.base),
             "adapter": peft_layers.adapter_checksums([p for p in pairs if p.carry is not None])
             | dict(self.expected.adapter),
-            "layers": self.rebaser.layer_states(),
-            "learned": self.rebaser.remembered.learned.state(),
-            "step_length": self.calibration.state(self._factors()),
+            "layers": self.rebaser.saved_layers(),
+            "learned": self.rebaser.learned.saved(),
+            "step_length": self.calibration.saved(self._factors()),
+            "frozen": self.frozen.state(),
         }
 
     def load(self, own: Mapping[str, Any]) -> None:
         """Take up what `saved` returned.
 
         Raises:
-            ValueError: it is of another kind of run; nothing is loaded then.
+            ValueError: this run cannot continue that one; nothing is loaded then.
         """
-        self.check(own)
+        check_same_run(own, self.kind())
         self.steps, self.rebase_count = own["steps"], own["rebase_count"]
-        self.expected = ExpectedWeights.of(own)
-        self.rebaser.remember(own["layers"], rebased=own["base"])
-        self.rebaser.remembered.learned.load(own["learned"])
+        self.expected.expect(own)
+        self.rebaser.load_layers(own["layers"], rebased=own["base"])
+        self.rebaser.learned.load(own["learned"])
+        self.frozen.load(own.get("frozen"), self.rebase_count)
         self._load_calibration(own["step_length"])
 
     def forget(self) -> None:
-        """As if no step had been taken."""
+        """Return to where a run begins."""
         self.steps = self.rebase_count = 0
-        self.expected = ExpectedWeights()
+        self.expected.expect(None)
         self.rebaser.forget()
+        self.frozen.load(None)
         self._load_calibration(None)
 
     def _factors(self) -> list[Tensor]:
-        """All layers' factors, whose steps share one length."""
+        """Return all layers' factors, whose steps share one length."""
         return [p for pair in self.rebaser.pairs for p in (pair.P_parameter, pair.Q_parameter)]
 
     def _load_calibration(self, state: dict[str, Any] | None) -> None:

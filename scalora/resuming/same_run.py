@@ -1,20 +1,16 @@
-"""Whether a saved state of re-basing belongs to this run, and to the weights that are there."""
+"""What two runs must agree on for one to continue the other."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
-from scalora import peft_layers
-from scalora.peft_layers import LoRAPair
-
 STATE_VERSION = 5
-"""Of what is saved, in ``optimizer.state_dict()["scalora"]`` and in ``scalora.safetensors``."""
+"""Format of ``optimizer.state_dict()["scalora"]`` and of ``scalora.safetensors``."""
 
 
 def check_version(found: Any) -> None:
-    """Raise a ValueError if a state is in another version's format."""
+    """Raise a ValueError if a state is in the format of another version of this package."""
     if found != STATE_VERSION:
         raise ValueError(
             f"the checkpoint was written by another version of scalora (its format is {found!r}, "
@@ -23,13 +19,13 @@ def check_version(found: Any) -> None:
         )
 
 
-def check_same_kind(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
-    """Raise a ValueError, which says what differs, if a state is of another kind of run.
+def check_same_run(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+    """Raise a ValueError that says what differs if this run cannot continue a saved one.
 
     Args:
-        saved: the state; it may hold more.
-        present: what must agree, of this run: ``ranks``, ``shapes`` and ``places`` map layers, the
-            rest are single values.
+        saved: a state of re-basing; it may hold more than must agree.
+        present: what must agree (`RunState.kind`): ``ranks``, ``shapes`` and ``places`` map layer
+            names, the rest are single values.
     """
     check_version(saved.get("version"))
     for name, value in present.items():
@@ -46,61 +42,6 @@ def check_same_kind(saved: Mapping[str, Any], present: Mapping[str, Any]) -> Non
             f"the checkpoint was written with {name}={found!r}, this optimizer has "
             f"{name}={value!r}. Create it with the same {name} to resume. Nothing was loaded."
         )
-
-
-@dataclass(frozen=True)
-class ExpectedWeights:
-    """What a loaded state was saved with, until the first step has seen that it is there.
-
-    Attributes:
-        base: layer name -> checksum of the base weight, where increments went into it.
-        adapter: factor -> checksum, where a carry belongs to it.
-        in_file: the state itself is in a Trainer's checkpoint, and still to be loaded.
-    """
-
-    base: Mapping[str, int] = field(default_factory=dict)
-    adapter: Mapping[str, int] = field(default_factory=dict)
-    in_file: bool = False
-
-    @classmethod
-    def of(cls, own: Mapping[str, Any] | None) -> ExpectedWeights:
-        """What a state of re-basing expects; None expects nothing."""
-        own = own or {}
-        return cls(own.get("base", {}), own.get("adapter", {}), own.get("in_file", False))
-
-    def check(self, pairs: Sequence[LoRAPair]) -> None:
-        """Raise a ValueError if the layers' weights are others.  Waits for the device, if at all.
-
-        Args:
-            pairs: all layers that are re-based.
-        """
-        if self.in_file:
-            raise ValueError(
-                "this optimizer state is from a Trainer's checkpoint, which has the rest in "
-                "scalora.safetensors: call scalora.load_training_state(optimizer, folder) after "
-                "load_state_dict and before the first step, or give the Trainer a ScaLoRACallback."
-            )
-        if self.adapter:
-            found = peft_layers.adapter_checksums(pairs)
-            if name := _differing(self.adapter, found):
-                raise ValueError(
-                    f"the model's adapter is not the one this optimizer state was saved with "
-                    f"({name!r} differs), and the carry in it belongs to that one: load the "
-                    "adapter of the same checkpoint before the first step."
-                )
-        if self.base:
-            found = peft_layers.base_checksums([pair for pair in pairs if pair.name in self.base])
-            if name := _differing(self.base, found):
-                raise ValueError(
-                    f"the base weight of {name!r} is not the one this optimizer state was saved "
-                    "with: what had been folded into it would be lost. Load the model's full "
-                    "state_dict, or scalora.load_training_state, before the first step (or drop "
-                    "the state's 'scalora' entry to begin re-basing anew on this base)."
-                )
-
-
-def _differing(expected: Mapping[str, int], found: Mapping[str, int]) -> str | None:
-    return next((name for name, value in expected.items() if found[name] != value), None)
 
 
 def _other_layers(saved: Mapping[str, int], ranks: Mapping[str, int]) -> str:

@@ -13,21 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from scalora import peft_layers, transformers_models
 from scalora.arguments import check_folder
 from scalora.files import folder_written_whole
-from scalora.saving.finished import ADAPTER_CONFIG, MODEL_CONFIG, merged_model, write_adapter
-from scalora.saving.ties import shared_weights, write_model
+from scalora.peft_layers import ADAPTER_CONFIG
+from scalora.saving.adapter import write_adapter
+from scalora.saving.merged import MODEL_CONFIG, merged_model
+from scalora.saving.pretrained import has_one_change
 from scalora.saving.training_state import load_rebased_weights
 from scalora.saving.training_state_file import STATE_FILE, TrainingStateFile
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
-# What tokenizers of transformers save; each has some of them.
+# Files that transformers' tokenizers save; each kind has some of them.
 _TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -43,16 +43,16 @@ _TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Export:
-    """What was written.
+    """Result of `export_checkpoint`.
 
     Attributes:
-        folder: where.
-        merged: whether a merged model, not an adapter.
-        errors: layer name -> relative error.  Of an adapter, of the whole change since the
-            pretrained weights; of a merged model, what rounding to its dtype took from what was
-            merged into the base weight.
-        rank: the adapter's largest; None of a merged model.
-        bytes: of all files.
+        folder: the folder that was written.
+        merged: whether it holds a merged model, and not an adapter.
+        errors: layer name -> relative error.  An adapter's is that of the whole change since the
+            pretrained weights.  A merged model's is the part of the change that rounding the
+            merged weight to its dtype lost.
+        rank: the adapter's largest rank; None for a merged model.
+        bytes: size of all files together.
     """
 
     folder: Path
@@ -64,56 +64,70 @@ class Export:
 
 @dataclass(frozen=True)
 class _Checkpoint:
+    """A checkpoint of training.
+
+    Attributes:
+        folder: its folder.
+        file: the training state in it.
+        adapter: the adapter's config.
+        adapter_folder: where the adapter's files are, at the top or one level below.
+    """
+
     folder: Path
-    state: TrainingStateFile
-    adapter: PeftConfig
+    file: TrainingStateFile
+    adapter: peft_layers.PeftConfig
     adapter_folder: Path
 
     @classmethod
     def read(cls, folder: Path) -> _Checkpoint:
+        """Read the checkpoint in a folder.
+
+        Raises:
+            ValueError: the folder, its training state or its adapter is missing or damaged.
+        """
         check_folder(folder, "there is nothing to export")
         if not (folder / STATE_FILE).is_file():
             raise ValueError(
                 f"{folder} has no {STATE_FILE}, which ScaLoRACallback and "
                 "scalora.save_training_state write: there is nothing to export."
             )
-        state = TrainingStateFile.read(folder)
-        named = folder / str(state.values.get("adapter_name", "default"))
+        file = TrainingStateFile.read(folder)
+        named = folder / str(file.values.get("adapter_name", "default"))
         adapter_folder = named if (named / ADAPTER_CONFIG).is_file() else folder
         if not (adapter_folder / ADAPTER_CONFIG).is_file():
             raise ValueError(f"{folder} has no {ADAPTER_CONFIG}: it holds no adapter.")
         with _loading(f"the adapter in {adapter_folder}"):
-            adapter = PeftConfig.from_pretrained(str(adapter_folder))
-        return cls(folder, state, adapter, adapter_folder)
+            adapter = peft_layers.PeftConfig.from_pretrained(str(adapter_folder))
+        return cls(folder, file, adapter, adapter_folder)
 
     @property
-    def recorded(self) -> dict[str, Any] | None:
-        """The config of the model in training."""
-        return self.state.values.get("config")
+    def model_config(self) -> dict[str, Any] | None:
+        """Config of the model in training, as JSON values; None if it was not recorded."""
+        return self.file.values.get("config")
 
     @property
     def model_class(self) -> Any:
-        """The class that loads the model in training."""
-        return transformers_models.model_class(self.adapter, self.state.values.get("model_class"))
+        """Class that loads the model in training."""
+        return transformers_models.model_class(self.adapter, self.file.values.get("model_class"))
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Of the base weights in training; None if they are not known."""
-        return self.state.base_dtype
+        """Dtype of the base weights in training; None if it is not known."""
+        return self.file.base_dtype
 
     @property
     def needs_base(self) -> bool:
-        """Whether part of what was learned is, or could be, in the base weights."""
-        moving = self.state.base_dtype is not None
-        return moving or peft_layers.config_moves_base(self.adapter)
+        """Return whether part of what was learned is, or could be, in the base weights."""
+        folds = self.file.base_dtype is not None
+        return folds or peft_layers.config_moves_base(self.adapter)
 
     def weights_with_adapter(self) -> set[str]:
-        """Names of the weights of the base that are in the adapter's files."""
+        """Return the names of the base's weights that the adapter's files hold."""
         with _loading(f"the adapter in {self.adapter_folder}"):
             return peft_layers.weights_in_files(self.adapter_folder)
 
     def source(self, base: str | None) -> str:
-        """Where the pretrained model comes from."""
+        """Return the pretrained model's folder or hub id, or raise a ValueError without one."""
         source = base or self.adapter.base_model_name_or_path
         if not source:
             raise ValueError("the adapter does not say what it was trained on: pass --base.")
@@ -134,14 +148,14 @@ def export_checkpoint(
 
     Args:
         checkpoint: a folder with an adapter and ``scalora.safetensors``.
-        output: a new or empty folder; it is there whole in the end, or not at all.
-        base: the pretrained model, a folder or a hub id; None for what the adapter names.  An
-            adapter whose increments are all in carries is written without it.
-        rank: of the adapter, as in `scalora.save_adapter`.
-        merged: write a merged model instead.  A base that was quantized in training is quantized
+        output: a new or empty folder, written whole or not at all.
+        base: the pretrained model, a folder or a hub id; None for the one that the adapter names.
+            An adapter whose increments are all in carries is written without it.
+        rank: rank of the adapter, as in `scalora.save_adapter`.
+        merged: whether to write a merged model.  A base that was quantized in training is quantized
             again and dequantized, which gives the answers of the model in training.
-        full_precision_base: merge onto this base instead, as it is stored.
-        dtype: of the merged weights; None for that in training.
+        full_precision_base: another base to merge onto, as it is stored.
+        dtype: dtype of the merged weights; None for that in training.
 
     Raises:
         ValueError: options that exclude each other, an output folder that is not empty, or a
@@ -160,59 +174,80 @@ def export_checkpoint(
     read = _Checkpoint.read(Path(checkpoint))
     with torch.no_grad():
         if merged:
-            model, errors = _merged(read, base, full_precision_base, dtype)
-            with folder_written_whole(folder, MODEL_CONFIG) as staged:
-                write_model(model, staged)
-                _copy_tokenizer(read.folder, staged)
-            return Export(folder, True, errors, None, _bytes(folder))
-        wrapped, start = _adapted(read, base)
-        with folder_written_whole(folder, ADAPTER_CONFIG) as staged:
-            name = peft_layers.active_adapter(wrapped)
-            grown = _vocabulary_changed(read, wrapped)
-            errors = write_adapter(wrapped, staged, rank, start, name, grown)
-            _copy_tokenizer(read.folder, staged)
-        written = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        return Export(folder, False, errors, int(written["r"]), _bytes(folder))
+            return _export_merged(read, folder, base, full_precision_base, dtype)
+        return _export_adapter(read, folder, base, rank)
+
+
+def _export_merged(
+    read: _Checkpoint,
+    folder: Path,
+    base: str | None,
+    full_precision_base: str | None,
+    dtype: torch.dtype | None,
+) -> Export:
+    """Write the merged model and the tokenizer."""
+    model, errors = _merged(read, base, full_precision_base, dtype)
+    with folder_written_whole(folder, MODEL_CONFIG) as staged:
+        transformers_models.write_model(model, staged)
+        _copy_tokenizer(read.folder, staged)
+    return Export(folder, True, errors, None, _bytes(folder))
+
+
+def _export_adapter(read: _Checkpoint, folder: Path, base: str | None, rank: int | None) -> Export:
+    """Write the adapter and the tokenizer."""
+    model, start = _adapted(read, base)
+    with folder_written_whole(folder, ADAPTER_CONFIG) as staged:
+        name = peft_layers.active_adapter(model)
+        grown = _vocabulary_changed(read, model)
+        errors = write_adapter(model, staged, rank, start, name, grown)
+        _copy_tokenizer(read.folder, staged)
+    written = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    return Export(folder, False, errors, int(written["r"]), _bytes(folder))
 
 
 def _adapted(
     read: _Checkpoint, base: str | None
 ) -> tuple[peft_layers.PeftModel, dict[str, Tensor] | None]:
-    """The trained model, and its pretrained weights if they are needed to tell what it learned."""
-    if not read.needs_base:
-        with _loading("the model's config"):
-            source = "" if read.recorded is not None else read.source(base)
-            empty = transformers_models.model_without_weights(
-                read.model_class, source, read.recorded
-            )
-        model = _with_adapter(read, empty, assign=True)
-        pairs = peft_layers.all_lora_pairs(model)
-        thin = all(pair.carry is not None or not pair.has_variant for pair in pairs)
-        if thin and not any(
-            map(transformers_models.is_stand_in, _embeddings(read, model).values())
-        ):
-            return model, None
+    """Return the trained model, and the pretrained weights if what it learned needs them."""
+    model = None if read.needs_base else _adapted_without_base(read, base)
+    if model is not None:
+        return model, None
     pretrained, missing = _pretrained(read, read.source(base), quantized=False)
     unsupplied = missing - _supplied(read, pretrained)
     start = {name: weight.clone() for name, weight in pretrained.state_dict().items()}
     model = _with_adapter(read, pretrained)
-    layers = {f"{layer}.weight" for layer in read.state.values["ranks"]}
+    layers = {f"{layer}.weight" for layer in read.file.values["ranks"]}
     embeddings = set(map(peft_layers.base_weight_name, _embeddings(read, model)))
-    # What the adapter's files hold of a layer is what was folded into, not what it began with; new
-    # rows of a vocabulary began nowhere.
+    # A layer's weight in the adapter's files was folded into since: what it began with is needed
+    # from the base, except for a changed vocabulary, whose new rows are in no base.
     began = layers - embeddings if _vocabulary_changed(read, model) else layers
     _require_all((missing & began) | (unsupplied & (layers | embeddings)), read.source(base))
     return model, start
 
 
+def _adapted_without_base(read: _Checkpoint, base: str | None) -> peft_layers.PeftModel | None:
+    """Return the trained model on a base without weights; None if an adapter needs some of them."""
+    with _loading("the model's config"):
+        source = "" if read.model_config is not None else read.source(base)
+        empty = transformers_models.model_without_weights(
+            read.model_class, source, read.model_config
+        )
+    model = _with_adapter(read, empty, assign=True)
+    pairs = peft_layers.all_lora_pairs(model)
+    if any(pair.has_variant and pair.carry is None for pair in pairs):
+        return None
+    lacking = any(map(transformers_models.is_stand_in, _embeddings(read, model).values()))
+    return None if lacking else model
+
+
 def _embeddings(read: _Checkpoint, model: peft_layers.PeftModel) -> dict[str, Tensor]:
-    """What `write_adapter` writes with the adapter."""
+    """Return the base weights that `write_adapter` writes with the adapter."""
     name = peft_layers.active_adapter(model)
     return peft_layers.saved_embeddings(model, name, _vocabulary_changed(read, model))
 
 
 def _vocabulary_changed(read: _Checkpoint, model: peft_layers.PeftModel) -> bool:
-    """Whether the vocabulary was changed before training, as PEFT saw then or can be seen now."""
+    """Return whether the vocabulary was changed before training, by the base or by PEFT's files."""
     name = peft_layers.active_adapter(model)
     if peft_layers.vocabulary_changed(model, name):
         return True
@@ -222,12 +257,13 @@ def _vocabulary_changed(read: _Checkpoint, model: peft_layers.PeftModel) -> bool
 
 
 def _supplied(read: _Checkpoint, base: nn.Module) -> set[str]:
-    """Names of the weights that loading the adapter puts in place, where they are tied too."""
-    held = read.weights_with_adapter()
-    return held.union(*(group for group in shared_weights(base) if not held.isdisjoint(group)))
+    """Return the names of the weights that loading the adapter sets, tied ones included."""
+    held, shared = read.weights_with_adapter(), transformers_models.shared_weights(base)
+    return held.union(*(group for group in shared if not held.isdisjoint(group)))
 
 
 def _require_all(lacking: set[str], source: str) -> None:
+    """Raise a ValueError that names the first of the weights that are nowhere, if there are any."""
     if lacking:
         raise ValueError(
             f"neither {source} nor the checkpoint has a weight {min(lacking)!r} that fits."
@@ -236,14 +272,14 @@ def _require_all(lacking: set[str], source: str) -> None:
 
 def _merged(
     read: _Checkpoint, base: str | None, full_precision_base: str | None, dtype: torch.dtype | None
-) -> tuple[PreTrainedModel, dict[str, float]]:
-    """The merged model, and what rounding took from what was merged into each layer."""
+) -> tuple[nn.Module, dict[str, float]]:
+    """Return the merged model and, by layer, the relative error of rounding what was merged."""
     source = full_precision_base or read.source(base)
     pretrained, missing = _pretrained(read, source, quantized=full_precision_base is None)
     quantized = hasattr(pretrained.config, "quantization_config")
     if full_precision_base is not None and quantized:
         raise ValueError(f"--full-precision-base={full_precision_base} is quantized.")
-    if full_precision_base is None and read.state.values.get("quantized") and not quantized:
+    if full_precision_base is None and read.file.values.get("quantized") and not quantized:
         raise ValueError(
             f"the base was quantized in training, and neither {source} nor the checkpoint says "
             "how: pass --full-precision-base to merge onto weights that are not."
@@ -256,14 +292,13 @@ def _merged(
     return merged, _rounded_away(model, merged)
 
 
-def _pretrained(
-    read: _Checkpoint, source: str, quantized: bool
-) -> tuple[PreTrainedModel, set[str]]:
+def _pretrained(read: _Checkpoint, source: str, quantized: bool) -> tuple[Any, set[str]]:
+    """Return the pretrained model, and the names of the weights that ``source`` lacks."""
     with _loading(f"the base {source}"):
         return transformers_models.pretrained_model(
             read.model_class,
             source,
-            read.recorded,
+            read.model_config,
             quantized=quantized,
             dtype=read.dtype,
         )
@@ -272,13 +307,13 @@ def _pretrained(
 def _with_adapter(
     read: _Checkpoint, base: nn.Module, *, assign: bool = False
 ) -> peft_layers.PeftModel:
-    """The trained model: the base with the checkpoint's adapter and its re-based weights.
+    """Return the trained model: the base with the checkpoint's adapter and re-based weights.
 
     Args:
         read: the checkpoint.
-        base: what the adapter goes on.
-        assign: whether to put the adapter's tensors in the place of the base's copies
-            (``modules_to_save``), which cannot be written to where they have no memory.
+        base: the model to put the adapter on.
+        assign: whether the adapter's tensors replace the base's copies (``modules_to_save``), for a
+            base without weights, whose tensors cannot be written.
     """
     with _loading(f"the adapter in {read.adapter_folder}"):
         model = peft_layers.PeftModel.from_pretrained(
@@ -292,13 +327,10 @@ def _with_adapter(
 
 
 def _rounded_away(model: nn.Module, merged: nn.Module) -> dict[str, float]:
-    """Layer name -> ``|W - merged|_F / |change|_F``, W being what the layer computes with."""
+    """Return layer name -> ``|W - merged|_F / |change|_F``, W being the exact merged weight."""
     errors = {}
     for pair in peft_layers.all_lora_pairs(model):
-        if (
-            peft_layers.why_not_dense(pair) is not None
-            and peft_layers.why_no_carry(pair) is not None
-        ):
+        if not has_one_change(pair):
             continue
         exact = pair.effective_weight()
         weight: Any = merged.get_submodule(pair.name).weight
@@ -310,7 +342,7 @@ def _rounded_away(model: nn.Module, merged: nn.Module) -> dict[str, float]:
 
 @contextmanager
 def _loading(what: str) -> Iterator[None]:
-    """Whatever goes wrong in another library says what could not be loaded."""
+    """Turn other libraries' errors into a ValueError that says what could not be loaded."""
     try:
         with peft_layers.without_notes():
             warnings.filterwarnings("error", message="Found missing adapter keys")
@@ -330,6 +362,7 @@ def _loading(what: str) -> Iterator[None]:
 
 
 def _copy_tokenizer(checkpoint: Path, folder: Path) -> None:
+    """Copy the tokenizer's files, if the checkpoint has a tokenizer."""
     if not (checkpoint / _TOKENIZER_CONFIG).is_file():
         return
     for pattern in _TOKENIZER_FILES:
@@ -341,4 +374,5 @@ def _copy_tokenizer(checkpoint: Path, folder: Path) -> None:
 
 
 def _bytes(folder: Path) -> int:
+    """Return the size of all files in a folder, in bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,4 +1,7 @@
-"""The checkpoint of a sharded model, which all processes write and read together."""
+"""Checkpoints of a sharded model, which all processes write and read together.
+
+Held by tests/sharding/test_sharded_trainer.py.
+"""
 
 from __future__ import annotations
 
@@ -24,23 +27,23 @@ from torch.distributed.checkpoint.state_dict import (
 from scalora.files import file_written_whole
 from scalora.optimizer import ScaLoRA
 
-SHARDED_STATE = "scalora_sharded"
-"""The folder's name, in that of a Trainer's checkpoint."""
-_SUMS = "sha256.json"  # file name -> SHA-256, of all others; written last
-_AT_ONCE = 1 << 24  # bytes
+SHARDED_FOLDER = "scalora_sharded"
+"""Name of the folder inside that of a Trainer's checkpoint."""
+_SUMS = "sha256.json"  # file name -> SHA-256 of every other file; written last
+_BYTES_AT_ONCE = 1 << 24
 
 
 def save_sharded(optimizer: ScaLoRA, folder: str | PathLike[str]) -> None:
-    """Write model and optimizer, as docs/many_processes.md does it; call it on every process.
+    """Write model and optimizer as docs/many_processes.md does; call it on every process.
 
     Base weights are left out where none takes increments.
 
     Args:
         optimizer: the optimizer in training, over a sharded model.
-        folder: the checkpoint's, the same for every process.
+        folder: the checkpoint's folder, the same for every process.
     """
-    path, rank = Path(folder) / SHARDED_STATE, dist.get_rank()
-    if rank == 0:  # from here on what is there is not whole
+    path, rank = Path(folder) / SHARDED_FOLDER, dist.get_rank()
+    if rank == 0:  # until all files are written, the folder must not look whole
         (path / _SUMS).unlink(missing_ok=True)
     dist.barrier()
     state = {"model": _model_state(optimizer), "optimizer": _optimizer_state(optimizer)}
@@ -54,19 +57,19 @@ def save_sharded(optimizer: ScaLoRA, folder: str | PathLike[str]) -> None:
 
 
 def load_sharded(optimizer: ScaLoRA, folder: str | PathLike[str]) -> None:
-    """Restore what `save_sharded` wrote, in any number of processes; call it on every one.
+    """Restore what `save_sharded` wrote, in any number of processes; call it on every process.
 
-    Its files are read twice: first to see that they are what was written.
+    The files are read twice, first to compare their checksums.
 
     Args:
         optimizer: a new optimizer over the same kind of model, with the same rule and seed.
-        folder: the checkpoint's.
+        folder: the checkpoint's folder.
 
     Raises:
-        ValueError: the checkpoint has no such part, is damaged, or is of another kind of run;
+        ValueError: the checkpoint has no such folder, is damaged, or is of another kind of run;
             nothing is loaded then.
     """
-    path = Path(folder) / SHARDED_STATE
+    path = Path(folder) / SHARDED_FOLDER
     _check_files(path)
     _check_shapes({"model": _model_state(optimizer)}, path)
     # The optimizer first: it refuses another kind of run before the model is changed.
@@ -80,6 +83,7 @@ def load_sharded(optimizer: ScaLoRA, folder: str | PathLike[str]) -> None:
 
 
 def _load(state: dict[str, Any], path: Path) -> None:
+    """Load into the tensors of ``state``; raise a ValueError if they do not fit the files."""
     try:
         dcp.load(state, checkpoint_id=path)
     except CheckpointException as error:
@@ -90,7 +94,7 @@ def _load(state: dict[str, Any], path: Path) -> None:
 
 
 def _check_shapes(state: Mapping[str, Mapping[str, Tensor]], path: Path) -> None:
-    """Raise a ValueError if a tensor is not there, or in another shape."""
+    """Raise a ValueError if a tensor is missing in the files or has another shape there."""
     there = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     for part, tensors in state.items():
         for name, tensor in tensors.items():
@@ -103,7 +107,7 @@ def _check_shapes(state: Mapping[str, Mapping[str, Tensor]], path: Path) -> None
 
 
 def _check_files(path: Path) -> None:
-    """Raise a ValueError, on every process, if a file is not as it was written."""
+    """Raise a ValueError on every process if a file is not as it was written."""
     if not (path / _SUMS).exists():
         raise ValueError(
             f"{path.parent} is incomplete: it has no whole {path.name!r}, which ScaLoRACallback "
@@ -122,16 +126,17 @@ def _check_files(path: Path) -> None:
 
 
 def _of_all(own: dict[str, Any]) -> dict[str, Any]:
-    """The entries of all processes."""
+    """Return the entries of all processes together."""
     parts: list[dict[str, Any]] = [{}] * dist.get_world_size()
     dist.all_gather_object(parts, own)
     return {name: value for part in parts for name, value in part.items()}
 
 
 def _sha256(path: Path) -> str:
+    """Return a file's SHA-256 in hexadecimal."""
     found = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_AT_ONCE):
+        while block := file.read(_BYTES_AT_ONCE):
             found.update(block)
     return found.hexdigest()
 
@@ -141,8 +146,7 @@ def _optimizer_state(optimizer: ScaLoRA) -> dict[str, Any]:
 
 
 def _model_state(optimizer: ScaLoRA) -> dict[str, Any]:
-    beside = optimizer.options.when_full != "fold" and all(
-        row.accumulator == "carry" for row in optimizer.report()
-    )
-    options = StateDictOptions(ignore_frozen_params=beside)
+    """Return the model's state dict, without frozen parameters where no base weight changes."""
+    all_carried = "dense" not in optimizer.places.values()
+    options = StateDictOptions(ignore_frozen_params=all_carried)
     return get_model_state_dict(optimizer.model, options=options)

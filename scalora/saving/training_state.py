@@ -1,4 +1,4 @@
-"""What a resumed run needs beyond adapter and inner optimizer: folded base weights, carries."""
+"""Saving and loading what a run has beside its adapter and inner optimizer's state."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from scalora.peft_layers import LoRAPair
 from scalora.resuming.encoding import flattened
 from scalora.saving.training_state_file import (
     TrainingStateFile,
-    noted_beside_adapter,
-    pretrained_weights,
+    base_fingerprints,
+    noted_in_adapter_file,
 )
 
 
 def save_training_state(
     optimizer: ScaLoRA, folder: str | PathLike[str], *, all_base_weights: bool = False
 ) -> Path:
-    """Write the folded base weights or the carries, and the state of re-basing.
+    """Write folded base weights, carries and the state of re-basing to ``scalora.safetensors``.
 
     Together with the adapter (``model.save_pretrained``, best called before) and
-    ``optimizer.state_dict()`` that is a complete checkpoint.  The file is written whole or not at
+    ``optimizer.state_dict()`` this is a complete checkpoint.  The file is written whole or not at
     all.  Base weights that nothing has been folded into yet are the pretrained ones: they are left
-    out, and recognised when loading; those that are in the adapter's file are not written twice.
+    out and checked when loading.  Those in the adapter's file are not written twice.
 
     Args:
         optimizer: the optimizer in training.
-        folder: an existing folder; the file in it is named ``scalora.safetensors``.
-        all_base_weights: write those too, so that the very model that is in training can be taken
-            back to this state later, without loading the pretrained one anew.
+        folder: an existing folder.
+        all_base_weights: whether to write the unchanged base weights too, so that the model in
+            training can be taken back to this state without loading the pretrained one anew.
 
     Returns:
         The file's path.
@@ -42,23 +42,22 @@ def save_training_state(
     _check_optimizer(optimizer, "save_training_state")
     sharding.require_whole(optimizer.model, "save_training_state")
     check_folder(Path(folder), "make it first; nothing was written")
-    tensors, state = flattened(optimizer.rebasing_state())
-    pairs = optimizer.rebased_pairs
-    # All but those with a carry that is kept.
-    folded = [p for p in pairs if state["places"][p.name] == "dense" or p.was_rebased]
-    left_out = [p for p in folded if not (p.was_rebased or all_base_weights)]
-    written = [pair for pair in folded if pair not in left_out]
+    tensors, values = flattened(optimizer.rebasing_state())
+    pairs, adapter = optimizer.rebased_pairs, optimizer.options.adapter_name
+    dense = [p for p in pairs if values["places"][p.name] == "dense" or p.was_rebased]
+    left_out = [p for p in dense if not (p.was_rebased or all_base_weights)]
+    written = [pair for pair in dense if pair not in left_out]
     tensors |= {f"base:{pair.name}": pair.base_weight for pair in written}
-    state["pretrained"] = pretrained_weights(left_out)
-    state |= noted_beside_adapter(written, Path(folder), optimizer.options.adapter_name)
-    state["adapter"] = peft_layers.adapter_checksums(pairs)
-    # So that `scalora export` can make the model anew.
-    state["adapter_name"] = optimizer.options.adapter_name
+    values["pretrained"] = base_fingerprints(left_out)
+    values |= noted_in_adapter_file(written, Path(folder), adapter)
+    values["adapter"] = peft_layers.adapter_checksums(pairs)
+    # From here on, what `scalora export` needs to make the model anew.
     base = peft_layers.base_model(optimizer.model)
-    state["config"] = transformers_models.recorded_config(base)
-    state["model_class"] = type(base).__name__
-    state["quantized"] = any(map(peft_layers.is_quantized, pairs))
-    return TrainingStateFile.write(folder, tensors, state)
+    values["adapter_name"] = adapter
+    values["config"] = transformers_models.recorded_config(base)
+    values["model_class"] = type(base).__name__
+    values["quantized"] = any(map(peft_layers.is_quantized, pairs))
+    return TrainingStateFile.write(folder, tensors, values)
 
 
 def load_training_state(optimizer: ScaLoRA, folder: str | PathLike[str]) -> None:
@@ -76,26 +75,26 @@ def load_training_state(optimizer: ScaLoRA, folder: str | PathLike[str]) -> None
     sharding.require_whole(optimizer.model, "load_training_state")
     file = TrainingStateFile.read(folder)
     pairs = optimizer.rebased_pairs
-    optimizer.check_rebasing_state(file.values)
+    optimizer.check_same_run(file.values)
     file.check(pairs)
     file.put_weights(pairs)
-    optimizer.load_rebasing_state(file.state)
+    optimizer.load_rebasing_state(file.rebasing_state)
 
 
 def load_rebased_weights(
     model: nn.Module, folder: str | PathLike[str], adapter_name: str | None = None
 ) -> None:
-    """Make a model with a checkpoint's adapter the model that was trained; no optimizer is needed.
+    """Give a model with a checkpoint's adapter the checkpoint's folded base weights and carries.
 
-    The folded base weights or the carries, of what `save_training_state` wrote::
+    It then is the model that was trained.  No optimizer is needed::
 
         model = PeftModel.from_pretrained(base, "checkpoint-500")
         scalora.load_rebased_weights(model, "checkpoint-500")
 
     Args:
-        model: the PEFT model (or a module around it), on the same base.  A carry fits that base in
+        model: the PEFT model (or a module around it), on the same base.  A carry fits the base in
             any precision, quantized or not.
-        folder: the checkpoint's folder.
+        folder: the checkpoint's folder, which `save_training_state` or a callback completed.
         adapter_name: None for the active adapter.
 
     Raises:
@@ -122,7 +121,7 @@ def load_rebased_weights(
 
 
 def _check_optimizer(optimizer: Any, caller: str) -> None:
-    """Raise a TypeError if it is no ScaLoRA; accelerate and schedulers have one inside."""
+    """Raise a TypeError unless it is a ScaLoRA, which accelerate's and schedulers' hold inside."""
     if isinstance(optimizer, ScaLoRA):
         return
     inside = " It is around one: pass its .optimizer." * isinstance(
@@ -134,7 +133,7 @@ def _check_optimizer(optimizer: Any, caller: str) -> None:
 
 
 def _pairs_of(file: TrainingStateFile, model: nn.Module, adapter: str) -> list[LoRAPair]:
-    """The model's layers that the file speaks of."""
+    """Return the model's layers that the file names, or raise a ValueError if one does not fit."""
     ranks = file.values["ranks"]
     pairs = {pair.name: pair for pair in peft_layers.lora_pairs(model, adapter)}
     for name, rank in ranks.items():

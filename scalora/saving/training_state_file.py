@@ -1,4 +1,4 @@
-"""The file that completes a checkpoint, ``scalora.safetensors``: what it holds, and its checks."""
+"""The file ``scalora.safetensors``, which completes a checkpoint: its content and its checks."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from scalora import peft_layers
 from scalora.arguments import check_folder
 from scalora.files import read_tensors, write_tensors
 from scalora.peft_layers import LoRAPair
-from scalora.resuming.encoding import carry_of, noted, opened, restored, sealed
+from scalora.resuming.encoding import noted, opened, restored, saved_carry, sealed
 
 STATE_FILE = "scalora.safetensors"
-_BESIDE = "base beside the adapter"  # the file, and layer name -> the weight's name in it
+_BESIDE = "base beside the adapter"  # value: the file, and layer name -> the weight's name in it
 
 
 @dataclass(frozen=True)
 class TrainingStateFile:
-    """One that was read.
+    """The content of a training state's file.
 
-    Its checksum is of everything in it, so what is not as it was written is not read.  It keeps
-    accidents out, not an attacker, who can compute it anew.
+    A checksum covers everything in it, so a file that is not as it was written is refused.  That
+    keeps out accidents, not an attacker, who can compute the checksum anew.
 
     Attributes:
-        path: of the file.
-        tensors: on the CPU; ``base:`` and a layer's name -> its base weight, be it here or in the
-            adapter's file, and those of `scalora.resuming.encoding.flattened`.
-        values: what `scalora.ScaLoRA.rebasing_state` gave besides; ``adapter``, the checksums of
-            the factors; and ``pretrained``, of the base weights that are not here because nothing
-            has been folded into them: layer name -> dtype and checksum.
+        path: the file's path.
+        tensors: CPU tensors: those of `scalora.resuming.encoding.flattened`, and per folded layer
+            its base weight as ``base:`` and the layer's name, wherever it is stored.
+        values: the values of `flattened`, and beside them ``adapter``, the factors' checksums, and
+            ``pretrained``: layer name -> [dtype, checksum] of the base weights that nothing has
+            been folded into, which are therefore not stored.
     """
 
     path: Path
@@ -45,24 +45,26 @@ class TrainingStateFile:
     def write(
         folder: str | PathLike[str], tensors: Mapping[str, Tensor], values: Mapping[str, Any]
     ) -> Path:
-        """Write one, whole or not at all, and return its path; the arguments are the attributes.
+        """Write a file, whole or not at all, and return its path.
 
-        Base weights that ``values`` says are beside the adapter are not written again.
+        Args:
+            folder: an existing folder.
+            tensors, values: the attributes.  Base weights that are in the adapter's file according
+                to `noted_in_adapter_file` are covered by the checksum but not written again.
         """
         path = Path(folder) / STATE_FILE
         everything, metadata = sealed(tensors, values)
-        beside = {f"base:{name}" for name in values.get(_BESIDE, {"layers": ()})["layers"]}
-        here = {name: tensor for name, tensor in everything.items() if name not in beside}
+        elsewhere = {f"base:{name}" for name in values.get(_BESIDE, {"layers": ()})["layers"]}
+        here = {name: tensor for name, tensor in everything.items() if name not in elsewhere}
         write_tensors(path, here, metadata)
         return path
 
     @classmethod
     def read(cls, folder: str | PathLike[str]) -> TrainingStateFile:
-        """The one in a checkpoint's folder.
+        """Read the file in a checkpoint's folder, and the base weights in its adapter's file.
 
         Raises:
-            ValueError: it is missing, cut short or changed, or was not written by this version of
-                this package.
+            ValueError: it is missing, cut short or changed, or has another version's format.
         """
         path = Path(folder) / STATE_FILE
         check_folder(path.parent, "nothing was loaded")
@@ -72,10 +74,10 @@ class TrainingStateFile:
                 "scalora.save_training_state write: nothing was loaded."
             )
         tensors, metadata = read_tensors(path)
-        beside = noted(metadata).get(_BESIDE)
-        if beside is not None:
-            file = path.parent / beside["file"]
-            weights = peft_layers.base_weights_at(file, beside["layers"])
+        elsewhere = noted(metadata).get(_BESIDE)
+        if elsewhere is not None:
+            file = path.parent / elsewhere["file"]
+            weights = peft_layers.base_weights_at(file, elsewhere["layers"])
             tensors |= {f"base:{name}": weight for name, weight in weights.items()}
         values = opened(tensors, metadata, path)
         if "pretrained" not in values:
@@ -84,7 +86,7 @@ class TrainingStateFile:
 
     @property
     def folded(self) -> dict[str, Tensor]:
-        """Layer name -> its base weight, of the layers that have one here."""
+        """Layer name -> base weight, for the layers whose base weight was stored."""
         return {
             name.removeprefix("base:"): tensor
             for name, tensor in self.tensors.items()
@@ -93,25 +95,25 @@ class TrainingStateFile:
 
     @property
     def base_dtype(self) -> torch.dtype | None:
-        """Of the base weights that increments go into, here or not; None if there are none."""
+        """Dtype of the base weights that increments go into, stored or not; None if none do."""
         here = next((weight.dtype for weight in self.folded.values()), None)
         others = (getattr(torch, dtype) for dtype, _ in self.values["pretrained"].values())
         return here or next(others, None)
 
     @property
-    def state(self) -> dict[str, Any]:
-        """What `scalora.ScaLoRA.rebasing_state` gave."""
+    def rebasing_state(self) -> dict[str, Any]:
+        """The value of `scalora.ScaLoRA.rebasing_state` that was saved."""
         return restored(self.tensors, self.values)
 
     def carry(self, layer: str) -> dict[str, Tensor] | None:
-        """A layer's ``up`` (m, c), ``down`` (c, n), ``cut`` and ``capacity``; None without one."""
-        return carry_of(self.tensors, layer)
+        """Return a layer's ``up`` (m, c), ``down`` (c, n), ``cut`` and ``capacity``, or None."""
+        return saved_carry(self.tensors, layer)
 
     def check(self, pairs: Sequence[LoRAPair]) -> None:
         """Raise a ValueError if the file was not saved with these layers' adapter and base.
 
         Args:
-            pairs: all layers of the model that it speaks of.
+            pairs: all layers that the file names.
         """
         if self.values["adapter"] != peft_layers.adapter_checksums(pairs):
             raise ValueError(
@@ -129,13 +131,14 @@ class TrainingStateFile:
 
     @torch.no_grad()
     def put_weights(self, pairs: Sequence[LoRAPair]) -> None:
-        """Give the layers the base weights that are here; `check` comes first."""
+        """Copy the stored base weights into the layers; call `check` first."""
         folded = self.folded
         for pair in pairs:
             if pair.name in folded:
                 pair.base_weight.copy_(folded[pair.name])
 
     def _check_weight(self, pair: LoRAPair, saved: Tensor | None) -> None:
+        """Raise a ValueError unless a stored base weight fits the layer."""
         present = pair.base_weight
         if saved is None:
             raise ValueError(
@@ -150,6 +153,7 @@ class TrainingStateFile:
             )
 
     def _check_memory(self, pair: LoRAPair) -> None:
+        """Raise a ValueError if the layer's base weight is on the meta device."""
         if pair.base_weight.device.type == "meta":
             raise ValueError(
                 f"{self.path} needs the base weight of {pair.name!r}, which has no memory (device "
@@ -157,10 +161,10 @@ class TrainingStateFile:
             )
 
     def _check_pretrained(self, pairs: Sequence[LoRAPair]) -> None:
-        """The base weights that are not here must be there as they were."""
+        """Raise a ValueError unless base weights that are not stored are as they were at saving."""
         for pair in pairs:
             self._check_memory(pair)
-        found = pretrained_weights(pairs)
+        found = base_fingerprints(pairs)
         for name, expected in found.items():
             saved = self.values["pretrained"][name]
             if saved != expected:
@@ -173,6 +177,7 @@ class TrainingStateFile:
                 )
 
     def _check_carry(self, pair: LoRAPair, carry: dict[str, Tensor]) -> None:
+        """Raise a ValueError unless a carry fits the layer's weight."""
         up, down, cut = carry["up"], carry["down"], carry["cut"]
         columns = up.shape[-1] if up.ndim else 0
         m, n = pair.shape
@@ -183,14 +188,14 @@ class TrainingStateFile:
             )
 
 
-def pretrained_weights(pairs: Sequence[LoRAPair]) -> dict[str, list[Any]]:
-    """Layer name -> dtype and checksum of its base weight.  Waits for the device once."""
+def base_fingerprints(pairs: Sequence[LoRAPair]) -> dict[str, list[Any]]:
+    """Return layer name -> [dtype, checksum] of the base weight.  Waits for the device once."""
     dtypes = {pair.name: str(pair.base_weight.dtype).removeprefix("torch.") for pair in pairs}
     sums = peft_layers.base_checksums(pairs)
     return {name: [dtypes[name], sums[name]] for name in dtypes}
 
 
-def noted_beside_adapter(pairs: Sequence[LoRAPair], folder: Path, adapter: str) -> dict[str, Any]:
-    """The entry of a state's values for the base weights that the adapter's file has already."""
-    file, layers = peft_layers.weights_beside_adapter(pairs, folder, adapter)
+def noted_in_adapter_file(pairs: Sequence[LoRAPair], folder: Path, adapter: str) -> dict[str, Any]:
+    """Return the entry of `values` that names the base weights in the adapter's file, if any."""
+    file, layers = peft_layers.weights_in_adapter_file(pairs, folder, adapter)
     return {_BESIDE: {"file": file, "layers": layers}} if layers else {}

@@ -1,4 +1,4 @@
-"""Who holds which rows of a matrix, and stacks of many layers' tensors."""
+"""Rows of a matrix that one or several processes hold; stacks of many layers' tensors."""
 
 from scalora.sharding.dtensors import (
     SharedRows,
@@ -14,8 +14,8 @@ from scalora.sharding.dtensors import (
     require_whole,
     rows_of,
     sharded_modules,
-    why_not_sharded_so,
-    why_not_understood,
+    why_layout_unsupported,
+    why_sharding_unsupported,
 )
 
 __all__ = [
@@ -32,6 +32,6 @@ __all__ = [
     "require_whole",
     "rows_of",
     "sharded_modules",
-    "why_not_sharded_so",
-    "why_not_understood",
+    "why_layout_unsupported",
+    "why_sharding_unsupported",
 ]

@@ -1,10 +1,10 @@
-"""The one place that knows sharded parameters: the DTensors of FSDP2's ``fully_shard``.
+"""Sharded parameters: the DTensors of FSDP2's ``fully_shard``, which only this module knows.
 
-Every process holds some rows (axis 0) of a parameter, of its gradient and of its moments.  Of P
-(m, r) these are rows of the weight, but of Q (r, n) they are columns of the adapter: what is
-computed with Q is computed with some of its n columns in every process.  Small matrices are summed
-over the processes, which all compute the same with them, so that nothing has to be sent back; each
-then writes its own rows.  All processes must call these functions in the same order.
+Each process holds some rows (axis 0) of a parameter, of its gradient and of its moments.  For P
+(m, r) these are rows of the weight.  For Q, stored as (r, n), they are some of the r rows;
+`own_columns` exchanges them for some of the n columns.  Small matrices are summed over the
+processes, which then all compute the same with them, so nothing has to be sent back; each writes
+its own rows.  All processes must call the collective functions in the same order.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from scalora.sharding.rows import HERE, Rows
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether a tensor is spread over processes."""
+    """Return whether a tensor is spread over processes."""
     return isinstance(tensor, DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's rows, in the same memory; a tensor that is not sharded is returned itself."""
+    """Return this process's rows, in the same memory; a plain tensor is returned as it is."""
     if not isinstance(tensor, DTensor):
         return tensor
     with torch.no_grad():
@@ -39,17 +39,17 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def layout(tensor: Tensor) -> Hashable:
-    """What two tensors have in common that are spread alike; None if not sharded."""
+    """Return a key that is equal for tensors spread alike; None for a plain tensor."""
     return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
 
 
 @dataclass(frozen=True)
 class SharedRows(Rows):
-    """Rows dealt out over one axis of a mesh as ``torch.chunk`` does it, the same on the others.
+    """Rows that one axis of a mesh divides as ``torch.chunk`` does; the other axes replicate them.
 
     Attributes:
-        mesh: of the processes.
-        placements: one an axis of the mesh, one of them a ``Shard``.
+        mesh: the processes.
+        placements: one per axis of the mesh; exactly one of them is a ``Shard``.
     """
 
     mesh: DeviceMesh
@@ -61,39 +61,39 @@ class SharedRows(Rows):
 
     @property
     def processes(self) -> int:  # type: ignore[override]
-        """How many hold rows; of those that replicate them, one each."""
+        """Number of processes among which the rows are divided, replicas counted once."""
         return self.mesh.size(self._axis)
 
     @property
     def index(self) -> int:  # type: ignore[override]
-        """Of this process among them."""
+        """Position of this process among them."""
         return self.mesh.get_local_rank(self._axis)
 
     def slices(self, count: int) -> list[slice]:
-        """Which of ``count`` rows each process holds."""
+        """Return which of ``count`` rows each process holds, in the order of the processes."""
         each = -(-count // self.processes)
         starts = [min(count, process * each) for process in range(self.processes)]
         return [slice(start, min(count, start + each)) for start in starts]
 
     def sum(self, part: Tensor) -> Tensor:
-        """The sum of every process's ``part``, on all of them."""
+        """Return the sum of all processes' ``part``, on each of them."""
         return self._redistributed(part, Partial("sum"), part.shape)
 
     def max(self, part: Tensor) -> Tensor:
-        """The largest of every process's ``part``, element by element, on all of them."""
+        """Return the elementwise maximum of all processes' ``part``, on each of them."""
         return self._redistributed(part, Partial("max"), part.shape)
 
     def each(self, part: Tensor) -> Tensor:
-        """(processes, ...): every process's ``part``, of one shape, on all of them."""
-        return self.whole(part.unsqueeze(0), 0, self.processes)
+        """Return all processes' ``part``, of one shape, as (processes, ...), on each of them."""
+        return self.gathered(part.unsqueeze(0), 0, self.processes)
 
-    def whole(self, part: Tensor, axis: int, count: int) -> Tensor:
+    def gathered(self, part: Tensor, axis: int, count: int) -> Tensor:
         """All ``count`` rows, on every process, from the rows along ``axis`` that each holds."""
         shape = torch.Size((*part.shape[:axis], count, *part.shape[axis + 1 :]))
         return self._redistributed(part, Shard(axis), shape)
 
-    def turned(self, part: Tensor, held: Sequence[int]) -> Tensor:
-        """Deal out the columns instead of the rows: see `Rows.turned`."""
+    def rows_to_columns(self, part: Tensor, held: Sequence[int]) -> Tensor:
+        """Deal out the columns instead of the rows: see `Rows.rows_to_columns`."""
         layers, here, columns = part.shape
         shares = [share.stop - share.start for share in self.slices(columns)]
         own = shares[self.index]
@@ -108,6 +108,7 @@ class SharedRows(Rows):
         return torch.cat([x.view(own, layers, rows) for x, rows in pieces], 2).permute(1, 2, 0)
 
     def _redistributed(self, part: Tensor, placement: Placement, shape: torch.Size) -> Tensor:
+        """Return the whole tensor of which ``part`` is this process's share under ``placement``."""
         spread = DTensor.from_local(
             part.contiguous(),
             self.mesh,
@@ -120,38 +121,46 @@ class SharedRows(Rows):
 
 
 def rows_of(tensor: Tensor) -> Rows:
-    """Who holds the rows of a parameter (axis 0)."""
+    """Return who holds the rows (axis 0) of a parameter."""
     if not isinstance(tensor, DTensor) or not any(p.is_shard() for p in tensor.placements):
         return HERE
     return SharedRows(tensor.device_mesh, tensor.placements)
 
 
 def own_rows(tensor: Tensor) -> slice:
-    """Which rows of the whole tensor this process holds."""
+    """Return which rows of the whole tensor this process holds."""
     return rows_of(tensor).own(tensor.shape[0])
 
 
 def everywhere(flags: Tensor, like: Tensor) -> Tensor:
-    """Whether flags, bool of any shape, are true on every process that holds rows."""
+    """Return whether flags (bool, any shape) are true on all processes with rows of ``like``."""
     rows = rows_of(like)
     return flags if rows.processes == 1 else rows.sum((~flags).to(torch.float32)) == 0
 
 
 def own_columns(stack: Tensor, like: Tensor) -> Tensor:
-    """(layers, rows of ``like``, its own columns) of a stack of own rows, later axes flattened."""
+    """Exchange own rows of stacked matrices for own columns.
+
+    Args:
+        stack: (layers, rows held here, ...); later axes are flattened into n columns.
+        like: a parameter that is spread as each matrix is, with all its rows.
+
+    Returns:
+        (layers, all rows, columns held here).
+    """
     rows = rows_of(like)
     held = [share.stop - share.start for share in rows.slices(like.shape[0])]
-    return rows.turned(stack.flatten(2), held)
+    return rows.rows_to_columns(stack.flatten(2), held)
 
 
 def layouts(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """One tensor of each way in which some are spread, in their order; plain ones have none."""
+    """Return one tensor per `layout` among the sharded ones, in their order."""
     found = {layout(tensor): tensor for tensor in tensors if is_sharded(tensor)}
     return list(found.values())
 
 
-def why_not_understood(tensor: Tensor) -> str | None:
-    """Why a sharded tensor cannot be handled here, or None; a plain one always can."""
+def why_layout_unsupported(tensor: Tensor) -> str | None:
+    """Return why a tensor's layout is unsupported, or None; a plain tensor's never is."""
     if not isinstance(tensor, DTensor):
         return None
     known = all(
@@ -165,25 +174,25 @@ def why_not_understood(tensor: Tensor) -> str | None:
 
 
 def is_sharded_alone(module: nn.Module) -> bool:
-    """Whether ``fully_shard`` was called on this very module."""
+    """Return whether ``fully_shard`` was called on this very module."""
     return isinstance(module, FSDPModule)
 
 
 def class_under_sharding(module: nn.Module) -> type[nn.Module]:
-    """A module's class before ``fully_shard`` gave it one of its own."""
+    """Return a module's class, or the one it had before ``fully_shard`` derived another from it."""
     return type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
 
 
 def sharded_modules(model: nn.Module) -> list[FSDPModule]:
-    """The modules that ``fully_shard`` was called on.
+    """Return the modules that ``fully_shard`` was called on.
 
-    A forward pass without a backward leaves them whole; ``reshard()`` of each undoes that.
+    A forward pass without a backward pass leaves them gathered; call ``reshard()`` of each then.
     """
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def require_whole(model: nn.Module, doing: str) -> None:
-    """Raise a ValueError if a model is sharded: ``doing`` needs all of it in one process."""
+    """Raise a ValueError if a model is sharded, which ``doing`` cannot be done with."""
     if any(map(is_sharded, model.parameters())):
         raise ValueError(
             f"{doing} needs the whole model in one process, and this one is sharded: write it with "
@@ -191,15 +200,15 @@ def require_whole(model: nn.Module, doing: str) -> None:
         )
 
 
-def why_not_sharded_so(model: nn.Module) -> str | None:
-    """Why a model was made to be trained in many processes in a way that is not handled."""
+def why_sharding_unsupported(model: nn.Module) -> str | None:
+    """Return why what shards this model (FSDP1 or ZeRO) is unsupported, or None."""
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         return "it is in FullyShardedDataParallel (FSDP1), which hides its parameters"
-    # ZeRO-3 leaves the one attribute on every parameter, ZeRO-1 and ZeRO-2 the other.
+    # ZeRO-3 marks every parameter with the first attribute, ZeRO-1 and ZeRO-2 with the second.
     if any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in model.parameters()):
         return "DeepSpeed's ZeRO has taken its parameters apart"
     if _accelerate_uses_zero():
-        # With an optimizer that it offloads, accelerate would even put another in place of ours.
+        # With an offloaded optimizer, accelerate would also replace ours by another.
         return "accelerate gives it to DeepSpeed's ZeRO, which takes its parameters apart"
     return None
 

@@ -1,7 +1,7 @@
-"""Who holds the rows of a tall matrix: this process all of them, or each process some.
+"""The rows of a tall matrix, which this process holds or several processes divide.
 
-The mathematics asks for what it needs of all rows (a sum, a largest entry), and does not know how
-many processes there are: `scalora.sharding` has the case of many.
+The mathematics asks a `Rows` for what it needs of all rows (a sum, a maximum) and never asks how
+many processes there are.  `scalora.sharding.dtensors.SharedRows` is the case of several.
 """
 
 from __future__ import annotations
@@ -12,41 +12,41 @@ from torch import Tensor
 
 
 class Rows:
-    """All rows are here.  Any number of matrices, of any number of rows, is held alike.
+    """Rows that are all in this process.  One object serves matrices of any number of rows.
 
     Attributes:
-        processes: how many hold rows.
-        index: of this process among them.
+        processes: number of processes among which the rows are divided.
+        index: position of this process among them.
     """
 
     processes: int = 1
     index: int = 0
 
     def slices(self, count: int) -> list[slice]:
-        """Which of ``count`` rows each process holds."""
+        """Return which of ``count`` rows each process holds, in the order of the processes."""
         return [slice(0, count)]
 
     def own(self, count: int) -> slice:
-        """Which of ``count`` rows are here."""
+        """Return which of ``count`` rows are here."""
         return self.slices(count)[self.index]
 
     def sum(self, part: Tensor) -> Tensor:
-        """The sum of every process's ``part``, on all of them."""
+        """Return the sum of all processes' ``part``, on each of them."""
         return part
 
     def max(self, part: Tensor) -> Tensor:
-        """The largest of every process's ``part``, element by element, on all of them."""
+        """Return the elementwise maximum of all processes' ``part``, on each of them."""
         return part
 
     def each(self, part: Tensor) -> Tensor:
-        """(processes, ...): every process's ``part``, of one shape, on all of them."""
+        """Return all processes' ``part``, of one shape, as (processes, ...), on each of them."""
         return part.unsqueeze(0)
 
-    def whole(self, part: Tensor, axis: int, count: int) -> Tensor:
+    def gathered(self, part: Tensor, axis: int, count: int) -> Tensor:
         """All ``count`` rows, on every process, from the rows along ``axis`` that each holds."""
         return part
 
-    def turned(self, part: Tensor, held: Sequence[int]) -> Tensor:
+    def rows_to_columns(self, part: Tensor, held: Sequence[int]) -> Tensor:
         """Deal out the columns instead of the rows.
 
         Args:
@@ -60,4 +60,4 @@ class Rows:
 
 
 HERE = Rows()
-"""Not sharded."""
+"""The rows of every matrix that is not sharded."""

@@ -10,19 +10,19 @@ from torch import Tensor, nn
 from scalora.sharding.dtensors import local
 
 Write = tuple[Sequence[Tensor], Tensor, Tensor]
-"""Tensors to write to, and their stack (layers, ...) before and after."""
+"""Tensors to write to, and their stacks (layers, ...) before and after the write."""
 
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:
-    """(layers, ...), outside of autograd; of sharded tensors this process's rows."""
+    """Return detached tensors stacked as (layers, ...); of sharded ones, this process's rows."""
     return torch.stack([local(tensor) for tensor in tensors]).detach()
 
 
 def gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """The gradient of each, all of which have one; of sharded ones this process's rows."""
+    """Return the gradients of parameters that have one; of sharded ones, this process's rows."""
     return [local(p.grad) for p in parameters if p.grad is not None]
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """In float32, or wider if it is."""
+    """Return the tensor in float32, or in its own dtype if that is wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -188,8 +188,8 @@ class StepCalibration:
         self._last = step
 
     @torch.no_grad()
-    def state(self, parameters: Sequence[Tensor] = ()) -> dict[str, Any]:
-        """What `load` needs to go on, of all processes together.
+    def saved(self, parameters: Sequence[Tensor] = ()) -> dict[str, Any]:
+        """Return what `load` needs to go on, of all processes together.
 
         Args:
             parameters: as for `observe`.
@@ -204,17 +204,17 @@ class StepCalibration:
     @torch.no_grad()
     def load(
         self,
-        state: dict[str, Any] | None,
+        saved: dict[str, Any] | None,
         device: torch.device,
         parameters: Sequence[Tensor] = (),
     ) -> None:
-        """Take up what `state` returned; ``None``: begin anew."""
-        if state is None:
-            state = StepCalibration(self.steps).state()
-        self._left, self._peak = state["left"], state["peak"]
-        saved = {name: state[name] for name in _NUMBERS if state[name] is not None}
-        self._numbers = {name: _copy(value, device) for name, value in saved.items()} or None
-        vectors = (state[name] for name in _VECTORS)
+        """Take up what `saved` returned; ``None``: begin anew."""
+        if saved is None:
+            saved = StepCalibration(self.steps).saved()
+        self._left, self._peak = saved["left"], saved["peak"]
+        numbers = {name: saved[name] for name in _NUMBERS if saved[name] is not None}
+        self._numbers = {name: _copy(value, device) for name, value in numbers.items()} or None
+        vectors = (saved[name] for name in _VECTORS)
         self._last, self._path, self._total = (
             None if value is None else _own_part(_copy(value, device), parameters)
             for value in vectors
@@ -276,7 +276,7 @@ def _gathered(rows: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tens
     for indices in alike.values():
         stacked = torch.cat([pieces[i].reshape(len(rows), *own[i].shape) for i in indices])
         like = parameters[indices[0]]
-        whole = sharding.rows_of(like).whole(stacked, 1, like.shape[0])
+        whole = sharding.rows_of(like).gathered(stacked, 1, like.shape[0])
         wholes |= zip(indices, whole.flatten(1).split(len(rows)), strict=True)
     return [torch.cat([wholes[i][k] for i in range(len(own))]) for k in range(len(rows))]
 

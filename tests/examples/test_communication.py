@@ -68,11 +68,11 @@ def calibrated(model: Factors) -> StepCalibration:
 def saved(rank: int) -> tuple[int, dict[str, Tensor], dict[str, Tensor]]:
     """Collectives, what is saved of a sharded model's calibration, and of one that is not."""
     model, whole = Factors(), Factors()
-    expected = calibrated(whole).state(list(whole.parameters()))
+    expected = calibrated(whole).saved(list(whole.parameters()))
     fully_shard(model)
     calibration = calibrated(model)
     with ReceivedBytes(PROCESSES) as received:
-        found = calibration.state(list(model.parameters()))
+        found = calibration.saved(list(model.parameters()))
     return received.collectives, found, expected
 
 

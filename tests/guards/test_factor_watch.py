@@ -121,7 +121,7 @@ def test_factors_put_back_are_noticed_when_the_model_is_evaluated(
             with torch.no_grad():
                 model(INPUTS)
     [warning] = [w for w in caught if MESSAGE in str(w.message)]
-    assert Path(warning.filename).parent == Path(__file__).parent  # here, or where the layer runs
+    assert warning.filename in (__file__, models.__file__)  # here, or where the layer runs
 
 
 SAVES: dict[str, Callable[[Any, scalora.ScaLoRA, Path], Any]] = {
@@ -315,7 +315,7 @@ def test_every_kind_of_inner_optimizer_says_nothing(
 
 def late(optimizer: scalora.ScaLoRA) -> None:
     """Let the watch defer what it finds, as it does where a look would wait for the device."""
-    watch: Any = optimizer._factors
+    watch: Any = optimizer._guard._factor_watch
     watch._seen, watch._arrived = (torch.zeros((), dtype=torch.bool) for _ in range(2))
 
 

@@ -41,7 +41,9 @@ def keywords(callable: Any) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("callable", [scalora.ScaLoRA, scalora.create_scalora_optimizer])
+@pytest.mark.parametrize(
+    "callable", [scalora.ScaLoRA, scalora.create_scalora_optimizer, scalora.ScaLoRACallback]
+)
 def test_options_have_one_list_of_names_types_and_defaults(callable: Any) -> None:
     types = typing.get_type_hints(RebasingKeywords)
     found = keywords(callable)
@@ -54,7 +56,7 @@ def test_options_have_one_list_of_names_types_and_defaults(callable: Any) -> Non
 def test_callback_takes_those_options_for_a_type_checker_too() -> None:
     [extra] = [
         p
-        for p in inspect.signature(scalora.ScaLoRACallback).parameters.values()
+        for p in inspect.signature(scalora.ScaLoRACallback.__init__).parameters.values()
         if p.kind is p.VAR_KEYWORD
     ]
     assert extra.annotation == "Unpack[RebasingKeywords]"
@@ -99,7 +101,7 @@ IGNORED: list[tuple[dict[str, Any], str]] = [
     ({"rule": "none", "carry_tolerance": 0.1}, "rule='none' ignores carry_tolerance=0.1"),
     ({"rule": "none", "calibration": 10}, "rule='none' ignores calibration=10"),
     ({"accumulator": "dense", "carry_rank": 8}, "accumulator='dense' ignores carry_rank=8"),
-    ({"accumulator": "dense", "when_full": "fold"}, "accumulator='dense' ignores when_full"),
+    ({"accumulator": "dense", "when_full": "hold"}, "accumulator='dense' ignores when_full"),
     ({"accumulator": "dense", "carry_tolerance": 0.1}, "accumulator='dense' ignores carry_tol"),
     ({"accumulator": "carry", "rounding": "compensated"}, "accumulator='carry' ignores rounding"),
 ]
@@ -125,8 +127,7 @@ def test_defaults_and_a_seed_are_taken_by_every_rule(rule: Any) -> None:
     RebasingOptions(**{**defaults, "rule": rule, "seed": 3, "adapter_name": "other"})
 
 
-def test_options_of_a_carry_that_may_fold_or_come_are_taken() -> None:
-    RebasingOptions(accumulator="carry", when_full="fold", rounding="compensated")
+def test_options_of_a_carry_that_may_come_are_taken() -> None:
     RebasingOptions(accumulator="auto", carry_rank=8, rounding="compensated")
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import scalora
-from scalora.guards.reference_model import refers_to_base
+from scalora.integrations.reference_model import refers_to_base
 
 pytest.importorskip("trl", reason="TRL is not installed")
 

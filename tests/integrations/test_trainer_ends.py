@@ -23,15 +23,6 @@ STEPS = 6
 CARD = "README.md"
 
 
-class Sequences(torch.utils.data.Dataset):
-    def __len__(self) -> int:
-        return 16
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        ids = torch.randint(1, models.VOCABULARY, (9,), generator=torch.Generator().manual_seed(i))
-        return {"input_ids": ids, "labels": ids}
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a pretrained model."""
@@ -73,8 +64,8 @@ def trainer_of(
     return Trainer(
         **made,
         args=TrainingArguments(output_dir=str(folder), **{**arguments, **options}),
-        train_dataset=Sequences(),
-        eval_dataset=Sequences(),
+        train_dataset=models.Sequences(),
+        eval_dataset=models.Sequences(),
         callbacks=[] if callback is None else [callback],
     )
 

@@ -10,13 +10,13 @@ import warnings
 import accelerate
 import pytest
 import torch
+from failing import FailAt
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import scalora
 from scalora.peft_layers import lora_pairs
-from scalora.rebasing.accumulators import dense as into_base
+from scalora.rebasing.accumulators import dense
 
 
 def make_model(dtype: torch.dtype = torch.float32, *, from_zero: bool = False) -> nn.Module:
@@ -502,20 +502,6 @@ def test_layer_without_a_gradient_is_left_alone():
             assert torch.equal(before[name], after[name])
 
 
-class FailAt(TorchDispatchMode):
-    """Raises instead of the k-th operation."""
-
-    def __init__(self, k: int, error: type[BaseException]) -> None:
-        super().__init__()
-        self.k, self.error, self.count = k, error, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += 1
-        if self.count == self.k:
-            raise self.error(f"injected at operation {self.k}: {func}")
-        return func(*args, **(kwargs or {}))
-
-
 def coordinates(model: nn.Module, optimizer: scalora.ScaLoRA) -> dict[str, list[torch.Tensor]]:
     """Everything of each layer that must move together."""
     everything = {}
@@ -591,13 +577,13 @@ def test_failure_right_after_the_fold_still_writes_the_new_coordinates(monkeypat
     train(model, optimizer, range(3))
     backward(model, 3)
     before = effective(model)
-    fold = into_base.fold
+    fold = dense.fold
 
     def interrupted(*args, **kwargs):
         fold(*args, **kwargs)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(into_base, "fold", interrupted)
+    monkeypatch.setattr(dense, "fold", interrupted)
     with pytest.raises(KeyboardInterrupt):
         optimizer.step()
     for name, weight in effective(model).items():
@@ -690,3 +676,12 @@ def test_wrong_arguments_are_refused():
     plain = nn.Linear(3, 3)
     with pytest.raises(ValueError, match="no LoRA adapter"):
         scalora.ScaLoRA(torch.optim.SGD(plain.parameters(), lr=0.1), plain)
+
+
+def test_repr_says_what_auto_became() -> None:
+    model = make_model()
+    optimizer = scalora.ScaLoRA(torch.optim.AdamW(trainable(model)), model)
+    found = repr(optimizer)
+    for part in ("rule='leak'", "interval=10", "memory=100.0", "calibration=100"):
+        assert part in found
+    assert found.endswith("layers: 2 dense)")

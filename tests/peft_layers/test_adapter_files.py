@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from training import rebase
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import scalora
@@ -33,10 +34,6 @@ NEW = models.VOCABULARY + 5
 IDS = torch.randint(1, NEW, (4, 9), generator=torch.Generator().manual_seed(1))
 
 
-def loss(model: nn.Module, ids: Tensor) -> Tensor:
-    return model(input_ids=ids, labels=ids).loss
-
-
 @torch.no_grad()
 def logits(model: nn.Module, ids: Tensor) -> Tensor:
     return model.eval()(input_ids=ids).logits
@@ -46,10 +43,8 @@ def fine_tuned(
     base: nn.Module, ids: Tensor, accumulator: str, steps: int = 6, **lora: Any
 ) -> tuple[Any, scalora.ScaLoRA]:
     model = get_peft_model(base, LoraConfig(**{"r": 3, **lora}))
-    inner = torch.optim.AdamW(models.trainable(model), lr=2e-2)
-    optimizer = scalora.ScaLoRA(inner, model, rule="exact", accumulator=accumulator)
-    models.train(model, optimizer, ids, steps, loss)
-    return model, optimizer
+    options: Any = {"lr": 2e-2, "accumulator": accumulator}
+    return model, rebase(model, ids, steps, loss=models.language_loss, **options)
 
 
 def mixture(**changes: Any) -> Qwen3MoeForCausalLM:
@@ -283,10 +278,8 @@ def test_adapter_of_every_bias_under_a_classifier_loads_again(
     start = copy.deepcopy(base)
     lora = dict(target_modules=["query"], bias="all", task_type="SEQ_CLS")
     model = models.with_lora(base, **lora)
-    inner = torch.optim.AdamW(models.trainable(model), lr=2e-2)
-    optimizer = scalora.ScaLoRA(inner, model, rule="exact", accumulator=accumulator)
     ids = models.token_ids(4, 9)
-    models.train(model, optimizer, ids, 4)
+    rebase(model, ids, 4, lr=2e-2, accumulator=accumulator)
     scalora.save_adapter(model, tmp_path, base=start, rank=10**6)
     again = PeftModel.from_pretrained(copy.deepcopy(start), tmp_path)
     torch.testing.assert_close(logits(again, ids), logits(model, ids), rtol=0, atol=1e-5)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
+from training import rebase
 
 import scalora
 from scalora.peft_layers import lora_pairs
@@ -34,9 +35,7 @@ def rebased(accumulator: Any = "carry", **options: Any) -> Any:
     model.add_adapter("other", LoraConfig(**{**config, "r": 2}, init_lora_weights=False))
     model.set_adapter("default")
     model.double()
-    inner = torch.optim.AdamW(models.trainable(model), lr=1e-2)
-    options = {"rule": "exact", "accumulator": accumulator, **options}
-    models.train(model, scalora.ScaLoRA(inner, model, **options), INPUTS, 5)
+    rebase(model, INPUTS, 5, accumulator=accumulator, **options)
     return model
 
 
@@ -162,9 +161,7 @@ def test_combination_over_a_base_that_was_folded_into_warns(options: dict[str, A
 
 def test_carry_that_the_checkpoint_of_training_holds_is_combined_too(tmp_path: Path) -> None:
     model = models.with_lora(pretrained(), r=3, target_modules=LAYERS).double()
-    inner = torch.optim.AdamW(models.trainable(model), lr=1e-2)
-    optimizer = scalora.ScaLoRA(inner, model, rule="exact", accumulator="carry")
-    models.train(model, optimizer, INPUTS, 5)
+    optimizer = rebase(model, INPUTS, 5, accumulator="carry")
     with pytest.warns(UserWarning, match="writes the adapter alone"):
         model.save_pretrained(tmp_path)
     scalora.save_training_state(optimizer, tmp_path)

@@ -12,11 +12,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from torch import Tensor, nn
+from training import optimizer_of, rebase
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_utils import HPSearchBackend
 
 import scalora
-from scalora.saving.export import export_checkpoint
+from scalora.saving import export_checkpoint
 
 IDS = models.token_ids(8, 9)
 CONFIG = LoraConfig(r=3, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
@@ -43,10 +44,7 @@ def adapted(base: Path) -> Any:
 def tuned(base: Path, accumulator: str) -> tuple[Any, Tensor]:
     """A model that was re-based, and what it answers."""
     model = adapted(base)
-    inner = torch.optim.AdamW(models.trainable(model), lr=1e-2)
-    models.train(
-        model, scalora.ScaLoRA(inner, model, rule="exact", accumulator=accumulator), IDS, 6
-    )
+    rebase(model, IDS, 6, accumulator=accumulator)
     return model, models.answers(model, IDS)
 
 
@@ -131,10 +129,9 @@ def test_plain_module_with_injected_layers_is_saved_as_an_adapter(
 
     inputs = models.vectors(16, 12)
     model: Any = inject_adapter_in_model(LoraConfig(r=3, target_modules=["first"]), plain())
-    inner = torch.optim.AdamW(models.trainable(model), lr=1e-2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        optimizer = scalora.ScaLoRA(inner, model, rule="exact", accumulator=accumulator)
+        optimizer = optimizer_of(model, accumulator=accumulator)
     models.train(model, optimizer, inputs, 6)
     scalora.save_adapter(model, tmp_path, rank=12, base=plain())
     loaded = PeftModel.from_pretrained(plain(), tmp_path)
@@ -164,20 +161,10 @@ class Wrapper(nn.Module):
 
 def test_layers_have_the_names_that_they_have_without_what_is_around(base: Path) -> None:
     model = adapted(base)
-    inner = torch.optim.AdamW(models.trainable(model), lr=1e-2)
-    alone = [pair.name for pair in scalora.ScaLoRA(inner, model).rebased_pairs]
-    around = [pair.name for pair in scalora.ScaLoRA(inner, Wrapper(model)).rebased_pairs]
+    alone = [pair.name for pair in optimizer_of(model).rebased_pairs]
+    around = [pair.name for pair in optimizer_of(Wrapper(model)).rebased_pairs]
     assert "model.layers.0.self_attn.q_proj" in alone
     assert around == alone
-
-
-class Sequences(torch.utils.data.Dataset):
-    def __len__(self) -> int:
-        return 16
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        ids = torch.randint(1, models.VOCABULARY, (9,), generator=torch.Generator().manual_seed(i))
-        return {"input_ids": ids, "labels": ids}
 
 
 def trainer_of(model: Any, folder: Path, **options: Any) -> Trainer:
@@ -196,7 +183,7 @@ def trainer_of(model: Any, folder: Path, **options: Any) -> Trainer:
     return Trainer(
         **(made or {"model": model}),
         args=arguments,
-        train_dataset=Sequences(),
+        train_dataset=models.Sequences(),
         callbacks=[callback],
     )
 
@@ -293,8 +280,7 @@ def test_sentence_transformer_is_saved_with_all_its_parts(accumulator: str, tmp_
     torch.manual_seed(1)
     model = fresh()
     model.add_adapter(LoraConfig(r=3, target_modules=["query", "value"]))
-    inner = torch.optim.AdamW(models.trainable(model), lr=1e-2)
-    optimizer = scalora.ScaLoRA(inner, model, rule="exact", accumulator=accumulator)
+    optimizer = optimizer_of(model, accumulator=accumulator)
     for _ in range(6):
         optimizer.zero_grad()
         features = model.preprocess(["a b c", "d e f", "g h a"])

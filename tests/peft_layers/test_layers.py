@@ -4,122 +4,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import models
 import pytest
 import torch
+from layer_cases import (
+    CASES,
+    TOLERANCE,
+    Case,
+    gpt2,
+)
 from peft import LoraConfig
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
+from training import optimizer_of
 from transformers import BertForMaskedLM
 
 import scalora
-
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
-
-
-@dataclass(frozen=True)
-class Case:
-    base: Callable[[], nn.Module]
-    inputs: Callable[[], Tensor]
-    layers: tuple[str, ...]
-    config: dict[str, Any] = field(default_factory=dict)
-    channels_last: bool = False
-
-    def model(self, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
-        options = {"target_modules": list(self.layers), **self.config, **config}
-        model = models.with_lora(self.base(), **options).to(dtype)
-        return model.to(memory_format=torch.channels_last) if self.channels_last else model
-
-    def batch(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        inputs = self.inputs()
-        return inputs.to(dtype) if inputs.is_floating_point() else inputs
-
-
-def _perceptron(**config: Any) -> Case:
-    return Case(
-        models.Perceptron, lambda: models.vectors(64, 12), ("first", "second"), dict(config)
-    )
-
-
-def _embedder(**config: Any) -> Case:
-    return Case(models.Embedder, lambda: models.token_ids(16, 7), ("tokens", "head"), dict(config))
-
-
-def _image_case(convolution: Callable[[], nn.Module], **options: Any) -> Case:
-    return Case(
-        lambda: models.Convolutions(convolution()),
-        lambda: models.vectors(12, 3, 9, 8),
-        ("convolution", "head"),
-        **options,
-    )
-
-
-def _signal_case(convolution: Callable[[], nn.Module], **options: Any) -> Case:
-    return Case(
-        lambda: models.Convolutions(convolution()),
-        lambda: models.vectors(24, 3, 17),
-        ("convolution", "head"),
-        **options,
-    )
-
-
-def _gpt2(**config: Any) -> Case:
-    return Case(
-        models.gpt2,
-        lambda: models.token_ids(12, 9),
-        GPT2_LAYERS,
-        {"fan_in_fan_out": True, **config},
-    )
-
-
-GPT2_LAYERS = ("transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_proj")
-BERT_LAYERS = ("bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.1.output.dense")
-DORA: dict[str, Any] = {"use_dora": True}
-
-CASES = {
-    "linear": _perceptron(),
-    "linear in BERT": Case(models.bert, lambda: models.token_ids(16, 9), BERT_LAYERS),
-    "Conv1D in GPT-2": _gpt2(),
-    "embedding": _embedder(),
-    "conv2d 3x3": _image_case(lambda: nn.Conv2d(3, 6, 3, stride=2, padding=1)),
-    "conv2d 1x1": _image_case(lambda: nn.Conv2d(3, 6, 1)),
-    "conv2d 3x1, padding same": _image_case(lambda: nn.Conv2d(3, 6, (3, 1), padding="same")),
-    "conv2d channels_last": _image_case(
-        lambda: nn.Conv2d(3, 6, 3, stride=(1, 2), padding=(0, 1)), channels_last=True
-    ),
-    "conv1d": _signal_case(lambda: nn.Conv1d(3, 6, 4, stride=2, padding=1)),
-    "conv3d": Case(
-        lambda: models.Convolutions(nn.Conv3d(2, 5, 2)),
-        lambda: models.vectors(12, 2, 4, 5, 4),
-        ("convolution", "head"),
-    ),
-    "rsLoRA": _perceptron(use_rslora=True, r=4),
-    "lora_bias": _perceptron(lora_bias=True),
-    "ranks and alphas by pattern": _perceptron(
-        rank_pattern={"first": 5}, alpha_pattern={"second": 1}
-    ),
-    "DoRA linear": _perceptron(**DORA),
-    "DoRA Conv1D in GPT-2": _gpt2(**DORA),
-    "DoRA embedding": _embedder(**DORA),
-    "DoRA conv2d 3x3": _image_case(lambda: nn.Conv2d(3, 6, 3, stride=2, padding=1), config=DORA),
-    "DoRA conv1d": _signal_case(lambda: nn.Conv1d(3, 6, 4), config=DORA),
-    "modules_to_save": Case(
-        models.bert,
-        lambda: models.token_ids(16, 9),
-        BERT_LAYERS,
-        config={"modules_to_save": ["classifier"]},
-    ),
-    "PiSSA, which moves the base itself": _perceptron(init_lora_weights="pissa"),
-}
-
-
-def _wrapped(model: nn.Module, *, lr: float = 1e-2, **options: Any) -> scalora.ScaLoRA:
-    return scalora.ScaLoRA(
-        torch.optim.AdamW(models.trainable(model), lr=lr), model, **{"rule": "exact", **options}
-    )
 
 
 def _rebase_alone(optimizer: scalora.ScaLoRA) -> None:
@@ -130,7 +32,7 @@ def _rebase_alone(optimizer: scalora.ScaLoRA) -> None:
 def _trained(case: Case, dtype: torch.dtype, **options: Any) -> tuple[Any, scalora.ScaLoRA, Tensor]:
     """A model whose factors have left their initial values, with gradients at hand."""
     model, inputs = case.model(dtype), case.batch(dtype)
-    optimizer = _wrapped(model, **options)
+    optimizer = optimizer_of(model, **options)
     models.train(model, optimizer, inputs, steps=4)
     optimizer.zero_grad()
     models.loss(model, inputs).backward()
@@ -248,7 +150,7 @@ def test_loraplus_learning_rates_enter_the_optimum(name: str) -> None:
 def test_dropout_in_training_leaves_the_evaluated_function_alone() -> None:
     model = CASES["linear"].model(torch.float64, lora_dropout=0.5)
     inputs = CASES["linear"].batch(torch.float64)
-    optimizer = _wrapped(model)
+    optimizer = optimizer_of(model)
     models.train(model, optimizer, inputs, steps=4)
     optimizer.zero_grad()
     models.loss(model, inputs).backward()
@@ -271,7 +173,7 @@ def test_gradient_checkpointing_trains_to_the_same_losses(reentrant: bool) -> No
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             assert model.base_model.model.is_gradient_checkpointing
-        optimizer = _wrapped(model)
+        optimizer = optimizer_of(model)
         losses = models.train(model, optimizer, inputs, steps=6)
         optimizer.zero_grad()
         models.loss(model, inputs).backward()
@@ -319,7 +221,7 @@ def test_inactive_adapter_keeps_its_factors(active: str, idle: str) -> None:
     model, inputs = _with_second_adapter(active), CASES["linear"].batch()
     idle_factors = {n: p.clone() for n, p in model.named_parameters() if f".{idle}." in n}
     assert len(idle_factors) == 4
-    optimizer = _wrapped(model, adapter_name=active)
+    optimizer = optimizer_of(model, adapter_name=active)
     models.train(model, optimizer, inputs, steps=4)
     optimizer.zero_grad()
     models.loss(model, inputs).backward()
@@ -335,7 +237,7 @@ def test_inactive_adapter_keeps_its_factors(active: str, idle: str) -> None:
 
 def test_second_active_adapter_is_part_of_the_function_that_is_kept() -> None:
     model, inputs = _with_second_adapter(["default", "other"]), CASES["linear"].batch()
-    optimizer = _wrapped(model, adapter_name="default")
+    optimizer = optimizer_of(model, adapter_name="default")
     models.train(model, optimizer, inputs, steps=4)
     optimizer.zero_grad()
     models.loss(model, inputs).backward()
@@ -583,11 +485,11 @@ VARIANTS = {
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
 def test_variant_that_is_more_than_a_low_rank_product_is_refused(config: dict[str, Any]) -> None:
-    model = _gpt2(**config).model()
+    model = gpt2(**config).model()
     with pytest.raises(
         ValueError, match=r"no LoRA layer can be re-based.*transformer\.h\.0.*Variant"
     ):
-        _wrapped(model)
+        optimizer_of(model)
 
 
 def test_layer_of_a_variant_among_plain_ones_stays_as_it_is() -> None:
@@ -595,7 +497,7 @@ def test_layer_of_a_variant_among_plain_ones_stays_as_it_is() -> None:
     mica = models.with_lora(models.Perceptron(), target_modules=["first"], init_lora_weights="mica")
     model.base_model.model.first = mica.base_model.model.first
     with pytest.warns(UserWarning, match=r"1 LoRA layers.*first \(MiCALinearVariant"):
-        optimizer = _wrapped(model)
+        optimizer = optimizer_of(model)
     base = models.layer(model, "first").get_base_layer().weight.clone()
     models.train(model, optimizer, inputs, steps=4)
     assert torch.equal(models.layer(model, "first").get_base_layer().weight, base)
@@ -615,7 +517,7 @@ def test_folding_into_a_tied_base_weight_is_refused_with_both_names(
 ) -> None:
     model = models.with_lora(models.gpt2(), target_modules=targets, fan_in_fan_out=True)
     with pytest.raises(ValueError, match="tied") as error:
-        _wrapped(model, accumulator="dense")
+        optimizer_of(model, accumulator="dense")
     assert f"{tied!r} is tied" in str(error.value)
     assert sharer in str(error.value).partition("is tied")[2]
 
@@ -624,7 +526,7 @@ def test_folding_into_a_tied_weight_of_a_masked_language_model_is_refused() -> N
     base = BertForMaskedLM(models.bert_config())
     model = models.with_lora(base, target_modules=["query", "decoder"])
     with pytest.raises(ValueError, match=r"cls\.predictions\.decoder.*word_embeddings"):
-        _wrapped(model, accumulator="dense")
+        optimizer_of(model, accumulator="dense")
 
 
 def test_tied_layers_with_tied_factors_stay_plain_lora() -> None:
@@ -636,7 +538,7 @@ def test_tied_layers_with_tied_factors_stay_plain_lora() -> None:
     )
     inputs = models.token_ids(12, 9)
     with pytest.warns(UserWarning, match=r"2 LoRA layers.*wte \(.*shared.*lm_head \(.*shared"):
-        optimizer = _wrapped(model)
+        optimizer = optimizer_of(model)
     models.train(model, optimizer, inputs, steps=4)
     optimizer.zero_grad()
     models.loss(model, inputs).backward()
@@ -650,7 +552,7 @@ def test_untied_head_and_embedding_are_rebased() -> None:
     base = models.gpt2(tie_word_embeddings=False).double()
     model = models.with_lora(base, target_modules=["wte", "lm_head"])
     inputs = models.token_ids(12, 9)
-    optimizer = _wrapped(model)
+    optimizer = optimizer_of(model)
     models.train(model, optimizer, inputs, steps=4)
     optimizer.zero_grad()
     models.loss(model, inputs).backward()
@@ -665,7 +567,7 @@ def test_folding_into_a_base_weight_of_two_layers_is_refused() -> None:
     base.second.weight = base.first.weight
     model = models.with_lora(base, target_modules=["first"])
     with pytest.raises(ValueError, match=r"'first' is tied.*second"):
-        _wrapped(model, accumulator="dense")
+        optimizer_of(model, accumulator="dense")
 
 
 def test_model_without_the_adapter_is_refused_with_the_adapters_that_are_there() -> None:
@@ -673,7 +575,7 @@ def test_model_without_the_adapter_is_refused_with_the_adapters_that_are_there()
         base = models.Perceptron()
         scalora.ScaLoRA(torch.optim.SGD(base.parameters(), lr=0.1), base)
     with pytest.raises(ValueError, match=r"'missing'.*found: \['default', 'other'\]"):
-        _wrapped(_with_second_adapter("default"), adapter_name="missing")
+        optimizer_of(_with_second_adapter("default"), adapter_name="missing")
 
 
 class _ScaledEmbedding(nn.Embedding):
@@ -692,7 +594,7 @@ def test_embedding_that_scales_its_output_keeps_its_function() -> None:
     base.tokens = _ScaledEmbedding(models.VOCABULARY, 10)
     model = models.with_lora(base, target_modules=["tokens"]).double()
     inputs = models.token_ids(16, 7)
-    optimizer = _wrapped(model)
+    optimizer = optimizer_of(model)
     models.train(model, optimizer, inputs, steps=4)
     optimizer.zero_grad()
     models.loss(model, inputs).backward()
@@ -725,7 +627,7 @@ def test_accumulated_change_reaches_a_target_beyond_the_adapters_rank() -> None:
         base = Line()
         base.load_state_dict(start.state_dict())
         model = models.with_lora(base, r=rank, lora_alpha=rank, target_modules=["weight"])
-        optimizer = _wrapped(model, lr=3e-2, rule=rule)
+        optimizer = optimizer_of(model, lr=3e-2, rule=rule)
         losses = models.train(model, optimizer, inputs, steps=300, loss=distance)
         spectrum = scalora.delta_spectrum(model, start)["weight"]
         return losses[-1], spectrum, scalora.effective_rank(model, start)["weight"]

@@ -17,9 +17,10 @@ from typing import Any
 import models
 import pytest
 import torch
+from layer_cases import CASES, Case
 from peft import LoraConfig, PeftModel
-from test_layers import CASES, Case
 from torch import Tensor, nn
+from training import optimizer_of
 
 import scalora
 
@@ -106,8 +107,7 @@ def tuned(name: str, accumulator: Any) -> Tuned:
     )
     model.add_adapter("other", other)
     model.set_adapter("default")
-    inner = torch.optim.AdamW(models.trainable(model), lr=1e-2)
-    optimizer = scalora.ScaLoRA(inner, model, rule="exact", accumulator=accumulator)
+    optimizer = optimizer_of(model, accumulator=accumulator)
     inputs = case.batch(dtype)
     losses = models.train(model, optimizer, inputs, STEPS)
     assert losses[-1] < losses[0]

@@ -10,7 +10,7 @@ import models
 import pytest
 import torch
 from carry_runs import INPUTS, batches, optimizer_of, pairs, perceptron, train
-from test_optimizer import FailAt
+from failing import FailAt
 from torch import Tensor, nn
 
 import scalora
@@ -235,22 +235,6 @@ def test_hold_stops_re_basing_when_the_carry_is_full() -> None:
     assert losses[-1] < losses[0]
 
 
-def test_fold_moves_a_full_carry_into_the_base_and_keeps_the_function() -> None:
-    dense, folding = perceptron(), perceptron()
-    base = {pair.name: pair.base_weight.clone() for pair in pairs(folding)}
-    train(dense, optimizer_of(dense, accumulator="dense"), batches(10))
-    optimizer = optimizer_of(folding, carry_rank=6, when_full="fold")
-    train(folding, optimizer, batches(3))
-    assert all(torch.equal(p.base_weight, base[p.name]) for p in pairs(folding))
-    train(folding, optimizer, batches(10)[3:])
-    for one, other in zip(pairs(dense), pairs(folding), strict=True):
-        assert other.was_rebased and not torch.equal(other.base_weight, base[other.name])
-        torch.testing.assert_close(
-            other.effective_weight(), one.effective_weight(), rtol=0, atol=1e-10
-        )
-    assert optimizer.report().largest_cut == 0
-
-
 # All or nothing
 
 
@@ -269,8 +253,8 @@ def coordinates(model: Any, optimizer: scalora.ScaLoRA) -> dict[str, list[Tensor
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
 @pytest.mark.parametrize(
     "steps, options",
-    [(2, {"carry_rank": 8}), (4, {"carry_rank": 8}), (3, {"carry_rank": 6, "when_full": "fold"})],
-    ids=["append", "compress", "fold"],
+    [(2, {"carry_rank": 8}), (4, {"carry_rank": 8})],
+    ids=["append", "compress"],
 )
 def test_failure_at_any_operation_keeps_every_layer_whole(
     steps: int, options: dict[str, Any], error: type[BaseException]
@@ -376,12 +360,6 @@ def test_bad_option_is_refused_with_what_to_do(
 ) -> None:
     with pytest.raises(error, match=message):
         optimizer_of(perceptron(), **options)
-
-
-def test_folding_a_full_carry_into_a_tied_base_is_refused() -> None:
-    model = models.with_lora(models.gpt2(), target_modules=["lm_head"])
-    with pytest.raises(ValueError, match=r"when_full='fold'.*lm_head.*tied"):
-        optimizer_of(model, when_full="fold")
 
 
 def test_report_prints_every_layer_and_its_carry() -> None:

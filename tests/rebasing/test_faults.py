@@ -13,7 +13,7 @@ from typing import Any
 import models
 import pytest
 import torch
-from test_optimizer import FailAt
+from failing import FailAt
 from torch import Tensor
 
 import scalora

@@ -111,9 +111,6 @@ RUNS = {
     "fixed Lipschitz constant": Run(options=(("lipschitz", 3.0),)),
     "no re-basing": Run(options=(("rule", "none"),)),
     "carry": Run(options=(("accumulator", "carry"),)),
-    "carry, folded when full": Run(
-        options=(("accumulator", "carry"), ("carry_rank", 9), ("when_full", "fold"))
-    ),
     "SGD": Run(optimizer=torch.optim.SGD),
     "Adafactor": Run(optimizer=torch.optim.Adafactor),
     "DoRA": Run(lora=(("use_dora", True),)),
@@ -481,7 +478,7 @@ def test_model_alone_takes_up_what_was_folded_or_carried(run: Run, tmp_path: Pat
         assert (before - models.answers(loaded, inputs)).abs().max() > 1e-5
 
 
-@pytest.mark.parametrize("name", ["float32", "carry", "carry, folded when full"])
+@pytest.mark.parametrize("name", ["float32", "carry"])
 def test_model_that_took_them_up_can_be_trained_on(name: str, tmp_path: Path) -> None:
     run = RUNS[name]
     whole = run.checkpoint(tmp_path)

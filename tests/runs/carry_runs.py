@@ -6,6 +6,7 @@ from typing import Any
 
 import models
 import torch
+import training
 from torch import Tensor
 
 import scalora
@@ -21,8 +22,7 @@ def perceptron(dtype: torch.dtype = torch.float64, **config: Any) -> Any:
 
 
 def optimizer_of(model: Any, lr: float = 1e-2, **options: Any) -> scalora.ScaLoRA:
-    inner = torch.optim.AdamW(models.trainable(model), lr=lr)
-    return scalora.ScaLoRA(inner, model, **{"rule": "exact", "accumulator": "carry", **options})
+    return training.optimizer_of(model, lr=lr, **{"accumulator": "carry", **options})
 
 
 INPUTS = models.vectors(64, 24).double()
@@ -33,8 +33,7 @@ def batches(count: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     return [torch.randn(16, 24, generator=generator, dtype=torch.float64) for _ in range(count)]
 
 
-def train(model: Any, optimizer: scalora.ScaLoRA, inputs: list[Tensor]) -> list[float]:
-    return [models.train(model, optimizer, batch, 1)[0] for batch in inputs]
+train = models.train_on
 
 
 def pairs(model: Any) -> list[LoRAPair]:

@@ -30,16 +30,7 @@ STATE = "scalora.safetensors"
 STEPS = 8
 
 
-class Sequences(torch.utils.data.Dataset):
-    def __len__(self) -> int:
-        return 16
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        ids = torch.randint(1, models.VOCABULARY, (9,), generator=torch.Generator().manual_seed(i))
-        return {"input_ids": ids, "labels": ids}
-
-
-class Classified(Sequences):
+class Classified(models.Sequences):
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         ids = super().__getitem__(i)["input_ids"]
         return {"input_ids": ids, "labels": ids.sum() % 3}
@@ -93,9 +84,6 @@ KINDS = {
     "dense, DoRA": Kind(lora=(("use_dora", True),)),
     "dense, PiSSA": Kind(lora=(("init_lora_weights", "pissa"),)),
     "carry": Kind(options=(("accumulator", "carry"),)),
-    "carry, folded when full": Kind(
-        options=(("accumulator", "carry"), ("carry_rank", 6), ("when_full", "fold"))
-    ),
     "tied head": Kind(lora=(("target_modules", ["q_proj", "lm_head"]),)),
     "other adapter name": Kind(options=(("adapter_name", "mine"),)),
     "no re-basing": Kind(options=(("rule", "none"),)),
@@ -181,7 +169,7 @@ class Runs:
         trainer = Trainer(
             model,
             arguments,
-            train_dataset=Classified() if kind.classes else Sequences(),
+            train_dataset=Classified() if kind.classes else models.Sequences(),
             callbacks=[scalora.ScaLoRACallback(**{"rule": "exact", **dict(kind.options)})],
             processing_class=tokenizer(),
         )
@@ -192,7 +180,9 @@ class Runs:
 def answers(model: Any) -> Tensor:
     """Logits, with gradients: bitsandbytes rounds the scales of 4 bits to evaluate on a CPU."""
     model.train()
-    return model(torch.stack([Sequences()[i]["input_ids"] for i in range(8)])).logits.detach()
+    return model(
+        torch.stack([models.Sequences()[i]["input_ids"] for i in range(8)])
+    ).logits.detach()
 
 
 def tolerance_of(run: Run) -> float:

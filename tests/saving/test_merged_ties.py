@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from training import rebase
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -36,7 +37,7 @@ from transformers import (
 
 import scalora
 from scalora.cli import main
-from scalora.saving.ties import differing_weights
+from scalora.transformers_models import differing_weights
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`"),
@@ -150,10 +151,6 @@ CASES = [
 IDS = models.token_ids(4, 9)
 
 
-def loss(model: nn.Module, ids: Tensor) -> Tensor:
-    return model(input_ids=ids, labels=ids).loss
-
-
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
     return model.eval()(input_ids=IDS, labels=IDS).logits
@@ -161,8 +158,7 @@ def logits(model: nn.Module) -> Tensor:
 
 def fine_tuned(base: nn.Module, **lora: Any) -> Any:
     model = models.with_lora(base, **lora)
-    inner = torch.optim.AdamW(models.trainable(model), lr=2e-2)
-    models.train(model, scalora.ScaLoRA(inner, model, rule="exact"), IDS, 4, loss)
+    rebase(model, IDS, 4, lr=2e-2, loss=models.language_loss)
     return model
 
 
@@ -226,9 +222,7 @@ def test_exported_merged_model_answers_the_same(name: str, dtype: str, tmp_path:
     model = models.with_lora(
         base, target_modules=[*shared.others, "lm_head"], task_type="SEQ_2_SEQ_LM"
     )
-    inner = torch.optim.AdamW(models.trainable(model), lr=2e-2)
-    optimizer = scalora.ScaLoRA(inner, model, rule="exact")
-    models.train(model, optimizer, IDS, 4, loss)
+    optimizer = rebase(model, IDS, 4, lr=2e-2, loss=models.language_loss)
     model.save_pretrained(tmp_path / "checkpoint")
     scalora.save_training_state(optimizer, tmp_path / "checkpoint")
     command = ["export", tmp_path / "checkpoint", tmp_path / "merged", "--merged", "--dtype", dtype]

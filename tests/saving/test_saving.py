@@ -20,6 +20,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from training import optimizer_of, rebase
 from transformers import BertForSequenceClassification, GPT2LMHeadModel
 
 import scalora
@@ -38,8 +39,7 @@ class Case:
         base = self.base()
         start = copy.deepcopy(base)
         model = models.with_lora(base, **{**self.config, **changes})
-        inner = torch.optim.AdamW(models.trainable(model), lr=1e-2)
-        optimizer = scalora.ScaLoRA(inner, model, rule="exact")
+        optimizer = optimizer_of(model)
         inputs = self.inputs()
         models.train(model, optimizer, inputs, steps=6)
         return FineTuned(model, optimizer, start, inputs)
@@ -538,8 +538,7 @@ def test_save_pretrained_brings_the_base_from_the_first_fold_on(tmp_path: Path) 
     case = _perceptron()
     start = case.base()
     model = models.with_lora(copy.deepcopy(start), **case.config)
-    inner = torch.optim.AdamW(models.trainable(model), lr=1e-2)
-    optimizer = scalora.ScaLoRA(inner, model, rule="exact", interval=3)
+    optimizer = optimizer_of(model, interval=3)
     for steps, brought in ((2, 0), (1, 2)):
         models.train(model, optimizer, case.inputs(), steps=steps)
         assert _warnings_of_saving(model, tmp_path) == []
@@ -554,9 +553,7 @@ def test_save_pretrained_brings_the_base_from_the_first_fold_on(tmp_path: Path) 
 def test_save_pretrained_warns_from_the_first_carry_on(tmp_path: Path) -> None:
     case = _perceptron()
     model = models.with_lora(case.base(), **case.config)
-    inner = torch.optim.AdamW(models.trainable(model), lr=1e-2)
-    optimizer = scalora.ScaLoRA(inner, model, rule="exact", interval=3, accumulator="carry")
-    models.train(model, optimizer, case.inputs(), steps=2)
+    optimizer = rebase(model, case.inputs(), 2, interval=3, accumulator="carry")
     assert _warnings_of_saving(model, tmp_path / "before") == []
     models.train(model, optimizer, case.inputs(), steps=1)
     for _ in range(2):

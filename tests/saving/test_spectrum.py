@@ -10,9 +10,10 @@ import models
 import pytest
 import torch
 from torch import Tensor, nn
+from training import rebase
 
 import scalora
-from scalora.saving.spectrum import entropy_rank
+from scalora.saving import entropy_rank
 
 
 def _fine_tuned(
@@ -20,8 +21,7 @@ def _fine_tuned(
 ) -> tuple[Any, nn.Module]:
     start = copy.deepcopy(base)
     model = models.with_lora(base, **config)
-    inner = torch.optim.AdamW(models.trainable(model), lr=1e-2)
-    models.train(model, scalora.ScaLoRA(inner, model, rule=rule), inputs, steps)
+    rebase(model, inputs, steps, rule=rule)
     return model, start
 
 

@@ -15,6 +15,7 @@ import models
 import pytest
 import torch
 from peft import PeftModel
+from training import rebase
 from transformers import BertForSequenceClassification, PreTrainedModel
 
 import scalora
@@ -28,8 +29,7 @@ IDS = models.token_ids(4, 9)
 def trained(steps: int = 2) -> Any:
     torch.manual_seed(0)
     model = models.with_lora(models.bert(), target_modules=["query", "dense"])
-    inner = torch.optim.AdamW(models.trainable(model), lr=1e-2)
-    models.train(model, scalora.ScaLoRA(inner, model, rule="exact"), IDS, steps)
+    rebase(model, IDS, steps)
     return model
 
 

@@ -298,7 +298,7 @@ def test_after_the_window_the_factor_is_held_and_a_schedule_keeps_its_shape() ->
         train(model, optimizer, range(3))
         assert factor_of(optimizer) == held
     # Nothing but the numbers is kept: no copy of the newest step.
-    assert sum(t.numel() for t in optimizer._calibration.kept_tensors()) == 5
+    assert sum(t.numel() for t in optimizer._run.calibration.kept_tensors()) == 5
 
 
 def test_the_window_begins_anew_while_the_learning_rate_rises() -> None:

@@ -1,4 +1,7 @@
-"""``add_weighted_adapter``, which makes one adapter of several: what has been frozen besides."""
+"""``add_weighted_adapter``, PEFT's combination of adapters, with their frozen increments.
+
+Held by tests/peft_layers/test_combined_adapters.py.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +13,20 @@ import torch
 from torch import nn
 
 from scalora.peft_layers.finding import all_lora_pairs
-from scalora.peft_layers.pair import LoRAPair
+from scalora.peft_layers.pair import LoRAPair, folded_adapters
 from scalora.warning import warn
 
 _METHOD = "add_weighted_adapter"
 
 
 def guard_combinations(tuner: Any) -> None:
-    """Let ``add_weighted_adapter`` of PEFT's LoRA model leave nothing out in silence."""
+    """Make ``add_weighted_adapter`` of PEFT's LoRA model combine carries too, or warn or refuse."""
     if hasattr(type(tuner), _METHOD) and _METHOD not in vars(tuner):
         setattr(tuner, _METHOD, _AddWeightedAdapter(tuner))
 
 
 class _AddWeightedAdapter:
-    """The method with carries in what it makes; an object, so that it can be pickled."""
+    """The method that also combines carries; an object, so that it can be pickled."""
 
     def __init__(self, tuner: nn.Module) -> None:
         self.tuner: Any = tuner
@@ -38,7 +41,7 @@ class _AddWeightedAdapter:
         pairs = all_lora_pairs(self.tuner)
         combined = [pair for pair in pairs if pair.adapter in combination["adapters"]]
         adds_products = _adds_products(combination)
-        if any(map(_carries, combined)) and not adds_products:
+        if any(pair.has_carry for pair in combined) and not adds_products:
             _check_carries(combined, combination)
         _warn_of_folded(pairs)
         result = method(self.tuner, *args, **kwargs)
@@ -51,25 +54,20 @@ class _AddWeightedAdapter:
 
 
 def _adds_products(combination: Mapping[str, Any]) -> bool:
-    """Whether the new adapter is the weighted sum of the others, column beside column."""
+    """Return whether the new adapter's product is the weighted sum of the others' products."""
     return len(combination["adapters"]) == 1 or combination["combination_type"] == "cat"
-
-
-def _carries(pair: LoRAPair) -> bool:
-    carry = pair.carry
-    return carry is not None and carry.columns > 0
 
 
 def _check_carries(combined: Sequence[LoRAPair], combination: Mapping[str, Any]) -> None:
     """Raise a ValueError, or warn, where a carry would be left out or cut."""
-    names = ", ".join(map(repr, sorted({pair.adapter for pair in combined if _carries(pair)})))
+    names = ", ".join(map(repr, sorted({pair.adapter for pair in combined if pair.has_carry})))
     ranks: dict[str, int] = {}
     for pair in combined:
         ranks[pair.name] = ranks.get(pair.name, 0) + pair.learned_rank
     whole = max(min(ranks[pair.name], *pair.shape) for pair in combined)
     kind = combination["combination_type"]
-    # PEFT takes these from the weights' changes, which have the carry in them; all others from the
-    # factors alone.
+    # PEFT computes the svd types from the changes of the weights, which include the carry, and all
+    # others from the factors alone.
     if not kind.endswith("svd"):
         raise ValueError(
             f"combination_type={kind!r} mixes factors, and part of what {names} learned is in "
@@ -87,8 +85,8 @@ def _check_carries(combined: Sequence[LoRAPair], combination: Mapping[str, Any])
 def _carry_along(
     combined: Sequence[LoRAPair], made: Sequence[LoRAPair], combination: Mapping[str, Any]
 ) -> None:
-    """Give the new adapter the carries of those that it is the weighted sum of."""
-    sources = {(pair.name, pair.adapter): pair for pair in combined if _carries(pair)}
+    """Give the new adapter the weighted sum of the combined adapters' carries."""
+    sources = {(pair.name, pair.adapter): pair for pair in combined if pair.has_carry}
     weights = list(zip(combination["adapters"], combination["weights"], strict=True))
     for pair in made:
         ups, downs, cut, columns = [], [], torch.zeros(()), 0
@@ -108,9 +106,8 @@ def _carry_along(
 
 
 def _warn_of_folded(pairs: Sequence[LoRAPair]) -> None:
-    folded = sorted(
-        {p.adapter for p in pairs if p.adapter in getattr(p.module, "scalora_folded", ())}
-    )
+    """Warn if increments of an adapter are in the base weights, under every combination."""
+    folded = sorted({p.adapter for p in pairs if p.adapter in folded_adapters(p.module)})
     if folded:
         names = ", ".join(map(repr, folded))
         warn(

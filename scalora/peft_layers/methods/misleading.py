@@ -1,13 +1,16 @@
-"""PEFT's methods whose names promise the pretrained model, once its weights have been changed."""
+"""PEFT's methods whose names promise the pretrained model, on a base that was changed.
+
+Held by tests/peft_layers/test_misleading_names.py.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from peft import PeftModel
-from peft.tuners.lora import layer as lora_layers
 from torch import nn
 
+from scalora.peft_layers.pair import folded_adapters
 from scalora.warning import warn
 
 _FOLDED = "ScaLoRA has folded part of what {adapters} learned into the base weights"
@@ -37,24 +40,24 @@ _MESSAGES = {
         "accumulator='carry'."
     ),
 }
-OUTSPOKEN = frozenset(_MESSAGES)
+MISLEADING = frozenset(_MESSAGES)
 """Names of these methods."""
 
 
 def warn_of_changed_base(model: nn.Module) -> None:
-    """Make the methods that show the base say so, once each, where its weights were changed.
+    """Make each of these methods warn, once, if increments are in the base weights.
 
     Args:
         model: a PeftModel, or a model with the methods of transformers' ``add_adapter``.
     """
     tuner: Any = model.base_model if isinstance(model, PeftModel) else model
-    for method in OUTSPOKEN:
+    for method in MISLEADING:
         if callable(getattr(type(tuner), method, None)) and method not in vars(tuner):
-            setattr(tuner, method, _Outspoken(tuner, method))
+            setattr(tuner, method, _WarnsOnce(tuner, method))
 
 
-class _Outspoken:
-    """A method of PEFT's or transformers' model with a warning.
+class _WarnsOnce:
+    """A method of PEFT's or transformers' model that warns before its first call.
 
     An object, not a bound method: pickle would restore that as the method of the class.
     """
@@ -65,7 +68,7 @@ class _Outspoken:
         self.warned = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        folded = _folded_adapters(self.tuner)
+        folded = {name for module in self.tuner.modules() for name in folded_adapters(module)}
         if self.method == "set_adapter":
             names = args[0] if args else kwargs.get("adapter_name", [])
             folded -= {names} if isinstance(names, str) else set(names)
@@ -74,13 +77,3 @@ class _Outspoken:
             adapters = ", ".join(map(repr, sorted(folded)))
             warn(_MESSAGES[self.method].format(adapters=adapters))
         return getattr(type(self.tuner), self.method)(self.tuner, *args, **kwargs)
-
-
-def _folded_adapters(tuner: nn.Module) -> set[str]:
-    """The adapters of which increments are in base weights."""
-    return {
-        adapter
-        for module in tuner.modules()
-        if isinstance(module, lora_layers.LoraLayer)
-        for adapter in getattr(module, "scalora_folded", ())
-    }

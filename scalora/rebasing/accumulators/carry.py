@@ -11,7 +11,6 @@ from scalora.carry import Carry, compress, relative_cut
 from scalora.options import RebasingOptions
 from scalora.peft_layers import LoRAPair
 from scalora.rebasing.accumulators.commit import write_all
-from scalora.rebasing.accumulators.dense import DenseAccumulator
 from scalora.rebasing.accumulators.increment import increment_columns
 from scalora.rebasing.batches import thin_factors
 from scalora.sharding.stacks import Write
@@ -24,16 +23,14 @@ _NUMBERS_AT_ONCE = 1 << 23
 
 
 class CarryAccumulator:
-    """Keeps increments beside base weights, which it never touches unless told to fold.
+    """Keeps increments beside base weights, which it never touches.
 
     Args:
         options: of the carry.
-        dense: where full carries are folded with ``when_full="fold"``.
     """
 
-    def __init__(self, options: RebasingOptions, dense: DenseAccumulator) -> None:
+    def __init__(self, options: RebasingOptions) -> None:
         self.options = options
-        self.dense = dense
         self._warned = False
 
     def key(self, pair: LoRAPair) -> Hashable:
@@ -55,25 +52,20 @@ class CarryAccumulator:
         return pair.ensure_carry(min(max(columns, least), most))
 
     @torch.no_grad()
-    def make_room(self, pairs: Sequence[LoRAPair], columns: int, count: int) -> None:
-        """Recompress the carries that are full, let them grow, or fold them."""
+    def make_room(self, pairs: Sequence[LoRAPair], columns: int) -> None:
+        """Recompress the carries that are full, or let them grow."""
         full: dict[Hashable, list[LoRAPair]] = {}
         for pair in pairs:
             carry = self.carry_of(pair)
             if carry.columns + columns > carry.capacity:
-                shape = carry.up.shape, carry.down.shape, carry.columns
-                key = (*shape, carry.up.device, self.dense.key(pair) if self._folds else None)
+                key = carry.up.shape, carry.down.shape, carry.columns, carry.up.device
                 full.setdefault(key, []).append(pair)
         for alike in full.values():
             carry = _carry(alike[0])
             # Of whole carries, so that all processes that share them cut at the same places.
             at_once = max(1, _NUMBERS_AT_ONCE // (carry.capacity * (carry.m + carry.n)))
             for start in range(0, len(alike), at_once):
-                part = alike[start : start + at_once]
-                if self._folds:
-                    self._fold(part, count)
-                else:
-                    self._compress(part, columns)
+                self._compress(alike[start : start + at_once], columns)
 
     def commit(
         self,
@@ -92,10 +84,6 @@ class CarryAccumulator:
         counts = [carry.columns + k for carry in carries]
         writes = [(ups, left, left), (downs, right, right), *writes]
         write_all(writes, range(len(pairs)), lambda: _count(carries, counts))
-
-    @property
-    def _folds(self) -> bool:
-        return self.options.when_full == "fold"
 
     def _compress(self, pairs: Sequence[LoRAPair], columns: int) -> None:
         """Recompress the carries, or let them grow where ``"auto"`` would cut too much."""
@@ -139,19 +127,6 @@ class CarryAccumulator:
         ]
         counts = [keep] * len(carries)
         write_all(writes, range(len(carries)), lambda: _count(carries, counts))
-
-    def _fold(self, pairs: Sequence[LoRAPair], count: int) -> None:
-        """Into the base weights; the carries are empty then."""
-        carries = [_carry(pair) for pair in pairs]
-        up = torch.stack([carry.used_up for carry in carries])
-        down = torch.stack([carry.used_down for carry in carries])
-        writes = [
-            ([carry.used_down for carry in carries], down, torch.zeros_like(down)),
-            ([carry.used_up for carry in carries], up, torch.zeros_like(up)),
-        ]
-        # What an interruption leaves counted is zero.
-        self.dense.commit(pairs, up, down.mT, writes, count)
-        _count(carries, [0] * len(carries))
 
     def _most_columns(self, pair: LoRAPair) -> int:
         """Up to where the layer's carry may grow."""

@@ -1,0 +1,151 @@
+"""One forward pass that is measured."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.hooks import RemovableHandle
+
+from miub.bounds import Bounds
+from miub.masks import Masks
+from miub.measurement import Measurement
+from miub.paths import MOST_COORDINATES, adapter_code, learned_since
+from miub.token_sample import TokenSample, sample_tokens
+from scalora.peft_layers import LoRAPair
+from scalora.transformers_models import decoder_of
+
+
+class ForwardPass:
+    """Hooks on the layers of a model for one forward pass, and what they measure.
+
+    All layers with the same positions share one sample of tokens.
+
+    Args:
+        masks: of the pass.
+        bounds: of each layer.
+        tokens: the number to sample.
+        step: the number of the pass.
+        seed: of the sample.
+        reference: name -> pretrained weight, for layers into whose base increments were folded.
+
+    Attributes:
+        measurements: of the layers, in the order in which they ran.
+        too_few: of each layer that was not measured its name, its tokens and the fewest it needs.
+    """
+
+    def __init__(
+        self,
+        masks: Masks,
+        bounds: Bounds,
+        *,
+        tokens: int,
+        step: int,
+        seed: int,
+        reference: Mapping[str, Tensor] | None,
+    ) -> None:
+        self.measurements: list[Measurement] = []
+        self.too_few: list[tuple[str, int, int]] = []
+        self._masks = masks
+        self._bounds = bounds
+        self._tokens = tokens
+        self._step = step
+        self._seed = seed
+        self._reference = reference
+        self._generators: dict[torch.device, torch.Generator] = {}
+        self._samples: dict[tuple[str, torch.Size, torch.device], TokenSample] = {}
+        self._hooks: list[RemovableHandle] = []
+        self._eager = contextlib.ExitStack()
+
+    def begin(self, model: nn.Module, pairs: Sequence[LoRAPair]) -> None:
+        """Put hooks on the base layers of the pairs."""
+        # A compiled model would not see hooks that were not there when it was compiled.
+        self._eager.enter_context(torch.compiler.set_stance("force_eager"))
+        bases: dict[nn.Module, list[tuple[int, LoRAPair]]] = {}
+        for place, pair in enumerate(pairs):
+            bases.setdefault(pair.module.get_base_layer(), []).append((place, pair))
+        self._hooks = [base.register_forward_hook(self._hook(own)) for base, own in bases.items()]
+        decoder = decoder_of(model)
+        if decoder is not None:
+            begins = self._masks.decoder_begins
+            self._hooks.append(decoder.register_forward_pre_hook(begins, with_kwargs=True))
+
+    def end(self) -> None:
+        """Take the hooks off: a checkpointed layer runs again in the backward pass."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._eager.close()
+
+    def _hook(self, pairs: Sequence[tuple[int, LoRAPair]]) -> Callable[..., None]:
+        def measure(base: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            # In the script's own precision the samples would be rounded.  Selective checkpointing
+            # is a dispatch mode: it would keep our products and give them to the backward pass.
+            precise = torch.autocast(output.device.type, enabled=False)
+            with torch.no_grad(), precise, _disable_current_modes():
+                for place, pair in pairs:
+                    if pair.runs:
+                        self._measure(place, pair, args[0].detach(), output.detach())
+
+        return measure
+
+    def _measure(self, place: int, pair: LoRAPair, inputs: Tensor, output: Tensor) -> None:
+        positions = pair.rows(output)
+        outputs = positions.shape[-1]
+        leading = output.shape[:-1] if outputs == output.shape[-1] else positions.shape[:1]
+        sample = self._sample(inputs, leading, output.device)
+        index = sample.index
+        since = self._reference if pair.was_rebased else None
+        coordinates = pair.learned_rank if since is None else MOST_COORDINATES
+        needed = self._bounds.fewest_tokens(coordinates)
+        if not pair.on_all_processes(len(index) >= needed):
+            self.too_few.append((pair.name, len(index), needed))
+            return
+        if since is None:
+            v = sample.fill(adapter_code(pair, inputs, index))
+            columns = sample.columns_of(positions)
+        else:
+            u = positions.index_select(0, index).float()
+            generator = self._generator(output.device)
+            u, v = learned_since(pair, since, inputs, u, index, generator)
+            u, v = sample.fill(u), sample.fill(v)
+            coordinates = v.shape[-1]
+            columns = _slices(u)
+        upper, lower = self._bounds.of(columns, outputs, pair.shape[1], v)
+        # Filled on the device: a copy from the host would wait for it.
+        count = sample.count if isinstance(sample.count, Tensor) else v.new_full((), sample.count)
+        heaviest = v.new_zeros(()) if upper.heaviest is None else upper.heaviest
+        numbers = (upper.value, upper.stderr, lower, count, heaviest)
+        self.measurements.append(
+            Measurement(
+                place=place,
+                layer=pair.name,
+                adapter=pair.adapter,
+                step=self._step,
+                coordinates=coordinates,
+                numbers=torch.stack([number.float() for number in numbers]),
+                rebased=pair.was_rebased and since is None,
+            )
+        )
+
+    def _sample(self, inputs: Tensor, leading: torch.Size, device: torch.device) -> TokenSample:
+        whose, mask = self._masks.of(inputs, leading)
+        key = (whose, leading, device)
+        if key not in self._samples:
+            generator = self._generator(device)
+            sample = sample_tokens(mask, leading.numel(), self._tokens, device, generator)
+            halves = self._bounds.fits_on_halves
+            self._samples[key] = sample.interleaved() if halves else sample
+        return self._samples[key]
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        return self._generators[device]
+
+
+def _slices(u: Tensor) -> Callable[[int, int], Tensor]:
+    return lambda start, end: u[:, start:end]

@@ -1,0 +1,191 @@
+"""The change of every layer, seen through two small random projections.
+
+What was folded into a dense base is in the weight and nowhere else, and a singular value
+decomposition of big weights is not for a training loop.  So the sum D of what was frozen, (m, n),
+is followed as ``Psi D Omega^T``, k = 64: with fixed Gaussian ``Psi`` (k, m) and ``Omega`` (k, n) of
+variance 1/k, or the identity where a side has at most 64.  On average such a sketch has the squared
+norm of D, and it has its singular values as long as those are few (Halko, Martinsson and Tropp,
+arXiv 0909.4061).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scalora import sharding
+from scalora.peft_layers import LoRAPair
+from scalora.rebasing.batches import thin_factors
+
+SKETCH_SIZE = 64  # k
+_ROUND_OFF = 1e-6  # of the largest singular value
+
+
+@dataclass(frozen=True)
+class SketchedChange:
+    """Sketch of one layer's change, on the host.
+
+    Attributes:
+        frozen: (k, k), of all that re-basings froze.
+        trainable: (k, k), of the adapter's product as it is.
+    """
+
+    frozen: Tensor
+    trainable: Tensor
+
+    @property
+    def effective_rank(self) -> float:
+        """Effective rank of the whole change, as `scalora.effective_rank` defines it, or less.
+
+        It is right where a side of the weight has at most 64 rows or columns, a tenth too small for
+        16 equal singular values, and never reaches 64 (tests/rebasing/test_sketch.py).
+        """
+        values = torch.linalg.svdvals(self.frozen + self.trainable)
+        values = values.where(values > _ROUND_OFF * values.max(), 0.0)
+        if not values.any():
+            return 0.0
+        return float(torch.special.entr(values / values.sum()).sum().exp())
+
+
+class FrozenSketches:
+    """Follows what re-basings freeze, in k^2 numbers per layer.
+
+    Only of layers whose increments go into the base weight: a carry is there to be looked at.  And
+    not of sharded ones, whose factors every re-basing would have to send once more.
+
+    Args:
+        places: layer -> "dense" or "carry", where its increments go.
+
+    Attributes:
+        columns: layer name -> columns frozen so far; a re-basing freezes the r of its layer.
+    """
+
+    def __init__(self, places: Mapping[LoRAPair, str]) -> None:
+        self.places = places
+        self.columns: dict[str, int] = {}
+        self._frozen: dict[str, Tensor] = {}  # none before the first re-basing
+        self._is_known = True
+        self._projections: dict[Hashable, Tensor] = {}
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Add what is frozen while entered: whatever the adapters' products lose."""
+        pairs = _plain(self._dense()) if self._is_known else []
+        if len(pairs) < len(self._frozen):  # sharded, or deleted, since: their sketches are stale
+            self._frozen = {}
+            self._is_known = False
+            pairs = []
+        before = self._trainable(pairs)
+        try:
+            yield
+        finally:  # also where only some layers were re-based
+            self._add(before, self._trainable(pairs))
+
+    def count(self, layers: Sequence[str]) -> None:
+        """Count the columns of layers that were re-based."""
+        ranks = {pair.name: pair.rank for pair in self.places}
+        for name in layers:
+            self.columns[name] = self.columns.get(name, 0) + ranks[name]
+
+    @torch.no_grad()
+    def changes(self) -> dict[str, SketchedChange]:
+        """Return the sketches of all layers but the sharded ones.  Waits for the device once.
+
+        Empty where a state was loaded that does not say what had been frozen.
+        """
+        pairs = _plain(self.places) if self._is_known else []
+        trainable = self._trainable(pairs)
+        found = []
+        for pair in pairs:
+            frozen = self._carried(pair) if self.places[pair] == "carry" else None
+            if frozen is None:
+                frozen = self._frozen.get(pair.name, torch.zeros_like(trainable[pair.name]))
+            found.append(torch.stack([frozen.to(pair.P_parameter.device), trainable[pair.name]]))
+        if not found:
+            return {}
+        first = found[0].device
+        flat = torch.cat([both.to(first).flatten() for both in found]).cpu()
+        pieces = flat.split([both.numel() for both in found])
+        return {
+            pair.name: SketchedChange(*piece.view_as(both))
+            for pair, both, piece in zip(pairs, found, pieces, strict=True)
+        }
+
+    @torch.no_grad()
+    def _add(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
+        if not before:
+            return
+        lost = torch._foreach_sub([before[name] for name in after], list(after.values()))
+        if not self._frozen:
+            self._frozen = dict(zip(after, lost, strict=True))
+            return
+        frozen = [
+            self._frozen[name].to(more.device) for name, more in zip(after, lost, strict=True)
+        ]
+        torch._foreach_add_(frozen, lost)
+        self._frozen.update(zip(after, frozen, strict=True))
+
+    def kept_tensors(self) -> list[Tensor]:
+        """Return the tensors that are kept between steps."""
+        return [*self._frozen.values(), *self._projections.values()]
+
+    def state(self) -> dict[str, Any] | None:
+        """Return what `load` needs to go on; None where what was frozen is not known."""
+        names = {pair.name for pair in self._dense()} & self.columns.keys()
+        if not self._is_known or not names <= self._frozen.keys():
+            return None
+        return {"columns": dict(self.columns), "sketches": dict(self._frozen)}
+
+    def load(self, state: Mapping[str, Any] | None, rebase_count: int = 0) -> None:
+        """Take up what `state` returned, after ``rebase_count`` re-basings; None: begin anew."""
+        self.columns = dict(state["columns"]) if state is not None else {}
+        sketches = state["sketches"] if state is not None else {}
+        self._frozen = {name: sketch.detach().clone() for name, sketch in sketches.items()}
+        self._is_known = state is not None or rebase_count == 0
+
+    def _dense(self) -> list[LoRAPair]:
+        return [pair for pair, place in self.places.items() if place == "dense"]
+
+    @torch.no_grad()
+    def _trainable(self, pairs: Sequence[LoRAPair]) -> dict[str, Tensor]:
+        """Return the sketch of every adapter's product, (k, k), all layers of one shape at once."""
+        alike: dict[Hashable, list[LoRAPair]] = {}
+        for pair in pairs:
+            P, Q = pair.P_parameter, pair.Q_parameter
+            key = P.shape, Q.shape, P.dtype, Q.dtype, P.device, pair.scaling
+            alike.setdefault(key, []).append(pair)
+        found: dict[str, Tensor] = {}
+        for group in alike.values():
+            sketches = self._sketch(*thin_factors(group)) * group[0].scaling
+            found |= zip((pair.name for pair in group), sketches.unbind(), strict=True)
+        return found
+
+    def _carried(self, pair: LoRAPair) -> Tensor | None:
+        carry = pair.carry
+        return None if carry is None else self._sketch(carry.up, carry.down) * pair.scaling
+
+    def _sketch(self, P: Tensor, Q: Tensor) -> Tensor:
+        """Return ``Psi P Q Omega^T``, (..., k, k), of P (..., m, r) and Q (..., r, n)."""
+        left = self._projection(P.shape[-2], 0, P.device) @ P.float()
+        return left @ (Q.float() @ self._projection(Q.shape[-1], 1, Q.device).mT)
+
+    def _projection(self, dimension: int, side: int, device: torch.device) -> Tensor:
+        """Return Psi (side 0) or Omega (side 1), (k, dimension): the same in every run."""
+        key = dimension, side, device
+        if key not in self._projections:
+            if dimension <= SKETCH_SIZE:
+                made = torch.eye(dimension)
+            else:
+                generator = torch.Generator().manual_seed(2 * dimension + side)
+                made = torch.randn(SKETCH_SIZE, dimension, generator=generator) / SKETCH_SIZE**0.5
+            self._projections[key] = made.to(device, non_blocking=True)
+        return self._projections[key]
+
+
+def _plain(pairs: Iterable[LoRAPair]) -> list[LoRAPair]:
+    return [p for p in pairs if p.exists and not sharding.is_sharded(p.P_parameter)]

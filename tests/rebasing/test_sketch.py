@@ -1,0 +1,134 @@
+"""Sketches of the change: what reports and logs say of rank and size."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import models
+import pytest
+import torch
+from torch import Tensor, nn
+
+import scalora
+from scalora.rebasing.sketch import SKETCH_SIZE, FrozenSketches, SketchedChange
+
+INPUTS = models.vectors(6, 12)
+
+
+def make(accumulator: str, base: Callable[[], nn.Module] = models.Perceptron, **config: Any) -> Any:
+    torch.manual_seed(0)
+    model = models.with_lora(base(), **{"target_modules": ["first", "second"], **config})
+    inner = torch.optim.AdamW(models.trainable(model), lr=3e-2)
+    return model, scalora.ScaLoRA(inner, model, interval=2, accumulator=accumulator)
+
+
+def pretrained(model: Any) -> dict[str, Tensor]:
+    found = model.get_base_model().state_dict()
+    return {name.replace(".base_layer", ""): value.clone() for name, value in found.items()}
+
+
+@pytest.mark.parametrize("accumulator", ["dense", "carry"])
+@pytest.mark.parametrize(
+    "base, target, inputs",
+    [
+        (models.Perceptron, ["first", "second"], INPUTS),
+        (models.Embedder, ["tokens", "head"], models.token_ids(4, 5)),
+        (
+            lambda: models.Convolutions(nn.Conv2d(3, 4, 3)),
+            ["convolution", "head"],
+            models.vectors(2, 3, 6, 6),
+        ),
+    ],
+    ids=["linear", "embedding", "convolution"],
+)
+def test_report_has_the_rank_and_the_norms_of_the_whole_change(
+    accumulator: str, base: Callable[[], nn.Module], target: list[str], inputs: Tensor
+) -> None:
+    model, optimizer = make(accumulator, base, target_modules=target)
+    before = pretrained(model)
+    models.train(model, optimizer, inputs, 9)
+    expected = scalora.effective_rank(model, before)
+    changes = scalora.delta_spectrum(model, before)
+    report = optimizer.report()
+    assert [row.layer for row in report] == target
+    for row, pair in zip(report, optimizer.rebased_pairs, strict=True):
+        P, Q = pair.P_parameter.detach().flatten(1), pair.Q_parameter.detach().flatten(1)
+        adapter = pair.scaling * (P @ Q)
+        assert row.effective_rank == pytest.approx(expected[row.layer], rel=2e-3)
+        assert row.trainable_norm == pytest.approx(float(adapter.norm()), rel=1e-4)
+        assert 0 < row.frozen_norm < float(changes[row.layer].norm())
+        assert row.frozen_columns == 4 * pair.rank
+
+
+@pytest.mark.parametrize("rank, least", [(1, 0.99), (4, 0.95), (16, 0.9), (64, 0.6)])
+def test_rank_of_a_wide_layer_is_a_lower_bound_that_is_close_where_it_is_small(
+    rank: int, least: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    P, Q = (torch.linalg.qr(torch.randn(n, rank, generator=generator))[0] for n in (300, 500))
+    sketch = FrozenSketches({})._sketch(P, Q.mT)
+    assert sketch.shape == (SKETCH_SIZE, SKETCH_SIZE)
+    found = SketchedChange(sketch, torch.zeros_like(sketch)).effective_rank
+    assert least * rank <= found <= rank + 1e-3
+    assert float(sketch.norm()) == pytest.approx(rank**0.5, rel=0.2)
+
+
+def test_layer_that_did_not_change_has_rank_zero_and_no_ratio() -> None:
+    _, optimizer = make("dense")
+    assert {row.effective_rank for row in optimizer.report()} == {0.0}
+    assert optimizer.progress() == {"rebased": 0, "rank": 0.0}
+
+
+@pytest.mark.parametrize("accumulator", ["dense", "carry"])
+def test_resumed_run_reports_what_was_frozen_before(accumulator: str, tmp_path: Any) -> None:
+    model, optimizer = make(accumulator)
+    models.train(model, optimizer, INPUTS, 5)
+    model.save_pretrained(tmp_path)
+    scalora.save_training_state(optimizer, tmp_path)
+    resumed, other = make(accumulator)
+    resumed.load_state_dict(model.state_dict())
+    other.inner.load_state_dict(copy.deepcopy(optimizer.inner.state_dict()))
+    scalora.load_training_state(other, tmp_path)
+    optimizer.zero_grad()  # as they are after resuming, for the age
+    assert other.report().rows == optimizer.report().rows
+    for pair in ((model, optimizer), (resumed, other)):
+        models.train(*pair, INPUTS, 4)
+    assert other.report().rows == optimizer.report().rows
+    assert other.progress() == optimizer.progress()
+
+
+def test_state_that_does_not_say_what_was_frozen_gives_no_rank_in_place_of_a_wrong_one() -> None:
+    model, optimizer = make("dense")
+    models.train(model, optimizer, INPUTS, 5)
+    state = optimizer.state_dict()
+    del state["scalora"]["frozen"]
+    optimizer.load_state_dict(state)
+    models.train(model, optimizer, INPUTS, 4)
+    assert optimizer.progress().keys() == {"rebased", "step_factor"}
+    assert all(row.effective_rank != row.effective_rank for row in optimizer.report())
+    assert "rank so far" in str(optimizer.report())
+    assert optimizer.rebasing_state()["frozen"] is None
+
+
+def test_age_is_the_number_of_steps_that_a_column_is_made_of() -> None:
+    """With SGD on a gradient that stays, after t steps: t."""
+    torch.manual_seed(0)
+    model = models.with_lora(models.Perceptron(), target_modules=["first"])
+    inner = torch.optim.SGD(models.trainable(model), lr=0.1)
+    optimizer = scalora.ScaLoRA(inner, model, interval=100, calibration=0)
+    for steps in range(1, 4):
+        for p in models.trainable(model):
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert optimizer.report()["first"].age == pytest.approx(steps)
+
+
+def test_table_shows_carries_only_where_there_are_some() -> None:
+    for accumulator, shown in (("dense", False), ("carry", True)):
+        model, optimizer = make(accumulator)
+        models.train(model, optimizer, INPUTS, 3)
+        table = str(optimizer.report())
+        assert "Re-based once, next in 1 step" in table
+        assert ("energy cut" in table) is shown

@@ -1,0 +1,32 @@
+"""ScaLoRA around AdamW over what a model trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import models
+import torch
+from torch import Tensor, nn
+
+import scalora
+
+
+def optimizer_of(model: nn.Module, *, lr: float = 1e-2, **options: Any) -> scalora.ScaLoRA:
+    """Return a new optimizer, by whose rule every layer is re-based at every step unless told."""
+    inner = torch.optim.AdamW(models.trainable(model), lr=lr)
+    return scalora.ScaLoRA(inner, model, **{"rule": "exact", **options})
+
+
+def rebase(
+    model: nn.Module,
+    inputs: Tensor,
+    steps: int,
+    *,
+    loss: Callable[[nn.Module, Tensor], Tensor] = models.loss,
+    **options: Any,
+) -> scalora.ScaLoRA:
+    """Train a model for some steps on the same inputs, and return its optimizer."""
+    optimizer = optimizer_of(model, **options)
+    models.train(model, optimizer, inputs, steps, loss)
+    return optimizer
