@@ -54,13 +54,6 @@ KNOWN_TO = {
     "triton": {"fold"},
 }
 
-# Imports that are not yet as they should be: (importing module, imported module).
-EXCEPTIONS = {
-    ("miub.report.report", "miub.report.files"),
-    ("miub.report.report", "miub.report.plot"),
-    ("miub.report.report", "miub.report.table"),
-}
-
 
 @cache
 def modules() -> dict[str, Path]:
@@ -151,24 +144,20 @@ def test_every_room_has_a_floor():
 
 def test_imports_run_down_the_floors():
     wrong = climbing("scalora", FLOORS) | climbing("miub", MIUB_FLOORS)
-    assert wrong - EXCEPTIONS == set()
+    assert wrong == set()
 
 
 def test_no_room_imports_what_it_must_not_know():
     wrong = {pair for pair in imports() if trespasses(*pair)}
-    assert wrong - EXCEPTIONS == set()
+    assert wrong == set()
 
 
 def test_no_module_imports_itself_through_others():
     graph: dict[str, set[str]] = {module: set() for module in modules()}
-    for module, imported in imports() - EXCEPTIONS:
+    for module, imported in imports():
         if imported in graph and imported != module:
             graph[module].add(imported)
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
-
-
-def test_exceptions_are_imports_that_are_there():
-    assert imports() >= EXCEPTIONS, "delete from EXCEPTIONS what was mended"
 
 
 def test_ablation_is_imported_by_the_command_line_alone():

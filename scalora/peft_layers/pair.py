@@ -76,17 +76,21 @@ class LoRAPair:
         carry = self.carry
         return carry is not None and carry.columns > 0
 
-    def ensure_carry(self, capacity: int) -> Carry:
-        """Return the layer's carry, made if there is none, with room for ``capacity`` columns."""
+    def ensure_carry(self, capacity: int, dtype: torch.dtype) -> Carry:
+        """Return the layer's carry, an empty one if it had none.
+
+        Args:
+            capacity: columns that it has room for, at least.
+            dtype: what its factors are kept in, at least.
+        """
         carry = self.carry
         if carry is None:
-            P, Q = self.P_parameter, self.Q_parameter
-            dtype = torch.promote_types(torch.promote_types(P.dtype, Q.dtype), torch.float32)
-            m, n = self.shape
+            P, (m, n) = self.P_parameter, self.shape
             carry = Carry(m, n, capacity, P.device, dtype, sharding.rows_of(P))
             attach_carry(self.module, self.adapter, carry)
         if carry.capacity < capacity:
             carry.grow(capacity)
+        carry.widen(dtype)
         return carry
 
     @property

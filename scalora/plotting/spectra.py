@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 ROUNDING = 1e-4
 """Singular values below this share of the largest are what rounding leaves; they are not drawn."""
 
+_CUT = (0, (4, 3))  # dashes
+
 
 def spectra_figure(spectra: Mapping[str, Sequence[float]], ranks: Collection[int]) -> Figure:
     """Return a figure of the singular values of each layer's change, and of their mean.
@@ -47,6 +49,7 @@ def spectra_figure(spectra: Mapping[str, Sequence[float]], ranks: Collection[int
             places, mean, "o-", color=SCALORA, markersize=3, linewidth=2.2, label="mean of layers"
         )
         axes.plot([], [], color=SCALORA, linewidth=0.7, alpha=0.6, label="one layer each")
+        axes.plot([], [], color=LORA, linestyle=_CUT, linewidth=1.2, label="where LoRA ends")
         spectrum_axes(axes)
         for rank in sorted(set(ranks)):
             mark_rank(axes, rank)
@@ -78,7 +81,7 @@ def mean_of_spectra(spectra: Sequence[Sequence[float]]) -> list[float]:
 
 def mark_rank(axes: Axes, rank: int) -> None:
     """Draw a line at the last singular value that an adapter of this rank has."""
-    axes.axvline(rank, color=LORA, linestyle=(0, (4, 3)), linewidth=1.2, zorder=1)
+    axes.axvline(rank, color=LORA, linestyle=_CUT, linewidth=1.2, zorder=1)
     axes.annotate(
         f"r = {rank}",
         (rank, 0.03),

@@ -88,12 +88,12 @@ class SharedRows(Rows):
         return self.gathered(part.unsqueeze(0), 0, self.processes)
 
     def gathered(self, part: Tensor, axis: int, count: int) -> Tensor:
-        """All ``count`` rows, on every process, from the rows along ``axis`` that each holds."""
+        """Return all ``count`` rows along ``axis``, of which ``part`` has the ones held here."""
         shape = torch.Size((*part.shape[:axis], count, *part.shape[axis + 1 :]))
         return self._redistributed(part, Shard(axis), shape)
 
     def rows_to_columns(self, part: Tensor, held: Sequence[int]) -> Tensor:
-        """Deal out the columns instead of the rows: see `Rows.rows_to_columns`."""
+        """Exchange rows held here for columns held here: see `Rows.rows_to_columns`."""
         layers, here, columns = part.shape
         shares = [share.stop - share.start for share in self.slices(columns)]
         own = shares[self.index]

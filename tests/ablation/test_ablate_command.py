@@ -1,5 +1,6 @@
 """``scalora ablate`` as a user calls it."""
 
+import ast
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from ablation_stand_ins import FILE, Tiny
 
+from scalora.ablation import command
 from scalora.cli import main
 
 VOLATILE = {"seconds_a_step", "peak_bytes", "wall_seconds", "threads"}
@@ -334,3 +336,19 @@ def test_log_has_a_line_a_run_with_the_time_left(
         lines[0],
     )
     assert lines[1].startswith("[2/2]") and "left" not in lines[1]
+
+
+def test_help_imports_the_standard_library_alone() -> None:
+    room = Path(command.__file__).parent
+    for file in ("__init__.py", "command.py", "defaults.py"):
+        tree = ast.parse((room / file).read_text("utf-8"))
+        for node in tree.body:
+            if isinstance(node, ast.Import):
+                imported = {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported = {f"{node.module}.{alias.name}" for alias in node.names}
+            else:
+                continue
+            for name in imported:
+                top = name.partition(".")[0]
+                assert top in sys.stdlib_module_names or name == "scalora.ablation.defaults"

@@ -6,10 +6,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from scalora.ablation.plan import TaskPlan
-from scalora.ablation.report.pictures.axes import is_wide, legend_beside, loss_axis, loss_name
+from scalora.ablation.report.pictures.axes import (
+    add_legend,
+    figure_beside_legend,
+    is_wide,
+    loss_axis,
+    loss_name,
+)
 from scalora.ablation.report.pictures.looks import Look, looks_of
 from scalora.ablation.report.results import MethodResult
-from scalora.plotting import new_figure
 from scalora.plotting.figures import LORA
 
 if TYPE_CHECKING:
@@ -33,19 +38,18 @@ def learning_curves(plan: TaskPlan, results: Sequence[MethodResult]) -> Figure |
     compared = [result for result in shown if len(result.curve_difference) > 1]
     if is_wide(_late(plan, shown)):
         compared = []
-    columns = 2 if compared else 1
-    figure, panels = new_figure(4.2 * columns + 1.9, 3.5, columns=columns)
+    figure, panels = figure_beside_legend(looks, panels=2 if compared else 1)
     for result in shown:
-        _draw_curve(panels[0, 0], result.curve, looks[result.method])
-    loss_axis(panels[0, 0], _late(plan, shown))
-    panels[0, 0].set_ylabel(loss_name("validation", plan))
-    panels[0, 0].set_title("Validation loss, each method at its best learning rate")
+        _draw_curve(panels[0], result.curve, looks[result.method])
+    loss_axis(panels[0], _late(plan, shown))
+    panels[0].set_ylabel(loss_name("validation", plan))
+    panels[0].set_title("Validation loss, each at its best learning rate")
     if compared:
-        _draw_differences(panels[0, 1], plan, compared, looks)
-    for axes in panels[0]:
+        _draw_differences(panels[1], plan, compared, looks)
+    for axes in panels:
         axes.set_xlabel("step")
         axes.set_xlim(0, plan.steps)
-    legend_beside(figure, panels[0, 0])
+    add_legend(figure, panels[0])
     return figure
 
 

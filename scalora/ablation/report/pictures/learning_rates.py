@@ -7,11 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from scalora.ablation.plan import TaskPlan
-from scalora.ablation.report.pictures.axes import legend_beside, loss_axis, loss_name
+from scalora.ablation.report.pictures.axes import (
+    add_legend,
+    figure_beside_legend,
+    loss_axis,
+    loss_name,
+)
 from scalora.ablation.report.pictures.looks import Look, looks_of
 from scalora.ablation.report.results import MethodResult
 from scalora.ablation.statistics import Statistic
-from scalora.plotting import new_figure
 from scalora.plotting.figures import TEXT
 
 if TYPE_CHECKING:
@@ -22,10 +26,10 @@ _ROOM = 4.0
 """Spans of the methods' best losses that the axis has room for above them."""
 _LEAST_ROOM = 0.02
 """The same, at least, as a share of the best loss."""
-_UPRIGHT = 5
-"""Learning rates whose labels have room beside each other."""
-_LINE = 0.05
-"""Height of a line of marks at the upper edge, as a share of the axes' height."""
+_LABELLED = 6
+"""Learning rates that have room for a label each."""
+_LINE = 10.0
+"""Points between two lines of marks above the axes."""
 
 
 def learning_rates(plan: TaskPlan, results: Sequence[MethodResult]) -> Figure | None:
@@ -44,25 +48,27 @@ def learning_rates(plan: TaskPlan, results: Sequence[MethodResult]) -> Figure | 
     looks = looks_of(plan, results)
     best = {result.method: result.best for result in results}
     ceiling = _ceiling(results, found)
-    figure, panels = new_figure(6.1, 3.5)
-    axes: Axes = panels[0, 0]
+    figure, (axes,) = figure_beside_legend(looks)
     axes.set_xscale("log")
     rates = sorted({rate for points in found.values() for rate in points})
     axes.set_xlim(rates[0] / 1.4, rates[-1] * 1.4)
-    axes.set_xticks(
-        rates, [f"{rate:g}" for rate in rates], rotation=40 if len(rates) > _UPRIGHT else 0
-    )
-    axes.set_xticks([], minor=True)
+    axes.xaxis.set_major_formatter("{x:g}")
+    if len(rates) <= _LABELLED:
+        axes.set_xticks(rates)
+        axes.set_xticks([], minor=True)
     for method, points in found.items():
         _draw_points(axes, points, looks[method], best[method], ceiling)
-    inside = [one.mean for points in found.values() for one in points.values()]
-    loss_axis(axes, [loss for loss in inside if loss <= ceiling])
+    means = [one.mean for points in found.values() for one in points.values()]
+    inside = [loss for loss in means if loss <= ceiling]
+    loss_axis(axes, inside)
     marked = _mark_outside(axes, found, looks, ceiling)
-    outside = "; ▲: above the axis; ×: diverged" if marked else ""
-    axes.set_xlabel(f"learning rate (filled: chosen{outside})")
+    outside = set(means) - set(inside)
+    marks = "; ▲: above the axis" if any(map(math.isfinite, outside)) else ""
+    marks += "" if all(map(math.isfinite, outside)) else "; ×: diverged"
+    axes.set_xlabel(f"learning rate (filled: chosen{marks})")
     axes.set_ylabel(loss_name("validation", plan))
-    axes.set_title("Validation loss by learning rate", pad=6 + 10 * marked)
-    legend_beside(figure, axes)
+    axes.set_title("Validation loss by learning rate", pad=6 + _LINE * marked)
+    add_legend(figure, axes)
     return figure
 
 
@@ -113,25 +119,34 @@ def _mark_outside(
     ceiling: float,
 ) -> int:
     """Mark what the axes do not show, one line per method; return the number of lines."""
+    from matplotlib.transforms import offset_copy
+
     lines = 0
     for method, points in found.items():
-        height = 1.03 + _LINE * lines
+        above = offset_copy(
+            axes.get_xaxis_transform(),
+            axes.get_figure(root=True),
+            y=(lines + 0.5) * _LINE,
+            units="points",
+        )
         outside = {rate: one for rate, one in points.items() if not one.mean <= ceiling}
         for rate, one in outside.items():
             axes.plot(
                 rate,
-                height,
+                1.0,
                 "^" if math.isfinite(one.mean) else "x",
                 color=looks[method].color,
                 markersize=6,
                 markeredgewidth=1.8,
-                transform=axes.get_xaxis_transform(),
+                transform=above,
                 clip_on=False,
             )
+            if not math.isfinite(one.mean):
+                continue
             axes.annotate(
-                _written(one.mean),
-                (rate, height),
-                xycoords=axes.get_xaxis_transform(),
+                f"{one.mean:,.0f}" if one.mean >= 1000 else f"{one.mean:.4g}",
+                (rate, 1.0),
+                xycoords=above,
                 xytext=(6, 0),
                 textcoords="offset points",
                 va="center",
@@ -141,9 +156,3 @@ def _mark_outside(
             )
         lines += bool(outside)
     return lines
-
-
-def _written(loss: float) -> str:
-    if not math.isfinite(loss):
-        return "diverged"
-    return f"{loss:,.0f}" if loss >= 1000 else f"{loss:.4g}"

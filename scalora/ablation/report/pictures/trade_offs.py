@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from scalora.ablation.plan import TaskPlan
-from scalora.ablation.report.pictures.axes import legend_beside, loss_axis, loss_name
+from scalora.ablation.report.pictures.axes import (
+    add_legend,
+    figure_beside_legend,
+    loss_axis,
+    loss_name,
+)
 from scalora.ablation.report.pictures.looks import Look, adapter_rank, looks_of, lora_rank
 from scalora.ablation.report.results import MethodResult
 from scalora.ablation.statistics import Statistic
-from scalora.plotting import new_figure
 from scalora.plotting.figures import LORA, TEXT
 
 if TYPE_CHECKING:
@@ -22,7 +26,7 @@ if TYPE_CHECKING:
 
 _MARGIN = 0.1
 """Share of the axis of costs, as of its logarithm, that is left free at an end."""
-_NARROW = 200.0
+_NARROW = 30.0
 """Ratio of costs up to which the axis has more ticks than one per power of ten."""
 
 
@@ -40,14 +44,15 @@ def learning_and_forgetting(plan: TaskPlan, results: Sequence[MethodResult]) -> 
     points = _points(results, lambda result: result.test.get(plan.metric), _forgetting)
     if not points:
         return None
-    figure, axes = _figure()
-    _draw(axes, plan, results, points)
+    looks = looks_of(plan, results)
+    figure, (axes,) = figure_beside_legend(looks)
+    _draw(axes, plan, looks, points)
     better = "left" if plan.lower_is_better else "right"
     axes.margins(0.12)
     axes.set_xlabel(loss_name("learning: test", plan, plan.metric))
     axes.set_ylabel("forgetting: source loss, after − before\n(lower is better)")
     axes.set_title(f"Learning against forgetting; lower {better} is better")
-    legend_beside(figure, axes)
+    add_legend(figure, axes)
     return figure
 
 
@@ -81,21 +86,17 @@ def _score_against(
     points = _points(results, cost, lambda result: result.test.get(plan.metric))
     if len({point.x.mean for point in points}) < 2:
         return None
-    figure, axes = _figure()
+    looks = looks_of(plan, results)
+    figure, (axes,) = figure_beside_legend(looks)
     _cost_axis(axes, [point.x.mean for point in points])
     loss_axis(axes, [point.y.mean for point in points])
-    _draw(axes, plan, results, points)
+    _draw(axes, plan, looks, points)
     _mark_worth(axes, plan, points)
     axes.set_xlabel(name)
     axes.set_ylabel(loss_name("test", plan, plan.metric))
     axes.set_title(f"Test {plan.metric} against {name.partition(',')[0]}")
-    legend_beside(figure, axes)
+    add_legend(figure, axes)
     return figure
-
-
-def _figure() -> tuple[Figure, Axes]:
-    figure, panels = new_figure(6.3, 3.8)
-    return figure, panels[0, 0]
 
 
 def _cost_axis(axes: Axes, costs: Sequence[float]) -> None:
@@ -138,11 +139,8 @@ def _lora_points(plan: TaskPlan, points: Sequence[_Point]) -> list[_Point]:
     return sorted(lora, key=lambda point: ranks[point.method] or 0)
 
 
-def _draw(
-    axes: Axes, plan: TaskPlan, results: Sequence[MethodResult], points: Sequence[_Point]
-) -> None:
+def _draw(axes: Axes, plan: TaskPlan, looks: Mapping[str, Look], points: Sequence[_Point]) -> None:
     """Draw LoRA's ranks as a curve and every method as a point with its errors."""
-    looks = looks_of(plan, results)
     lora = _lora_points(plan, points)
     if len(lora) > 1:
         axes.plot(
@@ -176,7 +174,9 @@ def _draw_point(axes: Axes, point: _Point, look: Look, named: bool) -> None:
         yerr=point.y.stderr or None,
         fmt=look.marker,
         color=look.color,
-        markersize=11 if look.marker == "*" else 7,
+        markersize=11 if look.marker in "*P" else 7.5,
+        markeredgecolor="white",
+        markeredgewidth=0.7,
         elinewidth=1.0,
         capsize=2.5,
         label=look.label if named else None,
@@ -200,11 +200,12 @@ def _mark_worth(axes: Axes, plan: TaskPlan, points: Sequence[_Point]) -> None:
         arrowprops={"arrowstyle": "->", "color": TEXT, "linewidth": 1.0, "shrinkA": 6},
     )
     axes.annotate(
-        f"LoRA needs {place / ours.x.mean:.1f} times as much",
+        f"LoRA: × {place / ours.x.mean:.1f}",
         (math.sqrt(place * ours.x.mean), ours.y.mean),
-        xytext=(0, -11),
+        xytext=(0, 7),
         textcoords="offset points",
         ha="center",
+        va="center",
         fontsize=8,
         color=TEXT,
     )
