@@ -58,10 +58,12 @@ def _written(value: Any) -> str:
 
 
 def _value(text: str, hint: Any, where: str) -> Any:
-    """The text as the first of the option's types that it can be."""
+    """Return the text as the first of the option's types that it can be."""
     union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     found = typing.get_args(hint) if union else (hint,)
-    kinds = [kind for kind in found if kind is not type(None)]
+    # Which words a Literal takes is for the recipe to check, whose error lists them.
+    words = [str if typing.get_origin(kind) is typing.Literal else kind for kind in found]
+    kinds = [kind for kind in words if kind is not type(None)]
     for kind in kinds:
         try:
             return _BOOLS[text.lower()] if kind is bool else kind(text)
