@@ -33,7 +33,7 @@ class _Contestant:
     seconds: list[float] = field(default_factory=list)
 
 
-def run(device: torch.device) -> str:
+def run(device: torch.device, blocks: int = BLOCKS) -> str:
     """Return a table of whole steps: MiniLM-L6 (random weights), batch 32 of 32 tokens, r = 8.
 
     The contestants take their steps in turn, in one process, so that the ratio of each round is of
@@ -51,14 +51,14 @@ def run(device: torch.device) -> str:
         "exact, interval=10, carry": rebasing(**exact, **_IN_A_CARRY, interval=10),
         **PEERS,
     }
-    return _table(_rows(_contestants(makers, demo_model, device), device, BLOCKS))
+    return _table(_rows(_contestants(makers, demo_model, device), device, blocks), blocks)
 
 
-def run_quantized(device: torch.device) -> str:
+def run_quantized(device: torch.device, blocks: int = BLOCKS) -> str:
     """Return the table of the same encoder in NF4, every increment in a carry of 64 columns."""
     if importlib.util.find_spec("bitsandbytes") is None:
         return "Not run: bitsandbytes is not installed."
-    return _table(quantized_rows(device, BLOCKS))
+    return _table(quantized_rows(device, blocks), blocks)
 
 
 def quantized_rows(device: torch.device, blocks: int) -> list[list[str]]:
@@ -105,10 +105,10 @@ def _with_frozen_adapter(model: PeftModel, foreach: bool | None) -> torch.optim.
     return adamw(model, foreach)
 
 
-def _table(rows: list[list[str]]) -> str:
+def _table(rows: list[list[str]], blocks: int) -> str:
     header = ["optimizer", "ms per step", "ratio", "extra state", "peak MiB", "ratio"]
     note = (
-        f"ratio: time of {_BLOCK} steps over the first's in the same rounds, median of {BLOCKS}.\n"
+        f"ratio: time of {_BLOCK} steps over the first's in the same rounds, median of {blocks}.\n"
         "extra state: bytes kept between steps over those of adapter and AdamW.\n"
         "peak: most bytes allocated at once during a step (one that re-bases)."
     )

@@ -48,7 +48,7 @@ def test_kernels_copies_and_waits_are_those_that_began_within_the_call() -> None
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 @pytest.mark.parametrize("section", [launched, monitor])
 def test_a_section_prints_whole_rows(section, monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = {name: sections._LAUNCHED[name] for name in ("AdamW", "the default")}
+    cases = {name: sections._LAUNCHED[name] for name in ("AdamW", "default")}
     monkeypatch.setattr(sections, "_LAUNCHED", cases)
     rows = section(CPU, True)
     assert len(rows) >= 3
