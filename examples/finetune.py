@@ -11,10 +11,11 @@ two seeds. A seed draws the head, the batches and the dropout, the same for ever
 differs between methods is one line, in `start`. How far two seeds lie apart says what of the
 difference between two methods is noise.
 
-Writes to --output: loss.png and results.json; and of ScaLoRA's last run the mutual information
-of every layer's two paths (miub.png, miub.json) and the model twice, as a plain transformers
-checkpoint (merged/) and as a plain PEFT adapter (adapter/). Both are loaded again and must
-answer as the trained model does; if not, the exit status is 1.
+Writes to --output: loss.png and results.json; and of ScaLoRA's last run the spectrum of what was
+learned (spectrum.png), the mutual information of every layer's two paths (miub.png, miub.json) and
+the model twice, as a plain transformers checkpoint (merged/) and as a plain PEFT adapter
+(adapter/). Both are loaded again and must answer as the trained model does; if not, the exit
+status is 1.
 """
 
 import argparse
@@ -321,6 +322,7 @@ def main(argv: list[str] | None = None) -> int:
     report.print_reliance(layers, console)
     layers.to_json(args.output / "miub.json")
     layers.plot(args.output / "miub.png")
+    scalora.plot_spectrum(runs[SCALORA].model, base, args.output / "spectrum.png")
     error = save(runs[SCALORA], base, tokenizer, args.output)
     reloaded = {
         name: compare(logits[SCALORA], answer(model, tests, args.device))
@@ -331,7 +333,8 @@ def main(argv: list[str] | None = None) -> int:
     proof = {"reloaded": reloaded, "adapter_error": error}
     write_json(args, {"results": results, **proof, "losses": losses})
     console.print(
-        f"Wrote loss.png, miub.png, miub.json, results.json, merged/ and adapter/ to {args.output}"
+        "Wrote loss.png, loss.svg, spectrum.png, miub.png, miub.json, results.json, merged/ and "
+        f"adapter/ to {args.output}"
     )
     return 0 if all(r["logit_difference"] <= LOGIT_BOUND for r in reloaded.values()) else 1
 

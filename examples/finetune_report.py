@@ -5,20 +5,18 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from miub import MIUBReport
+from scalora.plotting import new_figure, write_figure
+from scalora.plotting.figures import LORA, SCALORA, style
 
-# Color and line width of each method in turn; the first shows beneath one that equals it.
-STROKES = (("#7f7f7f", 4.5), ("#c2410c", 2), ("#1d4ed8", 2))
+# Color and line of each method in turn; the first shows beneath one that equals it.
+STROKES = ((LORA, "-", 4.0), (SCALORA, "-", 2.0), ("#aa3377", (0, (5, 2)), 1.6))
 SMOOTHING = 20  # steps: the window of the training loss in the table and in the plot
 
 
@@ -163,25 +161,34 @@ def print_proof(
 def plot_losses(
     losses: dict[str, list[list[float]]], held_out: dict[str, list[float]], path: Path
 ) -> None:
-    """Draw each method's training curve, its seeds behind it, and the held-out loss at the end."""
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for (name, seeds), (color, width) in zip(losses.items(), STROKES, strict=True):
+    """Draw each method's training curve, its seeds behind it, and the held-out loss at the end.
+
+    Written to `path` and, as a vector file, beside it with the suffix .svg.
+    """
+    with style():
+        figure = loss_figure(losses, held_out)
+    for file in (path, path.with_suffix(".svg")):
+        write_figure(figure, file)
+
+
+def loss_figure(losses: dict[str, list[list[float]]], held_out: dict[str, list[float]]) -> Figure:
+    """Return the figure of `plot_losses`."""
+    figure, ((axes,),) = new_figure(7, 4.2)
+    for (name, seeds), (color, line, width) in zip(losses.items(), STROKES, strict=True):
         curves = [smoothed(values) for values in seeds]
         steps = np.arange(1, len(curves[0]) + 1)
         for curve in curves:
             axes.plot(steps, curve, color=color, alpha=0.3, linewidth=0.8)
-        axes.plot(steps, np.mean(curves, axis=0), color=color, linewidth=width, label=name)
+        mean = np.mean(curves, axis=0)
+        axes.plot(steps, mean, color=color, linestyle=line, linewidth=width, label=name)
         end = np.mean(held_out[name])
         axes.plot(steps[-1], end, "o", color=color, markersize=4 + 1.5 * width, clip_on=False)
     axes.plot([], [], color="black", alpha=0.3, linewidth=0.8, label="each of two seeds")
     axes.plot([], [], "o", color="black", label="held out, at the end")
     axes.set_xlabel("step")
-    axes.set_ylabel("cross-entropy (nats)")
-    axes.set_title(f"Training loss, mean of {SMOOTHING} steps and of two seeds", loc="left")
+    axes.set_ylabel("cross-entropy (nats, lower is better)")
+    axes.set_title(f"Training loss, mean of {SMOOTHING} steps and of two seeds")
     axes.set_xlim(1, len(steps))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend()
+    return figure

@@ -1,4 +1,24 @@
-"""ScaLoRA: fine-tuning with LoRA whose updates are not confined to the adapter's rank."""
+"""ScaLoRA: fine-tuning with LoRA whose updates are not confined to the adapter's rank.
+
+Train:
+
+* `ScaLoRA`: wraps an optimizer; re-bases the LoRA layers of a PEFT model as it steps.
+* `create_scalora_optimizer`: makes both at once, as PEFT's factories do.
+* `ScaLoRACallback`: does the same in any ``transformers.Trainer``, TRL's included.
+* `register_moments`: tells how another inner optimizer's state depends on the gradient.
+
+Save:
+
+* `save_merged`: writes a plain transformers model.
+* `save_adapter`: writes a plain PEFT adapter.
+* `save_training_state`, `load_training_state`: complete a checkpoint, and resume from it.
+* `load_rebased_weights`: makes a model with a checkpoint's adapter the model that was trained.
+
+Look:
+
+* `effective_rank`, `delta_spectrum`: of the whole change of every layer.
+* `optimal_scaling`: the mathematics of the paper's rules, on tensors.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +35,7 @@ if TYPE_CHECKING:
         effective_rank,
         load_rebased_weights,
         load_training_state,
+        plot_spectrum,
         save_adapter,
         save_merged,
         save_training_state,
@@ -32,6 +53,7 @@ __all__ = [
     "load_rebased_weights",
     "load_training_state",
     "optimal_scaling",
+    "plot_spectrum",
     "register_moments",
     "save_adapter",
     "save_merged",
@@ -49,6 +71,7 @@ _MODULES = {
     "load_rebased_weights": "scalora.saving",
     "load_training_state": "scalora.saving",
     "optimal_scaling": "scalora.scaling",
+    "plot_spectrum": "scalora.saving",
     "register_moments": "scalora.moments",
     "save_adapter": "scalora.saving",
     "save_merged": "scalora.saving",

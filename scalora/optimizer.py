@@ -274,7 +274,7 @@ class ScaLoRA(torch.optim.Optimizer):
         with run.calibration.scaled(factors, self.param_groups, linear):
             self._guard.step_inner(checked.overflow)
         # Afterwards: count how far the step went, and note the factors that it has left.
-        self._rebaser.remembered.learned.count(self.param_groups)
+        self._rebaser.learned.count(self.param_groups)
         self._guard.note_step(run.rebase_count)
         return loss
 
@@ -284,9 +284,7 @@ class ScaLoRA(torch.optim.Optimizer):
             peft_layers.complete_what_is_saved(self.model)
         # Counted first: a step that is tried again after a failure draws other noise.
         self._run.rebase_count += 1
-        with self._run.frozen.following():
-            self._rebaser.rebase(self.inner, self.rebase_count)
-        self._run.frozen.count(self._rebaser.newest_layers)
+        self._rebaser.rebase(self.inner, self.rebase_count)
 
     @calls_state_dict_hooks
     def state_dict(self) -> dict[str, Any]:

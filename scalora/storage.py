@@ -1,4 +1,4 @@
-"""Where a tensor's memory begins, by which tied weights are told.
+"""Address of a tensor's memory, by which tied weights are recognised.
 
 Held by tests/test_storage.py.
 """
@@ -16,8 +16,8 @@ def storage_address(tensor: Tensor) -> int:
     """Return the address of a tensor's storage, which is equal for tied weights.
 
     A tensor that wraps others (torchao's quantized weights) has no storage of its own; the first
-    inner tensor's address is returned.  A fake tensor has none at all: its storage object's address
-    stands for it.
+    inner tensor's address is returned.  A fake tensor has no memory at all; its storage object's
+    address is returned.
     """
     inner: Any = tensor
     while is_traceable_wrapper_subclass(inner):

@@ -19,7 +19,7 @@ FLOORS = (
     ("integrations",),
     ("saving",),
     ("optimizer",),
-    ("optimizer_hooks", "optimizer_wrapper", "resuming"),
+    ("optimizer_hooks", "resuming"),
     ("rebasing",),
     ("guards",),
     ("peft_layers", "options"),
@@ -49,29 +49,9 @@ USED_BY_MIUB = {"__init__", "saving", "peft_layers"} | {
 KNOWN_TO = {
     "accelerate": {"integrations", "sharding"},
     "bitsandbytes": set(),
-    "peft": {"ablation", "cli", "peft_layers", "saving", "transformers_models"},
-    "transformers": {
-        "ablation",
-        "callback",
-        "cli",
-        "integrations",
-        "saving",
-        "transformers_models",
-    },
+    "peft": {"ablation", "cli", "peft_layers", "transformers_models"},
+    "transformers": {"ablation", "callback", "cli", "integrations", "transformers_models"},
     "triton": {"fold"},
-}
-
-# Imports that are not yet as they should be: (importing module, imported module).
-EXCEPTIONS = {
-    ("scalora.ablation.plan", "miub.report.files"),
-    ("scalora.ablation.pictures", "miub.report.files"),
-    ("scalora.ablation.record", "miub.report.files"),
-    ("scalora.ablation.report", "miub.report.files"),
-    ("scalora.ablation.tables", "examples.benchmark.table"),
-    ("scalora.ablation.planning", "scalora.ablation.command"),
-    ("miub.report.report", "miub.report.files"),
-    ("miub.report.report", "miub.report.plot"),
-    ("miub.report.report", "miub.report.table"),
 }
 
 
@@ -164,24 +144,20 @@ def test_every_room_has_a_floor():
 
 def test_imports_run_down_the_floors():
     wrong = climbing("scalora", FLOORS) | climbing("miub", MIUB_FLOORS)
-    assert wrong - EXCEPTIONS == set()
+    assert wrong == set()
 
 
 def test_no_room_imports_what_it_must_not_know():
     wrong = {pair for pair in imports() if trespasses(*pair)}
-    assert wrong - EXCEPTIONS == set()
+    assert wrong == set()
 
 
 def test_no_module_imports_itself_through_others():
     graph: dict[str, set[str]] = {module: set() for module in modules()}
-    for module, imported in imports() - EXCEPTIONS:
+    for module, imported in imports():
         if imported in graph and imported != module:
             graph[module].add(imported)
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
-
-
-def test_exceptions_are_imports_that_are_there():
-    assert imports() >= EXCEPTIONS, "delete from EXCEPTIONS what was mended"
 
 
 def test_ablation_is_imported_by_the_command_line_alone():

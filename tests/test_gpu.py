@@ -196,7 +196,7 @@ def test_non_finite_gradient_never_reaches_the_base():
 
 
 def test_launches_do_not_grow_with_the_layers_of_one_shape():
-    from examples.benchmark.fold import kernels_added
+    from examples.benchmark.launches import kernels_added
 
     device = torch.device("cuda")
     assert kernels_added(8, device) == kernels_added(32, device)

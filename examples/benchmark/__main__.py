@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from examples.benchmark import (
+    carry_bytes,
     checkpoint,
     communication,
     drift,
@@ -26,6 +27,7 @@ BENCHMARKS: dict[str, Callable[[torch.device], str]] = {
     "step": step.run,
     "overhead": overhead.run,
     "quantized": step.run_quantized,
+    "carry": carry_bytes.run,
     "survival": survival.run,
     "fold": fold.run,
     "drift": drift.run,

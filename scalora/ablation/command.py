@@ -1,4 +1,7 @@
-"""``scalora ablate``: methods side by side on a task."""
+"""``scalora ablate``: methods side by side on a task.
+
+What ``--help`` needs is imported here and is light; the rest is imported by the command as it runs.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from scalora.ablation import defaults
 
-DEFAULT_SUITE = "short"
-SMOKE_STEPS = 4
 LOG_WIDTH = 140
 
 _DESCRIPTION = """\
@@ -28,15 +29,16 @@ examples:
   scalora ablate --engine slurm --slurm timeout_min=60 --slurm slurm_partition=gpu --device cuda
   scalora ablate --report-only --output results
 
-A command that was killed goes on where it stopped; runs that failed are tried again. The exit
-status is 1 if a run failed and 2 if the input is at fault."""
+DIR gets results.md, results.html (one file, pictures included), results.json, and pictures as PNG
+and SVG. A command that was killed goes on where it stopped; runs that failed are tried again. The
+exit status is 1 if a run failed and 2 if the input is at fault."""
 
 
 def add_to(commands: Any) -> None:
     """Add the command to the subparsers of ``scalora``."""
     parser = commands.add_parser(
         "ablate",
-        help="methods side by side on a task: tables, a JSON file and pictures",
+        help="methods side by side on a task: tables, pictures, a page and a JSON file",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -50,9 +52,9 @@ def add_to(commands: Any) -> None:
         help="an embedded task or path/to/file.py:Class; default: domain-shift",
     )
     add("--methods", type=_names, metavar="SPEC[,SPEC...]", help="name[:option=value]*")
-    add("--suite", metavar="NAME", help=f"methods that belong together; default: {DEFAULT_SUITE}")
+    add("--suite", metavar="NAME", help=f"methods that belong together; default: {defaults.SUITE}")
     add("--learning-rates", type=_rates, metavar="LR[,LR...]", help="default: the task's")
-    add("--seeds", type=_positive, metavar="N", help="seeds 0 to N - 1; default: 3")
+    add("--seeds", type=_positive, metavar="N", help=f"seeds 0 to N - 1; default: {defaults.SEEDS}")
     add(
         "--search-seeds",
         type=_positive,
@@ -65,7 +67,7 @@ def add_to(commands: Any) -> None:
     add(
         "--smoke",
         action="store_true",
-        help=f"{SMOKE_STEPS} steps, 1 seed, 2 learning rates: whether everything runs",
+        help=f"{defaults.SMOKE_STEPS} steps, 1 seed, 2 learning rates: whether everything runs",
     )
     for option, what in (
         ("--model", "pretrained model"),
@@ -106,13 +108,14 @@ def add_to(commands: Any) -> None:
     add(
         "--report-only",
         action="store_true",
-        help="tables and pictures again of what is in DIR; what was compared is read from there",
+        help="tables and pictures again of the runs in DIR: those of its last command, or with "
+        "--methods or --suite those that are asked for",
     )
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
-    # Libraries have much to say while they are imported, and none of it is of the ablation.
+    # Libraries warn of matters of their own while they are imported.
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -125,18 +128,19 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _plan_and_run(args: argparse.Namespace) -> int:
-    # What these import takes seconds: not for --help.
-    from scalora.ablation.ablation import recorded, run_plans
+    from rich.console import Console
+
     from scalora.ablation.plan import read_plan, write_plan
     from scalora.ablation.planning import engine_of, plans_of
-    from scalora.ablation.report import report
+    from scalora.ablation.report.report import report
+    from scalora.ablation.sweep import recorded, run_plans
 
-    # A log has no width; a table in it is not to be cut to a terminal's.
+    # A log has no width of its own, and its tables are not to be cut to a terminal's.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else LOG_WIDTH)
     cache = args.cache or default_cache()
     try:
         if args.report_only:
-            plans = read_plan(args.output)
+            plans = plans_of(args) if args.methods or args.suite else read_plan(args.output)
         else:
             plans = plans_of(args)
             engine = engine_of(args)
@@ -155,7 +159,7 @@ def _plan_and_run(args: argparse.Namespace) -> int:
 
 
 def default_cache() -> Path:
-    """$SCALORA_CACHE, or a folder in the user's cache folder."""
+    """Return $SCALORA_CACHE, or a folder in the user's cache folder."""
     own = os.environ.get("SCALORA_CACHE")
     users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(own) if own else users / "scalora"

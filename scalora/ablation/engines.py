@@ -1,4 +1,4 @@
-"""Where runs are run: in this process, in local processes, or on a cluster."""
+"""Engines that run jobs: this process, local processes, or a cluster."""
 
 from __future__ import annotations
 
@@ -27,37 +27,37 @@ _POLL_CLUSTER = 2.0  # submitit itself asks the cluster less often
 
 
 class Engine(ABC):
-    """Runs independent jobs; a context manager, which keeps what it runs them with."""
+    """Runs independent jobs; a context manager that keeps its processes."""
 
     def __enter__(self) -> Engine:
         return self
 
     def __exit__(self, *raised: object) -> None:  # noqa: B027 -- most keep nothing
-        """Let go of what is kept."""
+        """End what is kept."""
 
     @abstractmethod
     def run(self, work: Work, jobs: Sequence[Job]) -> Iterator[tuple[Job, Record]]:
-        """Yield each job with what it came to, as they end.
+        """Yield each job with its record, as jobs end.
 
-        ``work`` records what a job raises; what ends its process is a failed record here.
+        ``work`` records what a job raises. A job whose process dies gets a failed record here.
         """
 
 
 class Inline(Engine):
-    """One job after another in this process: what a debugger wants."""
+    """One job after another in this process, for a debugger."""
 
     def run(self, work: Work, jobs: Sequence[Job]) -> Iterator[tuple[Job, Record]]:
-        """Yield each job with what it came to."""
+        """Yield each job with its record."""
         for job in jobs:
             yield job, work(job)
 
 
 class LocalProcesses(Engine):
-    """So many jobs at a time, each in a process with its share of the cores.
+    """Jobs in parallel, each in a process with its share of the cores.
 
     Args:
-        processes: how many.
-        log: the file that gets what they print, libraries' warnings and a crash's last words.
+        processes: jobs at a time.
+        log: file that everything they print is appended to, a crash's last words included.
     """
 
     def __init__(self, processes: int, log: Path) -> None:
@@ -66,7 +66,7 @@ class LocalProcesses(Engine):
         self._pool: ProcessPoolExecutor | None = None
 
     def __exit__(self, *raised: object) -> None:
-        """End the processes; what they run is not waited for if something was raised."""
+        """End the processes; running jobs are waited for unless something was raised."""
         if self._pool is None:
             return
         if raised[0] is not None:
@@ -75,10 +75,10 @@ class LocalProcesses(Engine):
         self._pool.shutdown(cancel_futures=True)
 
     def run(self, work: Work, jobs: Sequence[Job]) -> Iterator[tuple[Job, Record]]:
-        """Yield each job with what it came to, as they end.
+        """Yield each job with its record, as jobs end.
 
-        No more jobs are handed over than there are processes: if one dies, killed for its memory
-        say, those that were running are known.  They are failed, and new processes go on.
+        No more jobs are handed over than there are processes. So if a process dies (killed for its
+        memory, say), the jobs that were running are known: they fail, and new processes go on.
         """
         waiting = deque(jobs)
         running: dict[Future[Record], Job] = {}
@@ -104,7 +104,7 @@ class LocalProcesses(Engine):
             initializer=_begin_process,
             initargs=(max(1, torch.get_num_threads() // self.processes),),
         )
-        with _errors_to(self.log):  # where processes are started, and inherit it
+        with _errors_to(self.log):  # processes inherit it where they are started
             return self._pool.submit(work, job)
 
 
@@ -128,7 +128,7 @@ def _begin_process(threads: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """Without this, processes of a command that was killed would train on beside the next one's."""
+    """End this process with its parent, so that a killed command leaves none that trains on."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -136,11 +136,11 @@ def _end_with_parent() -> None:
 
 
 class Cluster(Engine):
-    """Every run a job of a cluster's own queue, through submitit.
+    """Jobs of a cluster's own queue, through submitit.
 
     Args:
-        folder: for the jobs' scripts and logs; every machine of the cluster has to see it.
-        parameters: of submitit's executor: ``timeout_min``, ``mem_gb``, ``cpus_per_task``,
+        folder: folder of the jobs' scripts and logs, which every machine of the cluster sees.
+        parameters: submitit's executor's: ``timeout_min``, ``mem_gb``, ``cpus_per_task``,
             ``gpus_per_node``, ``slurm_partition``, ...
         cluster: "slurm"; submitit's "local" and "debug" are for tests.
 
@@ -162,7 +162,7 @@ class Cluster(Engine):
             raise ValueError(f"submitit: {' '.join(str(error).split())}") from error
 
     def run(self, work: Work, jobs: Sequence[Job]) -> Iterator[tuple[Job, Record]]:
-        """Yield each job with what it came to, as they end; they are submitted as one array."""
+        """Yield each job with its record, as jobs end; they are submitted as one array."""
         with self._executor.batch():
             submitted = [self._executor.submit(work, job) for job in jobs]
         running = dict(zip(jobs, submitted, strict=True))
@@ -179,7 +179,7 @@ class Cluster(Engine):
 
 
 def _result_of(future: Any, job: Job) -> Record:
-    """What a run came to; a failed record if its process did not live to write one."""
+    """Return a job's record; a failed one if its process died before it wrote one."""
     error = future.exception()
     if error is None:
         record: Record = future.result()

@@ -1,4 +1,4 @@
-"""One training run: all that its result depends on, and what its record is called."""
+"""One training run: all that its result depends on, and the name of its record."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class Job:
 
     Attributes:
         task: as ``--task`` spells it.
-        options: of the task, (name, value) of those that were given.
-        method: its one name, as ``method_of(spec).name``.
+        options: the task's options that were given, (name, value).
+        method: its name, as ``method_of(spec).name``.
         learning_rate: the method's own, its factor applied.
-        seed: of the new head, the adapters, the batches and dropout.
+        seed: seed of the new head, the adapters, the batches and dropout.
         steps: training steps.
         rank: r of the adapters.
-        device: "cpu" or "cuda"; what a step costs depends on it.
-        source_code: a digest of the file that a task of the user's own is in; "" for ours.
+        device: "cpu" or "cuda"; time and memory depend on it.
+        source_code: a digest of the file of a user's own task; "" for an embedded task.
     """
 
     task: str
@@ -38,26 +38,26 @@ class Job:
 
     @property
     def task_name(self) -> str:
-        """The task's name, or the class of a user's own."""
+        """Return the task's name, or the class of a user's own."""
         return self.task.rpartition(":")[2]
 
     @property
     def file_name(self) -> str:
-        """Readable, and by its digest of every field unlike that of any other settings."""
+        """Return the record's file name: readable, and a digest of every field."""
         readable = f"{self.task_name}_{self.method}_lr{self.learning_rate:g}_seed{self.seed}"
         return f"{_plain(readable)[-100:]}_{digest(asdict(self))}.json"
 
 
 def digest(fields: Any) -> str:
-    """Ten hexadecimal digits that tell apart what JSON can say."""
+    """Return ten hexadecimal digits of anything that JSON can say."""
     canonical = json.dumps(fields, sort_keys=True, allow_nan=False)
     return hashlib.sha256(canonical.encode("utf-8")).hexdigest()[:10]
 
 
 def digest_of_source(task: str) -> str:
-    """Of the file in "path.py:Class", "" for another task.
+    """Return the digest of the file in "path.py:Class", "" for an embedded task.
 
-    An edited task is another task: its runs are not those of the file as it was.
+    An edited task is another task, with runs of its own.
     """
     path = Path(task.rpartition(":")[0] or task)
     is_file = path.suffix == ".py" and path.is_file()
@@ -65,7 +65,7 @@ def digest_of_source(task: str) -> str:
 
 
 def folder_of_task(job: Job) -> str:
-    """Of what a task keeps between commands: its name, and a digest of what it was made with."""
+    """Return the name of the folder of what a task keeps between commands."""
     name = _plain(job.task_name)
     made_with = [job.task, job.options, job.source_code]
     return f"{name}-{digest(made_with)}" if job.options or job.source_code else name

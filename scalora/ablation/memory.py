@@ -1,4 +1,4 @@
-"""The most bytes that tensors take at once in a training step."""
+"""Bytes of tensors in a training step and between two steps."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def peak_of(
     optimizer: torch.optim.Optimizer,
     device: torch.device,
 ) -> int:
-    """Bytes of tensors at the worst moment of ``step``, which is called once.
+    """Call ``step`` once and return the most bytes that tensors took at one time.
 
-    Those of the model and the optimizer are counted before it.  On CUDA both are the allocator's
-    own counts, on the CPU the profiler's of what is allocated on top.
+    On CUDA it is the allocator's own count. On the CPU it is the bytes of the model and the
+    optimizer before the step, and the profiler's count of what the step allocates on top.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -39,10 +39,32 @@ def peak_of(
     return held + growth
 
 
+def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, pretrained: int) -> int:
+    """Return the bytes that training adds to a pretrained model.
+
+    They are the adapter and its carry, the gradients, and the optimizer's state. Full fine-tuning
+    trains the model's own weights, so it adds the last two alone.
+
+    Args:
+        model, optimizer: as they train.
+        pretrained: bytes of the model before anything was added, `bytes_of_model`.
+    """
+    gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    return bytes_held(model, optimizer) + gradients - pretrained
+
+
 def bytes_held(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of weights, buffers and the optimizer's state, what is shared counted once."""
+    """Return the bytes of weights, buffers and the optimizer's state; shared memory counts once."""
     kept: list[Tensor] = getattr(optimizer, "kept_tensors", list)()
-    tensors = [*model.parameters(), *model.buffers(), *_tensors_in(optimizer.state), *kept]
+    return _bytes([*model.parameters(), *model.buffers(), *_tensors_in(optimizer.state), *kept])
+
+
+def bytes_of_model(model: nn.Module) -> int:
+    """Return the bytes of weights and buffers; shared memory counts once."""
+    return _bytes([*model.parameters(), *model.buffers()])
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
     storages = {
         (tensor.device, tensor.untyped_storage().data_ptr()): tensor.untyped_storage().nbytes()
         for tensor in tensors

@@ -1,4 +1,4 @@
-"""Which runs an ablation is made of: first a search over learning rates, then the other seeds."""
+"""The runs of an ablation: first a search over learning rates, then the other seeds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from scalora.ablation.job import Job
 from scalora.ablation.record import Record
-from scalora.ablation.summary import best_rate
+from scalora.ablation.statistics import best_rate
 from scalora.files import write_bytes
 
 PLAN_FILE = "plan.json"
@@ -22,13 +22,13 @@ class TaskPlan:
 
     Attributes:
         task, options, source_code, steps, rank, device: as in :class:`~scalora.ablation.job.Job`.
-        name: what the task calls itself.
-        metric, lower_is_better: what the task's learning rates are chosen by.
-        methods: each by its one name.
+        name: the task's own name.
+        metric, lower_is_better: the score that learning rates are chosen by.
+        methods: names of methods.
         rates: each method's factor of the learning rates, in the same order.
-        learning_rates: what every method is tried at, its factor not applied, ascending.
-        seeds: of all runs.
-        search_seeds: those that run every learning rate; the others run each method's best.
+        learning_rates: those that every method is tried at, its factor not applied, ascending.
+        seeds: seeds of all runs.
+        search_seeds: seeds that run every learning rate; the others run each method's best.
     """
 
     task: str
@@ -48,12 +48,12 @@ class TaskPlan:
 
     @property
     def number_of_runs(self) -> int:
-        """Of both stages."""
+        """Return the number of runs of both stages."""
         rest = len(self.seeds) - len(self.search_seeds)
         return len(self.methods) * (len(self.learning_rates) * len(self.search_seeds) + rest)
 
     def job(self, method: str, learning_rate: float, seed: int) -> Job:
-        """The run of a method at one of the plan's learning rates, its factor not applied."""
+        """Return the run of a method at one of the plan's learning rates, factor not applied."""
         rate = self.rates[self.methods.index(method)]
         return Job(
             task=self.task,
@@ -68,10 +68,10 @@ class TaskPlan:
         )
 
     def search(self) -> list[Job]:
-        """Every method at every learning rate, for the seeds of the search.
+        """Return every method at every learning rate, for the seeds of the search.
 
-        A seed's whole grid comes before the next seed's, so that a search that is stopped has
-        something on every method.
+        A seed's whole grid comes before the next seed's, so that a search that is stopped has runs
+        of every method.
         """
         return [
             self.job(method, learning_rate, seed)
@@ -81,7 +81,7 @@ class TaskPlan:
         ]
 
     def best_rates(self, records: Mapping[Job, Record]) -> dict[str, float | None]:
-        """Method -> the learning rate, factor not applied, that validation chooses; None: none."""
+        """Return, by method, the learning rate (factor not applied) that validation chooses."""
         return {
             method: best_rate(
                 {
@@ -98,7 +98,7 @@ class TaskPlan:
         }
 
     def rest(self, records: Mapping[Job, Record]) -> list[Job]:
-        """Every method at its best learning rate, for the seeds that are left."""
+        """Return every method at its best learning rate, for the seeds beyond the search."""
         best = self.best_rates(records)
         left = [seed for seed in self.seeds if seed not in self.search_seeds]
         return [
@@ -110,19 +110,19 @@ class TaskPlan:
 
 
 def scaled(learning_rate: float, factor: float) -> float:
-    """Their product to six digits: 0.001 times 0.1 is 0.0001."""
+    """Return the product to six digits: 0.001 times 0.1 is 0.0001."""
     return float(f"{learning_rate * factor:.6g}")
 
 
 def write_plan(plans: Sequence[TaskPlan], folder: Path) -> None:
-    """Keep what ``--report-only`` goes by."""
+    """Write the plans, which ``--report-only`` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     content = json.dumps([asdict(plan) for plan in plans], indent=1)
     write_bytes(folder / PLAN_FILE, content.encode("utf-8"))
 
 
 def read_plan(folder: Path) -> list[TaskPlan]:
-    """The plans of the last command in a folder.
+    """Return the plans of the last command in a folder.
 
     Raises:
         ValueError: there are none.

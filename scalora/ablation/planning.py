@@ -1,4 +1,4 @@
-"""What a command line asks for, as plans and an engine."""
+"""From a command line to plans and an engine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 
 import torch
 
-from scalora.ablation.command import DEFAULT_SUITE, SMOKE_STEPS
+from scalora.ablation import defaults
 from scalora.ablation.engines import Cluster, Engine, Inline, LocalProcesses
 from scalora.ablation.job import digest_of_source
 from scalora.ablation.methods import SUITES, Method, method_of
@@ -14,14 +14,12 @@ from scalora.ablation.plan import TaskPlan
 from scalora.ablation.task import Task
 from scalora.ablation.tasks import task_of
 
-SEEDS = 3
-
 
 def plans_of(args: argparse.Namespace) -> list[TaskPlan]:
-    """Return one plan a task.
+    """Return one plan per task.
 
     Raises:
-        ValueError: an unknown task, method, suite or device, or numbers that do not fit together.
+        ValueError: an unknown task, method, suite or device, or two tasks of one name.
     """
     methods = _methods(args)
     plans = [_plan(args, spec, methods) for spec in args.task]
@@ -31,10 +29,10 @@ def plans_of(args: argparse.Namespace) -> list[TaskPlan]:
 
 
 def engine_of(args: argparse.Namespace) -> Engine:
-    """Return what runs the runs.
+    """Return the engine that runs the jobs.
 
     Raises:
-        ValueError: parameters of a cluster without one, or some that it does not know.
+        ValueError: parameters of a cluster without one, or parameters that submitit does not know.
     """
     if args.engine == "slurm":
         return Cluster(args.output / "slurm", dict(args.slurm))
@@ -49,7 +47,7 @@ def _plan(args: argparse.Namespace, spec: str, methods: list[Method]) -> TaskPla
     options = {name: getattr(args, name) for name in ("model", "data", "source")}
     given = {name: value for name, value in options.items() if value is not None}
     task = task_of(spec, **given)
-    number = args.seeds or (1 if args.smoke else SEEDS)
+    number = args.seeds or (1 if args.smoke else defaults.SEEDS)
     seeds = tuple(range(number))
     search_seeds = min(args.search_seeds or number, number)
     return TaskPlan(
@@ -75,7 +73,7 @@ def _methods(args: argparse.Namespace) -> list[Method]:
         raise ValueError(f"no suite {args.suite!r}: there are {', '.join(SUITES)}.")
     specs = list(SUITES[args.suite]) if args.suite else []
     specs += args.methods or []
-    found = [method_of(spec) for spec in specs or SUITES[DEFAULT_SUITE]]
+    found = [method_of(spec) for spec in specs or SUITES[defaults.SUITE]]
     return list({method.name: method for method in found}.values())
 
 
@@ -93,7 +91,7 @@ def _steps(args: argparse.Namespace, task: Task) -> int:
     if args.steps:
         return int(args.steps)
     if args.smoke:
-        return SMOKE_STEPS
+        return defaults.SMOKE_STEPS
     return task.short_steps if args.short else task.steps
 
 
@@ -102,5 +100,5 @@ def _device(args: argparse.Namespace) -> str:
         if args.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: there is none here")
         return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    # What there is on a cluster cannot be told from here.
+    # The devices of a cluster cannot be seen from here.
     return args.device or "cpu"

@@ -1,4 +1,4 @@
-"""How far an ablation is: a bar with the time left, or a line a run in a log."""
+"""Progress of an ablation: a bar with the time left, or one line per run in a log."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from rich.progress import (
 
 from scalora.ablation.record import Record
 
-_PERIOD = 24 * 3600.0  # seconds: the speed is that of all runs so far, as they are unlike
+_PERIOD = 24 * 3600.0  # seconds: runs differ, so the speed is the mean of all so far
 
 
 class RunProgress:
     """Counts runs.
 
     Args:
-        console: where to; a bar on a terminal, else plain lines.
-        total: how many runs there are.
+        console: gets a bar if it is a terminal, else plain lines.
+        total: number of runs.
     """
 
     def __init__(self, console: Console, total: int) -> None:
@@ -60,20 +60,20 @@ class RunProgress:
         self._bar.stop()
 
     def prepare(self, task: str) -> None:
-        """A task is being made ready, which may take minutes where nothing is cached."""
+        """Say that a task is prepared now, which may take minutes where nothing is cached."""
         self._bar.update(self._task, description=f"preparing {task}")
         if not self._console.is_terminal:
             self._print(f"preparing {task}")
 
     def skip(self, runs: int) -> None:
-        """So many runs were done before."""
+        """Leave out runs that were done before."""
         self._total -= runs
         self._bar.update(self._task, total=self._total)
         if runs:
             self._print(f"{runs} runs were done before and are not run again")
 
     def advance(self, record: Record) -> None:
-        """One more run has ended."""
+        """Count a run that has ended."""
         self._ended += 1
         self._bar.update(self._task, completed=self._ended, description=_name(record))
         if not self._console.is_terminal:
@@ -92,7 +92,7 @@ class RunProgress:
 
 
 def line(record: Record) -> str:
-    """What a run came to, in one line."""
+    """Return a run's outcome in one line."""
     return f"{_name(record)}: {_outcome(record)}, {_duration(record.wall_seconds)}"
 
 

@@ -1,4 +1,4 @@
-"""What one run came to, as a file."""
+"""The record of one run, as a file."""
 
 from __future__ import annotations
 
@@ -35,23 +35,26 @@ class Record:
     """One run.  Losses and MIUB in nats.
 
     Attributes:
-        job: which run.
+        job: the run.
         status: "ok"; "diverged": a loss was not finite; "failed": it raised.
-        error: of a failed run, the last line first, then the traceback.
-        diverged_at: the step at which a divergent run was stopped.
+        error: a failed run's exception in one line, then its traceback.
+        diverged_at: step at which a divergent run was stopped.
         curve: (step, validation loss), on a small part of the split.
-        training_losses: (last step, mean training loss since the one before).
+        training_losses: (step, mean training loss since the point before).
         validation, test: scores at the end; empty unless the status is "ok".
         source_before, source_after: loss on what the model was pretrained for, if the task has it.
-        spectra: of every adapted layer.
+        spectra: layer -> its change, summarised; every adapted layer.
         spectrum: singular values over the largest, mean over the layers, descending.
-        miub: of every layer that the monitor knows; None: it knows none.
-        seconds_a_step: median over the stretches between two points of the curve.
-        peak_bytes: the most that tensors took at once in the steps that were measured.
-        trainable_parameters: how many numbers the optimizer trains.
-        wall_seconds: of the whole run, evaluations included.
-        threads: of torch, on the CPU; sums are to rounding only the same with another number.
-        device_name, versions: what it ran on and with.
+        miub: layer -> MIUB, of the layers that the monitor knows; None: it knows none.
+        seconds_a_step: seconds per step, median over the stretches between points of the curve.
+        peak_bytes: most bytes of tensors at one time in the steps that were measured.
+        state_bytes: bytes that training adds to the frozen model between two steps: trained
+            parameters, their gradients, the optimizer's state, and a carry; None: of a record from
+            before it was measured.
+        trainable_parameters: count of numbers that the optimizer trains.
+        wall_seconds: seconds of the whole run, evaluations included.
+        threads: torch's, on the CPU; with another number sums differ by rounding.
+        device_name, versions: of the machine and of what ran.
     """
 
     job: Job
@@ -69,6 +72,7 @@ class Record:
     miub: dict[str, float] | None = None
     seconds_a_step: float | None = None
     peak_bytes: int | None = None
+    state_bytes: int | None = None
     trainable_parameters: int | None = None
     wall_seconds: float = 0.0
     threads: int = 0
@@ -77,7 +81,7 @@ class Record:
 
     @property
     def done(self) -> bool:
-        """Whether running it again could tell nothing new."""
+        """Return whether running it again could tell nothing new."""
         return self.status != "failed"
 
 
@@ -89,7 +93,7 @@ def write_record(record: Record, folder: Path) -> None:
 
 
 def read_record(job: Job, folder: Path) -> Record | None:
-    """The record of exactly this job, or None: there is none that can be read."""
+    """Return the record of exactly this job; None: there is none that can be read."""
     try:
         content = json.loads((folder / job.file_name).read_text("utf-8"))
         record = _record(content)
@@ -99,7 +103,7 @@ def read_record(job: Job, folder: Path) -> Record | None:
 
 
 def read_records(jobs: Iterable[Job], folder: Path) -> dict[Job, Record]:
-    """The records that there are."""
+    """Return the records that can be read."""
     read = {job: read_record(job, folder) for job in jobs}
     return {job: record for job, record in read.items() if record is not None}
 
@@ -117,7 +121,7 @@ def _record(content: dict[str, Any]) -> Record:
 
 
 def _finite(content: Any) -> Any:
-    """With None where a number is not finite: JSON has no word for it."""
+    """Return the content with None for every number that is not finite, as JSON has no such."""
     if isinstance(content, dict):
         return {key: _finite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):

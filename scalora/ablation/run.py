@@ -1,4 +1,4 @@
-"""One run of an ablation: a pretrained model in, a record out."""
+"""One run of an ablation, from a pretrained model to a record."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ from torch import Tensor
 
 import scalora
 from scalora.ablation.change import (
+    effective_weights,
     mean_spectrum,
     miub_of_layers,
     spectra_of_change,
     summary_of,
+    trainable_parameters,
 )
 from scalora.ablation.job import Job, folder_of_task
+from scalora.ablation.memory import bytes_of_model
 from scalora.ablation.methods import method_of
 from scalora.ablation.methods.full import adapted_layers
 from scalora.ablation.methods.method import Setup, Training
@@ -32,14 +35,13 @@ from scalora.ablation.record import Record, write_record
 from scalora.ablation.task import Task
 from scalora.ablation.tasks import task_of
 from scalora.ablation.training import train
-from scalora.ablation.weights import effective_weights, trainable_parameters
 
 WARM_UP = 0.05
-"""Share of the steps over which the learning rate rises; one step at least."""
+"""Share of the steps over which the learning rate rises."""
 
 
 def warm_up_steps(steps: int) -> int:
-    """Steps over which the learning rate rises."""
+    """Return the steps over which the learning rate rises, one at least."""
     return max(1, round(WARM_UP * steps))
 
 
@@ -53,7 +55,7 @@ def prepare(job: Job, cache: Path) -> Task:
 
 
 def prepare_only(job: Job, cache: Path) -> Record:
-    """Make what the job's task keeps; the record, written nowhere, says whether that failed."""
+    """Prepare the job's task; the record, which is not written, says whether that failed."""
     try:
         prepare(job, cache)
     except Exception as error:
@@ -62,7 +64,7 @@ def prepare_only(job: Job, cache: Path) -> Record:
 
 
 def run_and_record(job: Job, cache: Path, records: Path) -> Record:
-    """Run, and write what it came to into a folder; what it raises is recorded."""
+    """Run a job and write its record into a folder, also where it raises."""
     begun = time.perf_counter()
     try:
         record = run(job, cache)
@@ -74,30 +76,31 @@ def run_and_record(job: Job, cache: Path, records: Path) -> Record:
 
 
 def failure(job: Job, error: BaseException) -> Record:
-    """The record of a run that raised."""
+    """Return the record of a run that raised."""
     trace = "".join(traceback.format_exception(error))
     return Record(job, "failed", error=f"{describe(error)}\n{trace}", versions=versions())
 
 
 def describe(error: BaseException) -> str:
-    """An exception in one line."""
+    """Return an exception in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def run(job: Job, cache: Path) -> Record:
-    """Train and measure.
+    """Return the record of a run: train, then measure.
 
     Raises:
-        Exception: whatever the task, the method or the model raise.
+        Exception: whatever the task, the method or the model raises.
     """
     device = torch.device(job.device)
     task = prepare(job, cache)
-    # After preparing, which draws numbers where the cache is empty and none where it is not.
+    # After preparing, which draws numbers only where the cache is empty.
     _seed_all(job.seed)
     model = task.model(job.seed).to(device)
     reference = {
         name: weight.detach().to("cpu", copy=True) for name, weight in model.state_dict().items()
     }
+    pretrained_bytes = bytes_of_model(model)
     source_before = task.source_loss(model.eval())
     _seed_all(job.seed)
     training = method_of(job.method).start(
@@ -113,9 +116,9 @@ def run(job: Job, cache: Path) -> Record:
     )
     training.model.train()
     trainable = trainable_parameters(training.model)
-    # Methods draw unlike numbers in the making; dropout is to be the same for all.
+    # Methods draw different numbers as they start; dropout is to be the same for all.
     _seed_all(job.seed)
-    seen = train(task, training, job.seed, job.steps)
+    seen = train(task, training, job.seed, job.steps, pretrained_bytes)
     measured = Record(
         job=job,
         status="diverged",
@@ -125,6 +128,7 @@ def run(job: Job, cache: Path) -> Record:
         source_before=source_before,
         seconds_a_step=seen.seconds_a_step,
         peak_bytes=seen.peak_bytes,
+        state_bytes=seen.state_bytes,
         trainable_parameters=trainable,
         threads=torch.get_num_threads(),
         device_name=_name_of(device),
@@ -144,7 +148,7 @@ def _with_scores(
     test = task.score(model, "test")
     if not all(map(math.isfinite, (*validation.values(), *test.values()))):
         return dataclasses.replace(record, diverged_at=job.steps)
-    # A layer for every method alike: full fine-tuning has no adapters to go by.
+    # The same layers for every method: full fine-tuning has no adapters to tell them by.
     pretrained = task.model(job.seed)
     layers = adapted_layers(pretrained, task).shapes
     before = effective_weights(pretrained, layers)
@@ -162,7 +166,7 @@ def _with_scores(
 
 
 def versions() -> dict[str, str]:
-    """What a result may depend on beside its job."""
+    """Return the versions of what a result depends on."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

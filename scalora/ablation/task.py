@@ -1,4 +1,4 @@
-"""What an ablation runs on: one small class a task."""
+"""The task of an ablation: one small class."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ Batch = Any
 class Task(ABC):
     """A pretrained model, batches to train it on, and what is measured on held-out data.
 
-    A task is made anew in every process that runs it, so it holds nothing but what its
-    constructor and its files say. Batches and scores depend on the seed and nothing else: two
-    methods with the same seed see the same batches in the same order.
+    Every process makes the task anew, from its constructor and its files alone. Batches and scores
+    depend on the seed and nothing else: two methods with the same seed see the same batches in the
+    same order.
     """
 
     name: ClassVar[str]
-    """As ``--task`` spells it, and as its results' folder is called."""
+    """The name for ``--task`` and of the results' folder."""
 
     metric: ClassVar[str] = "loss"
-    """The score that a learning rate is chosen by, a key of :meth:`score`."""
+    """Score that a learning rate is chosen by, a key of :meth:`score`."""
 
     lower_is_better: ClassVar[bool] = True
     """Whether the metric is a loss (or an accuracy)."""
@@ -37,25 +37,27 @@ class Task(ABC):
     """Training steps of ``--short``, which takes every other learning rate as well."""
 
     learning_rates: ClassVar[tuple[float, ...]]
-    """What every adapter method is tried at; full fine-tuning is tried at as many, scaled."""
+    """Rates that adapter methods are tried at; full fine-tuning is tried at as many, scaled."""
 
     rank: ClassVar[int]
     """r of the adapters, unless ``--rank`` says otherwise."""
 
     weight_decay: ClassVar[float] = 0.0
-    """AdamW's."""
+    """AdamW's weight decay."""
 
     targets: ClassVar[str | list[str]] = "all-linear"
     """The layers with an adapter, as PEFT's ``target_modules`` takes them."""
 
     task_type: ClassVar[str | None] = None
-    """PEFT's ``task_type``: what is trained in full beside the adapters (a new head)."""
+    """PEFT's ``task_type``, which names what is trained in full beside adapters (a new head)."""
 
     def prepare(self, cache: Path) -> None:  # noqa: B027 -- most have nothing that takes long
-        """Do once, before the first run, whatever takes long, and keep it in a folder.
+        """Do what takes long, before the first run, and keep it in a folder.
 
-        cache: a folder of this task's own, kept between commands. Called in every process before
-        :meth:`model`; whatever is found there already is not made again.
+        Called in every process before :meth:`model`; what the folder has is not made again.
+
+        Args:
+            cache: a folder of this task's own, kept between commands.
         """
 
     @abstractmethod
@@ -64,7 +66,7 @@ class Task(ABC):
 
     @abstractmethod
     def batches(self, seed: int, steps: int) -> Iterator[Batch]:
-        """Yield as many training batches, the same for every method."""
+        """Yield ``steps`` training batches, the same for every method."""
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -72,16 +74,19 @@ class Task(ABC):
 
     @abstractmethod
     def score(self, model: nn.Module, split: Split, *, quick: bool = False) -> dict[str, float]:
-        """Return what a model in evaluation mode reaches on held-out data, without gradients.
+        """Return the scores of a model in evaluation mode on held-out data, without gradients.
 
-        quick: on a small part of the split and by the loss alone, for a point of a learning curve.
+        Args:
+            model: the model or a ``PeftModel`` around it.
+            split: "validation" or "test".
+            quick: a small part of the split and the loss alone, for a point of a learning curve.
         """
 
     def source_loss(self, model: nn.Module) -> float | None:
-        """Return what tells of forgetting what was pretrained; ``None`` if nothing can.
+        """Return a measure of forgetting, where more is worse; ``None`` if the task has none.
 
-        A loss, nats, on what the model was pretrained for, or where it has none any more a drift
-        that is 0 before training. More is worse.
+        It is a loss in nats on data like those of pretraining; or, where the model has no such loss
+        any more, a drift that is 0 before training.
         """
         return None
 

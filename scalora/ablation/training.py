@@ -12,43 +12,52 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from scalora.ablation.memory import peak_of
+from scalora.ablation.memory import peak_of, state_bytes
 from scalora.ablation.methods.method import Training
 from scalora.ablation.task import Task
 
 CURVE_POINTS = 15
-"""About so many points has a learning curve."""
+"""Points of a learning curve, its start not counted; fewer where there are fewer steps."""
 
 MEMORY_STEPS = (1, 2, 10)
-"""Where memory is measured: the first makes the optimizer's state, the tenth re-bases as well
-where that is done every 10 steps.  These steps are not timed."""
+"""Steps whose memory is measured. The first makes the optimizer's state; the tenth re-bases, with
+the default interval of 10. These steps are not timed."""
 
 
 @dataclass
 class Progress:
-    """What a training loop saw; as in :class:`scalora.ablation.record.Record`."""
+    """Measurements of a training loop; as in :class:`scalora.ablation.record.Record`."""
 
     curve: list[tuple[int, float]] = field(default_factory=list)
     training_losses: list[tuple[int, float]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
+    state_bytes: int | None = None
     diverged_at: int | None = None
 
     @property
     def seconds_a_step(self) -> float | None:
-        """The median over stretches, each of which holds its share of steps that re-base."""
+        """Return the median over stretches; each has its share of steps that re-base."""
         return statistics.median(self.seconds) if self.seconds else None
 
 
-def train(task: Task, training: Training, seed: int, steps: int) -> Progress:
-    """Train for so many steps, or until a loss is not finite at a point of the curve.
+def train(
+    task: Task, training: Training, seed: int, steps: int, pretrained_bytes: int = 0
+) -> Progress:
+    """Train for ``steps`` steps, or until a loss is not finite at a point of the curve.
 
-    The device is waited for at the curve's points and in the steps whose memory is measured, and
-    nowhere else.
+    The host waits for the device at the curve's points and in the steps whose memory is measured,
+    and nowhere else.
+
+    Args:
+        task, seed: they give the batches.
+        training: the model, and what trains it.
+        steps: training steps.
+        pretrained_bytes: bytes of the model before the method added to it.
 
     Raises:
-        Exception: what the task or the method raise, but for what they raise at numbers that are
-            not finite: that is divergence.
+        Exception: whatever the task or the method raise, unless the numbers were not finite by
+            then: that is divergence.
     """
     seen = Progress()
     batches = task.batches(seed, steps)
@@ -57,6 +66,8 @@ def train(task: Task, training: Training, seed: int, steps: int) -> Progress:
         losses: list[Tensor] = []
         try:
             _train_stretch(task, training, batches, range(before + 1, point + 1), losses, seen)
+            held = state_bytes(training.model, training.optimizer, pretrained_bytes)
+            seen.state_bytes = max(held, seen.state_bytes or 0)
         except Exception:
             if not _has_diverged(training, losses):
                 raise
@@ -78,7 +89,7 @@ def _train_stretch(
     losses: list[Tensor],
     seen: Progress,
 ) -> None:
-    """Train from one point of the curve to the next; the losses, (), stay on the device."""
+    """Train from one point of the curve to the next; the losses, () each, stay on the device."""
     device = next(training.model.parameters()).device
     begun = _now(device)
     for number in stretch:
@@ -104,7 +115,7 @@ def _has_diverged(training: Training, losses: list[Tensor]) -> bool:
 
 
 def curve_points(steps: int) -> list[int]:
-    """Steps after which a point of the learning curve is measured; the last is the end."""
+    """Return the steps after which the learning curve has a point; the last is the end."""
     number = min(CURVE_POINTS, steps)
     return [round(steps * (i + 1) / number) for i in range(number)]
 

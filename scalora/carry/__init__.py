@@ -3,5 +3,16 @@
 from scalora.carry.carry import Carry
 from scalora.carry.factors import Compressed, compress, relative_cut
 from scalora.carry.modules import put_carry
+from scalora.carry.rounding import absorbed, frozen, rounded, rounding_energy
 
-__all__ = ["Carry", "Compressed", "compress", "put_carry", "relative_cut"]
+__all__ = [
+    "Carry",
+    "Compressed",
+    "absorbed",
+    "compress",
+    "frozen",
+    "put_carry",
+    "relative_cut",
+    "rounded",
+    "rounding_energy",
+]

@@ -67,7 +67,7 @@ def compress(up: Tensor, down: Tensor, rank: int, rows: Rows = HERE) -> Compress
 
 
 def _tall_qr(matrix: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-    """(..., m, k) with orthonormal columns over all rows, and (..., k, c), the same everywhere.
+    """Return (..., m, k) with orthonormal columns over all rows, and (..., k, c), alike everywhere.
 
     Every process factorises its rows, and all of them the triangles of all (TSQR: Demmel et al.,
     SIAM J. Sci. Comput. 34, 2012).
@@ -88,7 +88,9 @@ def _tall_qr(matrix: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
 def inner_product(
     up: Tensor, down: Tensor, other_up: Tensor, other_down: Tensor, rows: Rows = HERE
 ) -> Tensor:
-    """(...,): Frobenius inner product of ``up @ down`` and ``other_up @ other_down``, not formed.
+    """Return the Frobenius inner product of ``up @ down`` and ``other_up @ other_down``: (...,).
+
+    Neither product is formed.
 
     Args:
         up, other_up: (..., m, c) and (..., m, d).
@@ -108,14 +110,14 @@ def relative_cut(
     Q: Tensor,
     rows: Rows = HERE,
 ) -> Tensor:
-    """(...,): energy that was cut from a carry over that of carry and adapter together.
+    """Return the energy cut from a carry over that of carry and adapter together: (...,).
 
     Together, because the two cancel in part: what a re-basing adds to one it takes from the other.
 
     Args:
         cut: (...,), what was cut.
         energy: (...,), of the carry, ``up @ down``.
-        up, down: (..., m, c) and (..., c, n).
+        up, down: (..., m, c) and (..., c, n), float32 at least.
         P, Q: (..., m, r) and (..., r, n), the adapter's.
         rows: who holds the m rows and the n columns, as for `compress`.
     """

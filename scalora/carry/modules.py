@@ -20,9 +20,10 @@ from scalora.sharding.rows import Rows
 
 
 class _Joined(torch.autograd.Function):
-    """``x @ cat([weight, frozen])^T`` without the frozen half's share of the weight's gradient.
+    """Compute ``x @ cat([weight, frozen])^T``, whose frozen half takes no gradient.
 
-    Of a sharded layer only the share of ``frozen`` that is held here is kept for the backward pass.
+    For the backward pass ``frozen`` is kept as it is stored, in its own dtype, and where the layer
+    is sharded the share that is held here alone.
     """
 
     @staticmethod
@@ -50,18 +51,19 @@ class _Joined(torch.autograd.Function):
 
 
 def _cat(weight: Tensor, frozen: Tensor, axis: int, rows: Rows) -> Tensor:
-    return torch.cat([weight, rows.whole(frozen, 1 - axis, weight.shape[1 - axis])], dim=axis)
+    """Return both along ``axis``, in the weight's dtype."""
+    whole = rows.gathered(frozen, 1 - axis, weight.shape[1 - axis])
+    return torch.cat([weight, whole.to(weight.dtype)], dim=axis)
 
 
 def _joined(x: Tensor, weight: Tensor, frozen: Tensor, axis: int, rows: Rows) -> Tensor:
-    """As ``functional.linear`` would under autocast: both passes in one dtype."""
+    """Compute as ``functional.linear`` would under autocast: both passes in one dtype."""
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        x, weight = x.to(dtype), weight.to(dtype)
-        with torch.autocast(kind, enabled=False):
-            return _product(x, weight, frozen.to(dtype), axis, rows)
-    return _product(x, weight, frozen.to(weight.dtype), axis, rows)
+    if not torch.is_autocast_enabled(kind):
+        return _product(x, weight, frozen, axis, rows)
+    dtype = torch.get_autocast_dtype(kind)
+    with torch.autocast(kind, enabled=False):
+        return _product(x.to(dtype), weight.to(dtype), frozen, axis, rows)
 
 
 def _product(x: Tensor, weight: Tensor, frozen: Tensor, axis: int, rows: Rows) -> Tensor:
@@ -92,7 +94,7 @@ class DownLinear(_Carrying, nn.Linear):
     """``lora_A``: (..., n) -> (..., r + capacity)."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """The codes of the adapter, then those of the carry."""
+        """Return the codes of the adapter, then those of the carry."""
         carry = self.carry
         return _joined(input, self.weight, carry.down.to(input.device), 0, carry.rows)
 
@@ -101,7 +103,7 @@ class UpLinear(_Carrying, nn.Linear):
     """``lora_B``: (..., r + capacity) -> (..., m)."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """The sum of the adapter's output and the carry's."""
+        """Return the sum of the adapter's output and the carry's: (..., m)."""
         carry = self.carry
         output = _joined(input, self.weight, carry.up.to(input.device), 1, carry.rows)
         return output if self.bias is None else output + self.bias

@@ -1,4 +1,7 @@
-"""The fold as one Triton kernel for all layers of one shape: one read, one write a weight."""
+"""The fold as one Triton kernel for all layers of one shape: one read and one write per weight.
+
+Held by tests/fold/test_fused_kernel.py, in Triton's interpreter where there is no GPU.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,7 @@ def _fold_kernel(
     columns,
     rank,
     first_row,
+    scale,
     element: tl.constexpr,
     mode: tl.constexpr,
     precision: tl.constexpr,
@@ -60,7 +64,7 @@ def _fold_kernel(
     inside = (row[:, None] < rows) & (column[None, :] < columns)
     position = row[:, None].to(tl.int64) * columns + column[None, :]
     weight = _matrix(weight_addresses + layer, element, aligned) + position
-    exact = tl.load(weight, mask=inside, other=0.0).to(tl.float32) + increment
+    exact = tl.load(weight, mask=inside, other=0.0).to(tl.float32) + scale * increment
     if mode != _NEAREST:
         place = position + tl.cast(first_row, tl.int64) * columns
         bits = _noise_bits(tl.load(seeds + layer), place)
@@ -79,7 +83,7 @@ def _fold_kernel(
 
 @triton.jit
 def _matrix(address, element: tl.constexpr, aligned: tl.constexpr):
-    """The pointer stored at ``address``; known to be aligned it is read 16 bytes at a time."""
+    """Return the pointer stored at ``address``; an aligned one is read 16 bytes at a time."""
     pointer = tl.load(address).to(tl.pointer_type(element))
     if aligned:
         pointer = tl.multiple_of(pointer, 16)
@@ -88,7 +92,7 @@ def _matrix(address, element: tl.constexpr, aligned: tl.constexpr):
 
 @triton.jit
 def _noise_bits(seed, position):
-    """`scalora.fold.rounding.noise_bits`, bit for bit."""
+    """Return the bits of `scalora.fold.rounding.noise_bits`."""
     x = position.to(tl.uint32) * 0x9E3779B9 + seed.to(tl.uint32, bitcast=True)
     x = x ^ (x >> 16)
     x = x * 0x7FEB352D
@@ -99,7 +103,7 @@ def _noise_bits(seed, position):
 
 @triton.jit
 def _round_stochastically(exact, bits, element: tl.constexpr):
-    """`scalora.fold.rounding.round_stochastically`, bit for bit."""
+    """Return the bits of `scalora.fold.rounding.round_stochastically`."""
     raw = exact.to(tl.uint32, bitcast=True)
     if element == tl.bfloat16:
         rounded = ((raw + (bits & 0xFFFF)) & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -125,11 +129,12 @@ def fold_fused(
     seeds: Sequence[int],
     residuals: Sequence[Tensor],
     first_row: int = 0,
+    scale: float = 1.0,
 ) -> None:
-    """`scalora.fold.dense.fold` in one launch; contiguous weights of one shape and dtype."""
+    """Do what `scalora.fold.dense.fold` does in one launch, for contiguous weights of one dtype."""
     mode = _MODES["nearest" if weights[0].dtype == torch.float32 else rounding]
     fold = torch.ops.scalora.fold_
-    fold(list(weights), left, right, mode, list(seeds), list(residuals), first_row)
+    fold(list(weights), left, right, mode, list(seeds), list(residuals), first_row, scale)
     torch.autograd.graph.increment_version(weights)
 
 
@@ -138,7 +143,7 @@ def fold_fused(
 torch.library.define(
     "scalora::fold_",
     "(Tensor(a!)[] weights, Tensor left, Tensor right, int mode, int[] seeds, "
-    "Tensor(b!)[] residuals, int first_row) -> ()",
+    "Tensor(b!)[] residuals, int first_row, float scale) -> ()",
 )
 
 
@@ -151,6 +156,7 @@ def _write_nothing(
     seeds: list[int],
     residuals: list[Tensor],
     first_row: int,
+    scale: float,
 ) -> None:
     """Do what `_launch` does to shapes: nothing."""
 
@@ -164,6 +170,7 @@ def _launch(
     seeds: list[int],
     residuals: list[Tensor],
     first_row: int,
+    scale: float,
 ) -> None:
     """Launch the kernel over all weights; ``mode`` is one of `_MODES`."""
     rows, columns = weights[0].shape
@@ -188,6 +195,7 @@ def _launch(
             columns,
             rank,
             first_row,
+            scale,
             element=_ELEMENTS[weights[0].dtype],
             mode=mode,
             precision="ieee" if weights[0].dtype == torch.float32 else "tf32x3",
@@ -201,8 +209,6 @@ def _launch(
 
 
 def _to_device(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Host integers on the device, without waiting for it."""
+    """Return host integers as a tensor on the device, without waiting for it."""
     host = torch.tensor(values, dtype=dtype)
-    if device.type != "cuda":
-        return host.to(device)
-    return host.pin_memory().to(device, non_blocking=True)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

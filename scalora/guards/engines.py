@@ -9,7 +9,6 @@ from torch import nn
 
 from scalora import peft_layers, sharding
 from scalora.moments import Moments
-from scalora.moments.bitsandbytes import BitsandbytesMoments
 from scalora.options import RebasingOptions
 from scalora.peft_layers import LoRAPair
 
@@ -45,7 +44,7 @@ def check_processes(
             "LoRA layers are sharded in different ways: call fully_shard with one mesh for all of "
             "them, or leave the others out of target_modules."
         )
-    if isinstance(moments, BitsandbytesMoments) or moments.partners is not None:
+    if not moments.can_be_sharded:
         raise ValueError(
             f"the state of {type(optimizer).__name__} cannot be re-based where it is sharded: use "
             "an optimizer of torch.optim other than Adafactor."

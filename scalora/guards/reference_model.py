@@ -28,7 +28,7 @@ class ReferenceWatch:
         if not layer.training or not self.pair.exists or self.pair.runs:
             return
         # With another adapter in its place, and gradients, that one is being trained.
-        if self.pair.module.disable_adapters or not torch.is_grad_enabled():
+        if self.pair.is_switched_off or not torch.is_grad_enabled():
             self._seen = True
 
     def check(self) -> None:

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from scalora.moments import Moments, directions, register_by_name, transfer
+from scalora.moments import directions
 from scalora.moments.blockwise import BLOCK, decode, transfer_codes
 from scalora.moments.directions import Group, State
-from scalora.sharding.stacks import Write, stack
-
-_States = Sequence[Mapping[str, Any]]  # of the layers of a batch
+from scalora.moments.history import Column, Kept, Moved, Powers, sums
+from scalora.moments.moments import Moments, States
+from scalora.moments.transfer import transfer
+from scalora.sharding.stacks import stack
 
 _CODE_TABLES = {"qmap1", "absmax1", "qmap2", "absmax2"}
 
@@ -38,18 +38,95 @@ class BitsandbytesMoments(Moments):
 
     @property
     def tensor_names(self) -> set[str]:
-        """What the optimizer calls its tensors."""
+        """The optimizer's names of its tensors."""
         return self.holds.keys() | _CODE_TABLES
+
+    @property
+    def can_be_sharded(self) -> bool:
+        """False: the kernels know nothing of shards."""
+        return False
+
+    def stacked(self, states: States, device: torch.device) -> dict[str, Tensor]:
+        """Return the state by torch's names, decoded: (layers, *parameter shape), float32."""
+        decoded: dict[str, Tensor] = {}
+        for name, held in self.holds.items():
+            if name not in states[0]:
+                continue
+            value = _stacked(states, name, device)
+            if value.dtype == torch.uint8:
+                absmax, level_map = _code_tables(states, name, device)
+                value = decode(value, absmax, level_map)
+            decoded |= zip(held, value.unbind(1) if len(held) > 1 else (value,), strict=True)
+        return decoded
+
+    def kept(
+        self, states: States, parameter: Tensor, axis: int, optimizer: str
+    ) -> tuple[list[Column], list[Kept]]:
+        """Return all that is not of degree 0, as `Moments.kept` does."""
+        columns: list[Column] = []
+        others: list[Kept] = []
+        for name, held in self.holds.items():
+            degree = self.degrees[held[0]]
+            if name not in states[0] or degree == 0:
+                continue
+            first = states[0][name]
+            if first.dtype != torch.uint8 and len(held) == 1 and first.device == parameter.device:
+                columns.append(Column(_tensors(states, name), degree))
+            else:
+                rank_axis = axis + (len(held) > 1)
+                others.append(_Encoded(states, name, degree, rank_axis, parameter.device))
+        return columns, others
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A tensor that cannot be stacked with its parameter: codes, two averages, or paged memory.
+
+    Attributes:
+        states: of one factor of every layer of a batch.
+        name: of the tensor.
+        degree: of homogeneity in the gradient history.
+        axis: which axis of (layers, *shape) runs over the r columns.
+        device: the parameters'.
+    """
+
+    states: States
+    name: str
+    degree: int
+    axis: int
+    device: torch.device
+
+    def sums(self) -> Tensor:
+        """Return (layers,) sums, of codes those of their scales."""
+        is_codes = self.states[0][self.name].dtype == torch.uint8
+        name = self._absmax if is_codes else self.name
+        return sums(_stacked(self.states, name, self.device).unsqueeze(0))
+
+    def moved(self, powers: Powers, layers: slice) -> list[Moved]:
+        """Return the tensor in the new coordinates, of codes their scales as well."""
+        factor, old = powers.factor[layers], _stacked(self.states, self.name, self.device)
+        if old.dtype != torch.uint8:
+            return [self._moved(self.name, old, transfer(old, factor, self.degree, self.axis))]
+        absmax, level_map = _code_tables(self.states, self.name, self.device)
+        new = transfer_codes(old, absmax, level_map, factor, self.degree, self.axis)
+        return [self._moved(self.name, old, new[0]), self._moved(self._absmax, absmax, new[1])]
+
+    @property
+    def _absmax(self) -> str:
+        return self.name.replace("state", "absmax")
+
+    def _moved(self, name: str, old: Tensor, new: Tensor) -> Moved:
+        return Moved([_tensors(self.states, name)], old.unsqueeze(0), new.unsqueeze(0))
 
 
 def _momentum(param: Tensor, grad: Tensor, state: State, group: Group) -> Tensor:
-    """SGD: bitsandbytes takes ``dampening`` and ``nesterov`` and does without."""
+    """Return SGD's; bitsandbytes accepts ``dampening`` and ``nesterov`` and ignores them."""
     plain = {"momentum": group["betas"][0], "dampening": 0.0, "nesterov": False}
     return directions.sgd(param, grad, state, plain)
 
 
 def _rmsprop(param: Tensor, grad: Tensor, state: State, group: Group) -> Tensor:
-    """RMSprop: bitsandbytes takes ``momentum`` and does without."""
+    """Return RMSprop's; bitsandbytes accepts ``momentum`` and ignores it."""
     plain = {"alpha": group["betas"][0], "eps": group["eps"], "centered": False, "momentum": 0.0}
     return directions.rmsprop(param, grad, state, plain)
 
@@ -88,61 +165,16 @@ _CLASSES: list[tuple[str, str, Sequence[str], BitsandbytesMoments]] = [
     ("rmsprop", "RMSprop", _ANY_BITS, _RMSPROP),
     ("adagrad", "Adagrad", _ANY_BITS, _ADAGRAD),
 ]
-for _module, _name, _spellings, _entry in _CLASSES:
-    for _spelling in _spellings:
-        register_by_name(f"bitsandbytes.optim.{_module}.{_spelling.format(_name)}", _entry)
+BY_NAME: dict[str, Moments] = {
+    f"bitsandbytes.optim.{module}.{spelling.format(name)}": entry
+    for module, name, spellings, entry in _CLASSES
+    for spelling in spellings
+}
+"""``module.qualname`` of a class -> its entry."""
 
 
-def decoded_states(
-    moments: BitsandbytesMoments, states: _States, device: torch.device
-) -> dict[str, Tensor]:
-    """What the states hold, float32, by torch's names: (layers, *parameter shape) each."""
-    decoded: dict[str, Tensor] = {}
-    for name, held in moments.holds.items():
-        if name not in states[0]:
-            continue
-        value = _stacked(states, name, device)
-        if value.dtype == torch.uint8:
-            absmax, level_map = _code_tables(states, name, device)
-            value = decode(value, absmax, level_map)
-        decoded |= zip(held, value.unbind(1) if len(held) > 1 else (value,), strict=True)
-    return decoded
-
-
-def moved_tensors(
-    moments: BitsandbytesMoments,
-    states: _States,
-    device: torch.device,
-    factor: Tensor,
-    axis: int,
-) -> list[Write]:
-    """(targets, old, new) of every tensor that is not of degree 0.
-
-    Args:
-        moments: the optimizer's.
-        states: of each layer of the batch.
-        device: the parameters'.
-        factor: (layers, r), as in `transfer`.
-        axis: which axis of (layers, *parameter shape) runs over the r columns.
-    """
-    moved: list[Write] = []
-    for name, held in moments.holds.items():
-        degree, rank_axis = moments.degrees[held[0]], axis + (len(held) > 1)
-        if name not in states[0] or degree == 0:
-            continue
-        targets, old = _tensors(states, name), _stacked(states, name, device)
-        if old.dtype != torch.uint8:
-            moved.append((targets, old, transfer(old, factor, degree, rank_axis)))
-            continue
-        absmax, level_map = _code_tables(states, name, device)
-        codes, new_absmax = transfer_codes(old, absmax, level_map, factor, degree, rank_axis)
-        moved.append((targets, old, codes))
-        moved.append((_tensors(states, name.replace("state", "absmax")), absmax, new_absmax))
-    return moved
-
-
-def _code_tables(states: _States, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What decodes ``state1`` or ``state2``: absmax (layers, ..., blocks) and the map of levels."""
+def _code_tables(states: States, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return what decodes ``state1`` or ``state2``: absmax (layers, ..., blocks), map of levels."""
     absmax = _stacked(states, name.replace("state", "absmax"), device)
     elements = states[0][name][0].numel()
     if absmax.ndim == 3 and device.type != "cpu" and elements % BLOCK:
@@ -155,8 +187,8 @@ def _code_tables(states: _States, name: str, device: torch.device) -> tuple[Tens
     return absmax, states[0][name.replace("state", "qmap")]
 
 
-def _stacked(states: _States, name: str, device: torch.device) -> Tensor:
-    """(layers, ...), on the parameters' device.
+def _stacked(states: States, name: str, device: torch.device) -> Tensor:
+    """Return (layers, ...), on the parameters' device.
 
     Paged states are managed memory, which torch takes for the host's: those are waited for, as
     bitsandbytes itself does at the end of every paged step.
@@ -164,12 +196,12 @@ def _stacked(states: _States, name: str, device: torch.device) -> Tensor:
     return stack(_tensors(states, name)).to(device)
 
 
-def _tensors(states: _States, name: str) -> list[Tensor]:
+def _tensors(states: States, name: str) -> list[Tensor]:
     return [_in_memory_order(state[name]) for state in states]
 
 
 def _in_memory_order(value: Tensor) -> Tensor:
-    """As the kernels see it.
+    """Return a state as the kernels see it.
 
     For a parameter in ``channels_last`` the state has that layout too, but kernels of accelerators
     take both for flat memory (those of the CPU go by index).

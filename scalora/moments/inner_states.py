@@ -1,4 +1,4 @@
-"""The inner optimizer's state: read for the coming direction, carried across a re-basing."""
+"""The inner optimizer's state of a batch: read for the coming direction, carried across."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from scalora import sharding
-from scalora.moments import Moments, transfer, transfer_reduced
-from scalora.moments.bitsandbytes import BitsandbytesMoments, decoded_states, moved_tensors
-from scalora.sharding.stacks import Write, stack, widened
+from scalora.moments.history import FactorHistory
+from scalora.moments.moments import Moments
+from scalora.sharding.stacks import gradients, widened
 
 
 def stacked_states(
     optimizer: torch.optim.Optimizer, moments: Moments, parameters: Sequence[nn.Parameter]
 ) -> dict[str, Tensor]:
-    """Every state of a batch by torch's name for it, as the direction functions take them.
+    """Return every state of a batch by torch's name for it, as the direction functions take them.
 
     Returns:
         Tensors (layers, ...) on the parameters' device, float32 at least; a counter that is kept on
@@ -26,86 +26,74 @@ def stacked_states(
     states = [optimizer.state.get(p, {}) for p in parameters]
     device = parameters[0].device
     # A fill does not wait for the device.
-    stacked = {
+    counters = {
         name: torch.full((), float(value), device=device)
         for name, value in states[0].items()
         if _is_on_host_alone(value, device)
     }
-    if isinstance(moments, BitsandbytesMoments):
-        return stacked | decoded_states(moments, states, device)
-    for name, value in states[0].items():
-        if isinstance(value, Tensor) and name not in stacked:
-            stacked[name] = widened(stack([state[name] for state in states]))
-    return stacked
+    tensors = [{k: v for k, v in state.items() if k not in counters} for state in states]
+    return counters | moments.stacked(tensors, device)
 
 
-def moved_states(
+def gradient_and_direction(
     optimizer: torch.optim.Optimizer,
     moments: Moments,
     parameters: Sequence[nn.Parameter],
-    factor: Tensor,
+    stacks: tuple[Tensor, Tensor],
+    group: Mapping[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """Return the descent gradient of one factor of every layer, and the coming step's direction.
+
+    Args:
+        optimizer: the inner optimizer.
+        moments: the entry of its class, with a direction.
+        parameters: the factor of every layer of a batch.
+        stacks: parameters and gradients, (layers, *parameter shape) each; the rows held here.
+        group: their parameter group.
+
+    Returns:
+        Both (layers, *parameter shape), float32 at least.
+    """
+    assert moments.direction is not None
+    parameter, gradient = map(widened, stacks)
+    gradient = -gradient if group.get("maximize") else gradient
+    state = stacked_states(optimizer, moments, parameters)
+    return gradient, moments.direction(parameter, gradient, state, group)
+
+
+def factor_history(
+    optimizer: torch.optim.Optimizer,
+    moments: Moments,
+    parameters: Sequence[nn.Parameter],
     axis: int,
-) -> list[Write]:
-    """(targets, old, new) of everything in the state that is not of degree 0.
+) -> FactorHistory:
+    """Return one factor of every layer of a batch, with its gradients and state.
 
     Args:
         optimizer: the inner optimizer.
         moments: the entry of its class.
-        parameters: one factor of every layer of a batch.
-        factor: (layers, r): beta for P's state, alpha for Q's; of a sharded Q, for its own rows.
+        parameters: the factor of every layer, with gradients.
         axis: which axis of (layers, *parameter shape) runs over the r columns.
 
     Raises:
         TypeError: a state that is not known, or that cannot be carried across.
     """
     states = [optimizer.state.get(p, {}) for p in parameters]
+    first, name_of_class = parameters[0], type(optimizer).__name__
     for name, value in states[0].items():
         if isinstance(value, Tensor) and name not in moments.tensor_names:
             raise TypeError(
-                f"{type(optimizer).__name__} keeps a state {name!r} whose degree is not known; "
+                f"{name_of_class} keeps a state {name!r} whose degree is not known; "
                 "nothing was changed. Register it with scalora.register_moments."
             )
-        if isinstance(value, Tensor) and value.ndim and not _spread_alike(value, parameters[0]):
+        if isinstance(value, Tensor) and value.ndim and not _spread_alike(value, first):
             raise TypeError(
-                f"{type(optimizer).__name__}'s state {name!r} is not sharded as its parameter is: "
+                f"{name_of_class}'s state {name!r} is not sharded as its parameter is: "
                 "it cannot be carried across a re-basing. Nothing was changed."
             )
-    if isinstance(moments, BitsandbytesMoments):
-        return moved_tensors(moments, states, parameters[0].device, factor, axis)
-    return [
-        _moved(optimizer, moments, states, name, factor, axis)
-        for name, value in states[0].items()
-        if isinstance(value, Tensor) and moments.degrees[name] != 0
-    ]
-
-
-def _moved(
-    optimizer: torch.optim.Optimizer,
-    moments: Moments,
-    states: Sequence[Mapping[str, Any]],
-    name: str,
-    factor: Tensor,
-    axis: int,
-) -> Write:
-    targets = [sharding.local(state[name]) for state in states]
-    degree = moments.degrees[name]
-    old = stack(targets)
-    if not old.is_floating_point():
-        raise TypeError(
-            f"{type(optimizer).__name__}'s state {name!r} is {old.dtype}: codes cannot be carried "
-            "across a re-basing as if they were numbers. Nothing was changed."
-        )
-    if old.ndim > axis and old.shape[axis] == factor.shape[-1]:
-        return targets, old, transfer(old, factor, degree, axis)
-    partner = (moments.partners or {}).get(name)
-    if partner is not None:
-        other = stack([state[partner] for state in states])
-        return targets, old, transfer_reduced(old, other, factor, degree, axis)
-    raise TypeError(
-        f"{type(optimizer).__name__}'s state {name!r} has shape {tuple(targets[0].shape)}, "
-        f"which does not run over the {factor.shape[-1]} columns of its parameter: it "
-        "cannot be carried across a re-basing. Nothing was changed."
-    )
+    own, grads = [sharding.local(p) for p in parameters], gradients(parameters)
+    columns, others = moments.kept(states, own[0], axis, name_of_class)
+    return FactorHistory.of(own, grads, columns, others, axis)
 
 
 def _spread_alike(value: Tensor, parameter: Tensor) -> bool:
@@ -115,7 +103,7 @@ def _spread_alike(value: Tensor, parameter: Tensor) -> bool:
 
 
 def _is_on_host_alone(value: Any, device: torch.device) -> bool:
-    """A counter: a number, or a tensor of one that is not where its parameter is."""
+    """Return whether this is a counter: a number, or a 0-d tensor that is not on the device."""
     if isinstance(value, Tensor):
         return value.ndim == 0 and value.device != device
     return isinstance(value, (int, float))

@@ -1,44 +1,15 @@
-"""How each inner optimizer's state depends on the gradient, and which way it will step.
-
-A state that is homogeneous of degree k in the gradient history moves with a re-basing: column j
-of P's is multiplied by ``beta_j**k`` and of Q's by ``alpha_j**k`` (docs/mathematics.md, moments).
-"""
+"""The optimizer classes that are known, each with its `Moments`; and why others cannot be."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 
 from scalora.arguments import described
-from scalora.moments import directions
+from scalora.moments import bitsandbytes, directions
 from scalora.moments.directions import Direction
-
-
-@dataclass(frozen=True)
-class Moments:
-    """What a re-basing has to know of one optimizer class.
-
-    Attributes:
-        degrees: state name -> degree of homogeneity in the gradient history.
-        direction: computes the coming step's direction, for ``rule="direction"``; None if unknown.
-        direction_degree: 0 if the step does not grow with the gradient (Adam), 1 if it does (SGD).
-        partners: pairs of states that factor one second moment (Adafactor).
-        linear_in_rate: whether the step is proportional to the learning rate, weight decay and all.
-    """
-
-    degrees: Mapping[str, int]
-    direction: Direction | None = None
-    direction_degree: int = 0
-    partners: Mapping[str, str] | None = None
-    linear_in_rate: bool = True
-
-    @property
-    def tensor_names(self) -> set[str]:
-        """What the optimizer calls its tensors."""
-        return set(self.degrees)
-
+from scalora.moments.moments import Moments
 
 _STEP = {"step": 0}
 _ADAM = {**_STEP, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
@@ -63,7 +34,7 @@ _TABLE: dict[type[torch.optim.Optimizer], Moments] = {
 }
 
 # Classes of libraries that need not be installed, by their full names.
-_BY_NAME: dict[str, Moments] = {}
+_BY_NAME: Mapping[str, Moments] = bitsandbytes.BY_NAME
 
 # Beginnings of the full names of classes that no degrees describe -> why, and what to use instead.
 _IMPOSSIBLE = {
@@ -132,13 +103,8 @@ def register_moments(
     )
 
 
-def register_by_name(full_name: str, entry: Moments) -> None:
-    """Add the class ``module.qualname`` without importing it; `register_moments` has precedence."""
-    _BY_NAME[full_name] = entry
-
-
 def moments_of(optimizer: torch.optim.Optimizer) -> Moments:
-    """The entry of the optimizer's class.
+    """Return the entry of the optimizer's class; one that was registered has precedence.
 
     Raises:
         TypeError: the class is not in the table.  A subclass is not its parent: it may

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def transfer(state: Tensor, factor: Tensor, degree: int, rank_axis: int) -> Tensor:
-    """State of ``degree`` in the gradient history, in the new coordinates (a new tensor).
+    """Return a state of ``degree`` in the gradient history in the new coordinates, a new tensor.
 
     The gradient of ``P diag(alpha)`` is ``g_P diag(beta)``: each factor's state carries the
     *other* factor's scaling (docs/mathematics.md, moments).
@@ -26,7 +26,7 @@ def transfer(state: Tensor, factor: Tensor, degree: int, rank_axis: int) -> Tens
 def transfer_reduced(
     state: Tensor, partner: Tensor, factor: Tensor, degree: int, rank_axis: int
 ) -> Tensor:
-    """A state that was averaged over the rank axis (Adafactor's other factor).
+    """Return a state that was averaged over the rank axis (Adafactor's other factor), moved.
 
     ``mean_j g_ij^2`` does not remember its columns.  Under the rank-one model in which Adafactor
     keeps second moments, ``v_ij = R_i C_j / mean(C)``, scaling column j by ``f_j^2`` multiplies

@@ -37,6 +37,7 @@ from scalora.peft_layers.finding import (
     peft_model,
     sharing_modules,
 )
+from scalora.peft_layers.lookup import FoundLayer, LayerLookup
 from scalora.peft_layers.merging import (
     check_mergeable,
     copied,
@@ -51,6 +52,8 @@ from scalora.storage import storage_address
 __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_FILE",
+    "FoundLayer",
+    "LayerLookup",
     "LoRAPair",
     "PeftConfig",
     "PeftModel",

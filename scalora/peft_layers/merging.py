@@ -40,7 +40,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 def check_mergeable(model: nn.Module) -> None:
     """Raise a ValueError if a bias of ``lora_bias`` has no bias of the base to be merged into."""
     for pair in all_lora_pairs(model):
-        base: Any = pair.module.get_base_layer()
+        base: Any = pair.base_layer
         biased = getattr(pair.module, "lora_bias", {}).get(pair.adapter, False)
         if biased and pair.runs and getattr(base, "bias", None) is None:
             raise ValueError(

@@ -76,17 +76,21 @@ class LoRAPair:
         carry = self.carry
         return carry is not None and carry.columns > 0
 
-    def ensure_carry(self, capacity: int) -> Carry:
-        """Return the layer's carry, made if there is none, with room for ``capacity`` columns."""
+    def ensure_carry(self, capacity: int, dtype: torch.dtype) -> Carry:
+        """Return the layer's carry, an empty one if it had none.
+
+        Args:
+            capacity: columns that it has room for, at least.
+            dtype: what its factors are kept in, at least.
+        """
         carry = self.carry
         if carry is None:
-            P, Q = self.P_parameter, self.Q_parameter
-            dtype = torch.promote_types(torch.promote_types(P.dtype, Q.dtype), torch.float32)
-            m, n = self.shape
+            P, (m, n) = self.P_parameter, self.shape
             carry = Carry(m, n, capacity, P.device, dtype, sharding.rows_of(P))
             attach_carry(self.module, self.adapter, carry)
         if carry.capacity < capacity:
             carry.grow(capacity)
+        carry.widen(dtype)
         return carry
 
     @property
@@ -185,7 +189,7 @@ class LoRAPair:
 
     def _wide_base(self) -> Tensor:
         """Return the base weight as stored, dequantized, float32 at least."""
-        return _wide(dequantized(self.module.get_base_layer()))
+        return _wide(dequantized(self.base_layer))
 
     def _product(self) -> Tensor:
         """Return ``s P Q^T``, carry included, as the base weight is stored.
@@ -208,7 +212,7 @@ class LoRAPair:
         return bool(self.module.disable_adapters)
 
     @property
-    def base_layer(self) -> nn.Module:
+    def base_layer(self) -> Any:
         """Layer of the model that PEFT's layer is around."""
         return self.module.get_base_layer()
 
@@ -248,7 +252,7 @@ class LoRAPair:
             (k, d).
         """
         if isinstance(self.module, CONVOLUTIONS):
-            base = self.module.get_base_layer()
+            base = self.base_layer
             kernel = matrix.reshape(-1, *base.weight.shape[1:])
             images = base._conv_forward(inputs.float(), kernel, None)
             return self.rows(images).index_select(0, index)
@@ -262,7 +266,9 @@ class LoRAPair:
 
     def mark_rebased(self) -> None:
         """Note on PEFT's layer that this adapter's increments were folded into the base weight."""
-        self.module.scalora_folded = folded_adapters(self.module) | {self.adapter}
+        folded = folded_adapters(self.module)
+        if self.adapter not in folded:
+            self.module.scalora_folded = folded | {self.adapter}
 
     @property
     def was_rebased(self) -> bool:

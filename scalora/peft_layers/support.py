@@ -1,4 +1,4 @@
-"""Which layers can be re-based, and where their increments can go.
+"""Reasons why a layer cannot be re-based, folded into, carried or measured.
 
 Held by tests/peft_layers/test_layers.py and tests/rebasing/test_quantized_backends.py.
 """
@@ -50,7 +50,7 @@ def why_not_dense(pair: LoRAPair) -> str | None:
     reason = _why_not_rebased(pair, _PRESERVED_VARIANTS)
     if reason is not None:
         return reason
-    weight = pair.module.get_base_layer()._parameters.get("weight")
+    weight = pair.base_layer._parameters.get("weight")
     if weight is None:
         return "its base weight is computed from others (a parametrization)"
     plain = type(weight) in (*_PARAMETERS, *_TENSORS)
@@ -94,7 +94,7 @@ def _why_not_rebased(pair: LoRAPair, variants: tuple[type, ...]) -> str | None:
             return "its factors are sharded"
     if sharding.layout(pair.P_parameter) != sharding.layout(pair.Q_parameter):
         return "its factors are sharded differently"
-    base = module.get_base_layer()
+    base = pair.base_layer
     if isinstance(base, NonDynamicallyQuantizableLinear):
         return "PEFT adds the adapter of a MultiheadAttention's out_proj twice"
     if isinstance(module, CONVOLUTIONS):

@@ -1,33 +1,29 @@
-"""One re-basing of all LoRA layers: read, solve, fold, carry the moments; all or nothing."""
+"""One re-basing of all LoRA layers: batch, scale, fold, carry the moments; all or nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from scalora import sharding
 from scalora.carry import Carry
-from scalora.moments import Moments, transfer
-from scalora.moments.inner_states import moved_states
+from scalora.moments import Moments
 from scalora.options import RebasingOptions
-from scalora.peft_layers import LoRAPair
+from scalora.peft_layers import LayerLookup, LoRAPair
 from scalora.rebasing.accumulators import (
     Accumulator,
     CarryAccumulator,
     DenseAccumulator,
     LayerMemory,
-    increment,
     increment_columns,
-    increment_of_P,
 )
-from scalora.rebasing.batches import LayerBatch
-from scalora.rebasing.scalings import OptimalColumns, RememberedColumns
-from scalora.sharding.stacks import Write, gradients, stack
-
-_P_RANK_AXIS, _Q_RANK_AXIS = 2, 1  # of a stack (layers, *parameter shape)
+from scalora.rebasing.batches import Batching
+from scalora.rebasing.forgetting import Forgetting
+from scalora.rebasing.optimal_step import OptimalStep
+from scalora.rebasing.sketch import FrozenSketches
+from scalora.step_length.learned_steps import LearnedSteps
 
 
 class Rebaser:
@@ -37,6 +33,14 @@ class Rebaser:
         pairs: the layers that can be re-based -> where their increments go, "dense" or "carry".
         options: the user's choices.
         moments: how the optimizer's state depends on the gradient.
+
+    Attributes:
+        pairs: the layers.
+        layers: finds their tensors.
+        places: layer name -> "dense" or "carry".
+        memory: layer name -> what is kept of it from step to step.
+        learned: what each layer has learned since it was last re-based.
+        frozen: sketches of what was frozen, for reports and logs alone.
     """
 
     def __init__(
@@ -52,58 +56,61 @@ class Rebaser:
             "dense": DenseAccumulator(options, self.memory),
             "carry": self._carry_accumulator,
         }
-        self.remembered = RememberedColumns(options, moments)
-        optimal = OptimalColumns(options, moments, self.memory)
-        self._rule = self.remembered if options.scales_P_alone else optimal
-        self._last: list[tuple[list[str], Tensor, Tensor]] = []
+        self.learned = LearnedSteps()
+        self._rule: Forgetting | OptimalStep
+        if options.scales_P_alone:
+            self._rule = Forgetting(options, moments, self.learned)
+        else:
+            self._rule = OptimalStep(options, moments, self.memory)
+        self.frozen = FrozenSketches(pairs)
+        self.layers = LayerLookup(self.pairs)
+        self._batching = Batching(self.layers, self._key)
+        self._last: list[tuple[list[str], Tensor, Tensor | None]] = []
 
     @property
     def last_scaling(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Layer name -> (alpha, beta), each (r,), of the newest re-basing."""
-        return {
-            name: (alpha[i], beta[i])
-            for names, alpha, beta in self._last
-            for i, name in enumerate(names)
-        }
-
-    @property
-    def newest_layers(self) -> list[str]:
-        """Names of the layers that the newest re-basing re-based."""
-        return [name for names, *_ in self._last for name in names]
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        for names, alpha, beta in self._last:
+            beta = torch.ones_like(alpha) if beta is None else beta
+            found |= zip(names, zip(alpha, beta, strict=True), strict=True)
+        return found
 
     def kept_tensors(self) -> list[Tensor]:
-        """Everything kept between steps: products, residuals, carries, and the newest scaling."""
-        kept = [factor for _, *factors in self._last for factor in factors]
+        """Return all that is kept between steps."""
+        kept = [factor for _, *both in self._last for factor in both if factor is not None]
         for carry in self._carries().values():
             kept += [carry.up, carry.down, carry.cut]
         for memory in self.memory.values():
-            kept += [t for t in (memory.product, memory.residual) if t is not None]
+            kept += [t for t in (memory.lipschitz_lr, memory.residual) if t is not None]
         return kept
 
     def forget(self) -> None:
-        """As if nothing had been re-based."""
+        """Begin anew, as if nothing had been re-based."""
         for memory in self.memory.values():
-            memory.product = memory.residual = None
-        self.remembered.learned.load(None)
+            memory.lipschitz_lr = memory.residual = None
+        self.learned.load(None)
         self._last = []
 
-    def layer_states(self) -> dict[str, dict[str, Any]]:
-        """Layer name -> what `remember` needs of it."""
+    def saved_layers(self) -> dict[str, dict[str, Any]]:
+        """Return, for every layer name, what `load_layers` needs."""
         carries = self._carries()
         return {
             name: {
-                "product": memory.product,
+                "product": memory.lipschitz_lr,
                 "residual": memory.residual,
                 "carry": carries[name].state() if name in carries else None,
             }
             for name, memory in self.memory.items()
         }
 
-    def remember(self, layers: Mapping[str, Mapping[str, Any]], rebased: Collection[str]) -> None:
-        """Take up what ``layers`` holds for each layer, on the layer's device.
+    def load_layers(
+        self, layers: Mapping[str, Mapping[str, Any]], rebased: Collection[str]
+    ) -> None:
+        """Take up what was saved of each layer, on the layer's device.
 
         Args:
-            layers: what `layer_states` returned.
+            layers: what `saved_layers` returned.
             rebased: names of the layers whose base weights have taken in increments.
         """
         for pair in self.pairs:
@@ -112,13 +119,13 @@ class Rebaser:
                 layers[pair.name],
                 pair.P_parameter.device,
             )
-            memory.product = _copy_to(saved["product"], device)
+            memory.lipschitz_lr = _copy_to(saved["product"], device)
             memory.residual = _copy_to(saved["residual"], device)
             if pair.name in rebased:
                 pair.mark_rebased()
-            self._remember_carry(pair, saved.get("carry"))
+            self._load_carry(pair, saved.get("carry"))
 
-    def _remember_carry(self, pair: LoRAPair, saved: dict[str, Tensor] | None) -> None:
+    def _load_carry(self, pair: LoRAPair, saved: dict[str, Tensor] | None) -> None:
         if saved is not None:
             self._carry_accumulator.carry_of(pair).load(saved)
         elif pair.carry is not None:
@@ -137,15 +144,27 @@ class Rebaser:
 
         Args:
             optimizer: the inner optimizer; its state and the gradients change coordinates.
-            count: how many re-basings came before, part of the rounding noise's seed.
+            count: the number of this re-basing, part of the rounding noise's seed.
         """
-        pairs = [p for p in self.pairs if self._accumulator(p).takes(p, self._columns(p))]
         self._last = []
-        for batch, alpha, beta in self._rule.scalings(pairs, optimizer, self._key):
-            columns = self._columns(batch.pairs[0])
-            self._accumulator(batch.pairs[0]).make_room(batch.pairs, columns)
-            alpha, beta = self._apply(batch, optimizer, alpha, beta, count)
-            self._last.append(([pair.name for pair in batch.pairs], alpha, beta))
+        seen = []
+        takes = self._takes if self.options.when_full == "hold" else None
+        batches = self._batching.of_step(optimizer, self._rule.step_key, takes)
+        try:
+            for found in self._rule.rebased(batches, optimizer):
+                pairs = found.batch.pairs
+                accumulator = self._accumulator(pairs[0])
+                accumulator.make_room(pairs, self._columns(pairs[0]))
+                accumulator.commit(pairs, found.left, found.right, found.writes, count)
+                seen.append(self.frozen.project(pairs, found.left, found.right))
+                self._last.append(([pair.name for pair in pairs], found.alpha, found.beta))
+        finally:
+            self.frozen.add(seen)
+
+    def _takes(self, pair: LoRAPair) -> bool:
+        """Return whether the layer is still re-based: a carry that is held may be full."""
+        accumulator = self._accumulator(pair)
+        return accumulator.takes(pair, self._columns(pair))
 
     def _columns(self, pair: LoRAPair) -> int:
         return increment_columns(pair, P_alone=self.options.scales_P_alone)
@@ -153,76 +172,10 @@ class Rebaser:
     def _accumulator(self, pair: LoRAPair) -> Accumulator:
         return self._accumulators[self.places[pair.name]]
 
-    def _key(self, pair: LoRAPair) -> tuple[Any, ...]:
+    def _key(self, pair: LoRAPair) -> Hashable:
+        """Return what must agree for layers to be served by one call of an accumulator."""
         return self.places[pair.name], self._accumulator(pair).key(pair)
-
-    def _apply(
-        self,
-        batch: LayerBatch,
-        optimizer: torch.optim.Optimizer,
-        alpha: Tensor,
-        beta: Tensor | None,
-        count: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Commit one batch; returns the scaling that was applied."""
-        P, Q, own = stack(batch.P), stack(batch.Q), sharding.own_rows(batch.Q[0])
-        writes: list[Write] = [(batch.P, P, transfer(P, alpha, 1, _P_RANK_AXIS))]
-        if beta is not None:
-            writes.append((batch.Q, Q, transfer(Q, beta[:, own], 1, _Q_RANK_AXIS)))
-            writes += self._moved(batch.P, optimizer, beta, _P_RANK_AXIS)
-        writes += self._moved(batch.Q, optimizer, alpha[:, own], _Q_RANK_AXIS)
-        writes = [(targets, old, new.to(old.dtype)) for targets, old, new in writes]
-
-        totals = [
-            new.flatten(1).sum(1, dtype=torch.promote_types(new.dtype, torch.float32))
-            for *_, new in writes
-        ]
-        if beta is None:
-            totals.append(Q.flatten(1).sum(1, dtype=totals[0].dtype))
-        finite = sharding.everywhere(torch.stack(totals).isfinite().all(0), batch.P[0])
-        writes = [(targets, old, _where(finite, new, old)) for targets, old, new in writes]
-        alpha = _where(finite, alpha, torch.ones_like(alpha))
-        if beta is None:
-            columns = sharding.own_columns(Q, batch.Q[0])
-            left, right = increment_of_P(P, writes[0][2], columns, finite)
-            beta = torch.ones_like(alpha)
-        else:
-            beta = _where(finite, beta, torch.ones_like(beta))
-            left, right = increment(*_factors(batch, writes, beta), alpha * beta)
-        accumulator = self._accumulator(batch.pairs[0])
-        accumulator.commit(batch.pairs, left, right, writes, count)
-        return alpha, beta
-
-    def _moved(
-        self,
-        parameters: Sequence[nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        factor: Tensor,
-        axis: int,
-    ) -> list[Write]:
-        """The gradients and moments of one factor of every layer, under the other's scaling."""
-        grads = gradients(parameters)
-        stacked = stack(grads)
-        moved = transfer(stacked, factor, 1, axis)
-        states = moved_states(optimizer, self.moments, parameters, factor, axis)
-        return [(grads, stacked, moved), *states]
-
-
-def _factors(
-    batch: LayerBatch, writes: Sequence[Write], beta: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """P before and after, own rows; Q, own columns.  ``writes`` begin with these."""
-    (_, P, P_new), (_, Q, Q_new), *_ = writes
-    if sharding.is_sharded(batch.Q[0]):
-        # The same products as of the own rows, to the bit: cheaper than sending them as well.
-        Q = sharding.own_columns(Q, batch.Q[0])
-        Q_new = transfer(Q, beta, 1, _Q_RANK_AXIS).to(Q.dtype)
-    return P, P_new, Q, Q_new
 
 
 def _copy_to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     return None if tensor is None else tensor.detach().clone().to(device)
-
-
-def _where(layers: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    return torch.where(layers.reshape(-1, *(1,) * (new.ndim - 1)), new, old)

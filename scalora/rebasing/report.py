@@ -198,7 +198,7 @@ def _age(pair: LoRAPair, rebaser: Rebaser, optimizer: torch.optim.Optimizer) -> 
     grad = widened(torch.zeros_like(P) if P.grad is None else P.grad)
     state = stacked_states(optimizer, moments, [P])
     direction = moments.direction(widened(P.detach())[None], grad[None], state, group)[0]
-    peak = float(rebaser.remembered.learned.peak(index, host_rate(group["lr"])))
+    peak = float(rebaser.learned.peak(index, host_rate(group["lr"])))
     columns = widened(P.detach()).flatten(1).norm(dim=0)
     step = peak * float(direction.flatten(1).norm()) / pair.rank**0.5
     age = float(columns.mean()) / step if step > 0 else inf

@@ -12,7 +12,6 @@ from scalora import peft_layers
 from scalora.guards.stale_layers import ExpectedWeights
 from scalora.options import RebasingOptions
 from scalora.rebasing.rebaser import Rebaser
-from scalora.rebasing.sketch import FrozenSketches
 from scalora.resuming.same_run import STATE_VERSION, check_same_run
 from scalora.step_length.calibration import StepCalibration
 
@@ -36,7 +35,7 @@ class RunState:
         self.options = options
         self.rebaser = rebaser
         self.calibration = StepCalibration(options.calibration_steps)
-        self.frozen = FrozenSketches({pair: rebaser.places[pair.name] for pair in rebaser.pairs})
+        self.frozen = rebaser.frozen
         self.steps = self.rebase_count = 0
         self.expected = ExpectedWeights()
 
@@ -78,9 +77,9 @@ class RunState:
             | dict(self.expected.base),
             "adapter": peft_layers.adapter_checksums([p for p in pairs if p.carry is not None])
             | dict(self.expected.adapter),
-            "layers": self.rebaser.layer_states(),
-            "learned": self.rebaser.remembered.learned.state(),
-            "step_length": self.calibration.state(self._factors()),
+            "layers": self.rebaser.saved_layers(),
+            "learned": self.rebaser.learned.saved(),
+            "step_length": self.calibration.saved(self._factors()),
             "frozen": self.frozen.state(),
         }
 
@@ -93,8 +92,8 @@ class RunState:
         check_same_run(own, self.kind())
         self.steps, self.rebase_count = own["steps"], own["rebase_count"]
         self.expected.expect(own)
-        self.rebaser.remember(own["layers"], rebased=own["base"])
-        self.rebaser.remembered.learned.load(own["learned"])
+        self.rebaser.load_layers(own["layers"], rebased=own["base"])
+        self.rebaser.learned.load(own["learned"])
         self.frozen.load(own.get("frozen"), self.rebase_count)
         self._load_calibration(own["step_length"])
 

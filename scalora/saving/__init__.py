@@ -5,7 +5,7 @@ from scalora.saving.export import Export, export_checkpoint
 from scalora.saving.merged import save_merged
 from scalora.saving.pretrained import Base, change_since, pretrained_weights
 from scalora.saving.sharded_checkpoint import load_sharded, save_sharded
-from scalora.saving.spectrum import delta_spectrum, effective_rank, entropy_rank
+from scalora.saving.spectrum import delta_spectrum, effective_rank, entropy_rank, plot_spectrum
 from scalora.saving.training_state import (
     load_rebased_weights,
     load_training_state,
@@ -25,6 +25,7 @@ __all__ = [
     "load_rebased_weights",
     "load_sharded",
     "load_training_state",
+    "plot_spectrum",
     "pretrained_weights",
     "save_adapter",
     "save_merged",

@@ -43,7 +43,7 @@ _TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Export:
-    """What `export_checkpoint` wrote.
+    """Result of `export_checkpoint`.
 
     Attributes:
         folder: the folder that was written.
@@ -117,7 +117,7 @@ class _Checkpoint:
 
     @property
     def needs_base(self) -> bool:
-        """Whether part of what was learned is, or could be, in the base weights."""
+        """Return whether part of what was learned is, or could be, in the base weights."""
         folds = self.file.base_dtype is not None
         return folds or peft_layers.config_moves_base(self.adapter)
 
@@ -185,6 +185,7 @@ def _export_merged(
     full_precision_base: str | None,
     dtype: torch.dtype | None,
 ) -> Export:
+    """Write the merged model and the tokenizer."""
     model, errors = _merged(read, base, full_precision_base, dtype)
     with folder_written_whole(folder, MODEL_CONFIG) as staged:
         transformers_models.write_model(model, staged)
@@ -193,6 +194,7 @@ def _export_merged(
 
 
 def _export_adapter(read: _Checkpoint, folder: Path, base: str | None, rank: int | None) -> Export:
+    """Write the adapter and the tokenizer."""
     model, start = _adapted(read, base)
     with folder_written_whole(folder, ADAPTER_CONFIG) as staged:
         name = peft_layers.active_adapter(model)

@@ -1,12 +1,20 @@
-"""Singular values and effective rank of everything that was learned."""
+"""Singular values and effective rank of everything that was learned, as numbers or a figure."""
 
 from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from scalora import peft_layers
 from scalora.arguments import check_model
+from scalora.plotting import spectra_figure, write_figure
 from scalora.saving.pretrained import Base, weight_changes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @torch.no_grad()
@@ -22,7 +30,7 @@ def delta_spectrum(
         adapter_name: None for the active adapter.
 
     Returns:
-        Layer name -> singular values, descending, (min(m, n),), float32 at least.  Layers whose
+        Layer name -> singular values, descending, (min(m, n),), float32 at least. Layers whose
         change is not one matrix (grouped convolutions, for example) are left out.
 
     Raises:
@@ -46,10 +54,50 @@ def effective_rank(
 
     Args:
         model, base, adapter_name: as in `delta_spectrum`.
+
+    Raises:
+        ValueError: as in `delta_spectrum`.
     """
     check_model(model, "effective_rank")
     spectra = delta_spectrum(model, base, adapter_name=adapter_name)
     return {name: entropy_rank(spectrum) for name, spectrum in spectra.items()}
+
+
+@torch.no_grad()
+def plot_spectrum(
+    model: nn.Module,
+    base: Base | None = None,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    adapter_name: str | None = None,
+) -> Figure:
+    """Return a figure of the spectrum of what was learned, against the rank where LoRA ends.
+
+    One thin line per layer, a thick one for their mean; singular values are relative to each
+    layer's largest. A dashed line marks the adapter's r. The title has the share of the change's
+    energy (squared Frobenius norm) beyond that rank, mean of the layers.
+
+    Args:
+        model, base, adapter_name: as in `delta_spectrum`.
+        path: a file to write the figure to as well; its suffix names the format (.png, .svg, .pdf).
+
+    Returns:
+        A figure of matplotlib's, which ``savefig`` writes and a notebook shows.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: as in `delta_spectrum`; or no layer has changed; or a path of no known format.
+    """
+    check_model(model, "plot_spectrum")
+    spectra = delta_spectrum(model, base, adapter_name=adapter_name)
+    pairs = peft_layers.lora_pairs(model, adapter_name or peft_layers.active_adapter(model))
+    figure = spectra_figure(
+        {name: spectrum.tolist() for name, spectrum in spectra.items()},
+        {pair.rank for pair in pairs if pair.name in spectra},
+    )
+    if path is not None:
+        write_figure(figure, path)
+    return figure
 
 
 def entropy_rank(spectrum: Tensor) -> float:

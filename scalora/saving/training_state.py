@@ -6,6 +6,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from scalora import peft_layers, sharding, transformers_models
@@ -111,9 +112,10 @@ def load_rebased_weights(
     for pair in pairs:
         saved = file.carry(pair.name)
         if saved is not None:
-            pair.ensure_carry(int(saved["capacity"])).load(saved)
+            pair.ensure_carry(int(saved["capacity"]), saved["up"].dtype).load(saved)
         elif pair.carry is not None or file.values["places"][pair.name] == "carry":
-            pair.ensure_carry(2 * pair.rank).clear()
+            # Whoever fills it widens it.
+            pair.ensure_carry(2 * pair.rank, torch.float16).clear()
         if pair.name in file.values["base"]:
             pair.mark_rebased()
     if file.values["rebase_count"]:

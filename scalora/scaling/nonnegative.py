@@ -42,7 +42,12 @@ def minimize_nonnegative(H: Tensor, lam: Tensor) -> Tensor:
 
 
 def _interior_point(H: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
-    """Primal ``x`` and dual ``z = H x - lam`` for a unit-diagonal ``H`` and ``max |lam| = 1``."""
+    """Return the primal ``x`` and the dual ``z = H x - lam``: (layers, k) each.
+
+    Args:
+        H: (layers, k, k), with a unit diagonal.
+        lam: (layers, k), with ``max |lam| = 1``.
+    """
     k = lam.shape[-1]
     tolerance = 16 * torch.finfo(H.dtype).eps
     x, z = torch.ones_like(lam), torch.ones_like(lam)
@@ -70,7 +75,7 @@ def _interior_point(H: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _polish(H: Tensor, lam: Tensor, x: Tensor, free: Tensor) -> Tensor:
-    """The exact optimum on the free coordinates, where it is one; ``x`` elsewhere."""
+    """Return the optimum on the free coordinates where that is the optimum, else ``x``."""
     pairs = free.unsqueeze(-1) & free.unsqueeze(-2)
     identity = torch.eye(lam.shape[-1], dtype=H.dtype, device=H.device)
     factor, _ = torch.linalg.cholesky_ex(torch.where(pairs, H, identity))
@@ -94,7 +99,7 @@ def _objective(H: Tensor, lam: Tensor, x: Tensor) -> Tensor:
 
 
 def _step_length(x: Tensor, dx: Tensor, z: Tensor, dz: Tensor) -> Tensor:
-    """The longest step up to 1 that keeps ``x`` and ``z`` non-negative: (..., 1)."""
+    """Return the longest step up to 1 that keeps ``x`` and ``z`` non-negative: (..., 1)."""
     both, move = torch.cat([x, z], -1), torch.cat([dx, dz], -1)
     limit = torch.where(move < 0, -both / move, torch.full_like(both, torch.inf))
     return limit.amin(-1, keepdim=True).clamp_max(1.0)

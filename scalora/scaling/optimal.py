@@ -1,4 +1,4 @@
-"""``optimal_scaling``: the mathematics alone, on tensors."""
+"""``optimal_scaling``: what a re-basing computes, for tensors that belong to no model."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from scalora.scaling import rules
 from scalora.scaling.quadratic import quadratic_model
-
-LearningRate = float | Tensor
+from scalora.scaling.rules import SOLVERS, LearningRate, column_scaling
 
 DEFAULT_BOUND = 1e3
 
@@ -31,7 +29,7 @@ def optimal_scaling(
     direction_degree: int = 0,
     bound: float = DEFAULT_BOUND,
 ) -> tuple[Tensor, Tensor]:
-    """Column scalings that bring one step closest to the full fine-tuning step.
+    """Return the column scalings that bring one step closest to the full fine-tuning step.
 
     With ``W = W0 + s P Q^T`` the pair may be replaced by ``P diag(alpha)`` and ``Q diag(beta)``,
     the difference frozen.  This returns the non-negative ``alpha`` and ``beta`` that minimise
@@ -69,8 +67,8 @@ def optimal_scaling(
     if rule == "none":
         ones = torch.ones_like(P[..., 0, :], dtype=result_dtype)
         return ones, ones.clone()
-    if rule not in rules.SOLVERS:
-        raise ValueError(f"rule={rule!r} is not one of {[*rules.SOLVERS, 'none']}.")
+    if rule not in SOLVERS:
+        raise ValueError(f"rule={rule!r} is not one of {[*SOLVERS, 'none']}.")
     given = [d for d in (direction_P, direction_Q) if d is not None]
     if len(given) != (2 if rule == "direction" else 0):
         raise ValueError(
@@ -86,18 +84,20 @@ def optimal_scaling(
         if not isinstance(rate, Tensor) and not (rate > 0 and math.isfinite(rate)):
             raise ValueError(f"lr={rate} must be positive and finite.")
 
-    model = quadratic_model(P, Q, grad_P, grad_Q, direction_P, direction_Q, scaling)
-    x = rules.solve(model, rule)
-    if lipschitz == "auto":
-        plain = rules.plain_weights(model, lr_P, lr_Q)
-        constant = rules.matching_lipschitz(x, plain, direction_degree, model, direction_degree)
-        x = x / constant.unsqueeze(-1)
-    elif isinstance(lipschitz, str) or not (lipschitz > 0 and math.isfinite(lipschitz)):
+    matched = lipschitz == "auto"
+    if not matched and (
+        isinstance(lipschitz, str) or not (lipschitz > 0 and math.isfinite(lipschitz))
+    ):
         raise ValueError(f"lipschitz={lipschitz!r} must be 'auto' or a positive number.")
-    else:
-        x = x / lipschitz
-    alpha, beta = rules.scaling_from_weights(model, x, lr_P, lr_Q, direction_degree, bound)
-    return alpha.to(result_dtype), beta.to(result_dtype)
+
+    found = column_scaling(
+        quadratic_model(P, Q, grad_P, grad_Q, direction_P, direction_Q, scaling, direction_degree),
+        rule,
+        (lr_P, lr_Q),
+        bound=bound,
+        lipschitz=None if matched else float(lipschitz),
+    )
+    return found.alpha.to(result_dtype), found.beta.to(result_dtype)
 
 
 def _check_shapes(
@@ -108,6 +108,7 @@ def _check_shapes(
     direction_P: Tensor | None,
     direction_Q: Tensor | None,
 ) -> None:
+    """Raise a ValueError if shapes do not belong together."""
     if P.ndim < 2 or Q.ndim != P.ndim or P.shape[:-2] != Q.shape[:-2] or P.shape[-1] != Q.shape[-1]:
         raise ValueError(
             f"P {tuple(P.shape)} and Q {tuple(Q.shape)} must be (..., m, r) and (..., n, r); "

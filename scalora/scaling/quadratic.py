@@ -4,11 +4,13 @@ One step of the inner optimizer on the re-based pair moves the weight, to first 
 learning rates, by ``D(x) = -sum_i x_i M_i`` with the 2r rank-one matrices
 ``M_j = s P_j U_Q,j^T`` and ``M_{r+j} = s U_P,j Q_j^T``.  Minimising ``|D* - D(x)|^2`` with the
 full fine-tuning step ``D* = -G/L`` is ``min 1/2 x^T H x - lambda^T x``: ``H`` is the Gram matrix
-of the ``M_i`` and ``lambda_i = <G, M_i>`` (for L = 1).  Derivation: docs/mathematics.md.
+of the ``M_i`` and ``lambda_i = <G, M_i>`` (for L = 1).  Derivation: docs/mathematics.md, the
+optimal scaling.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,10 +25,13 @@ class QuadraticModel(NamedTuple):
     Attributes:
         H: (..., 2r, 2r), positive semidefinite, in the solver's dtype.
         lam: (..., 2r), for L = 1.
+        degree: of the directions U in the gradient, so that ``x`` stands for the scalings
+            ``alpha = (x_P / lr_Q)^(1/(1+degree))`` and ``beta = (x_Q / lr_P)^(1/(1+degree))``.
     """
 
     H: Tensor
     lam: Tensor
+    degree: int = 1
 
     @property
     def rank(self) -> int:
@@ -34,19 +39,25 @@ class QuadraticModel(NamedTuple):
         return self.lam.shape[-1] // 2
 
     def step_size(self, x: Tensor) -> Tensor:
-        """Predicted Frobenius norm of the weight's move, ``sqrt(x^T H x)``: (...,)."""
+        """Return the predicted Frobenius norm of the weight's move, ``sqrt(x^T H x)``: (...,)."""
         squared = torch.einsum("...i,...ij,...j->...", x, self.H, x)
         return squared.clamp_min(0).sqrt()
 
     def tied(self) -> QuadraticModel:
-        """The same model with the columns of each factor tied together: rank 1, 2 x 2."""
+        """Return the model with the columns of each factor tied together: rank 1, H 2 x 2."""
         r = self.rank
         blocks = self.H.unflatten(-1, (2, r)).unflatten(-3, (2, r)).sum(dim=(-3, -1))
-        return QuadraticModel(blocks, self.lam.unflatten(-1, (2, r)).sum(-1))
+        return QuadraticModel(blocks, self.lam.unflatten(-1, (2, r)).sum(-1), self.degree)
+
+
+def joined(models: Sequence[QuadraticModel]) -> QuadraticModel:
+    """Return several models of one rank and degree, (layers, ...) each, as one."""
+    H, lam = (torch.cat(parts) for parts in ([m.H for m in models], [m.lam for m in models]))
+    return QuadraticModel(H, lam, models[0].degree)
 
 
 def solver_dtype(device: torch.device) -> torch.dtype:
-    """float64, or float32 where the device has no float64 (MPS)."""
+    """Return float64, or float32 where the device has no float64 (MPS)."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -58,6 +69,7 @@ def quadratic_model(
     direction_P: Tensor,
     direction_Q: Tensor,
     scaling: float = 1.0,
+    degree: int = 1,
     rows: Rows = HERE,
 ) -> QuadraticModel:
     """Build ``H`` and ``lambda`` for any number of leading batch dimensions.
@@ -70,6 +82,7 @@ def quadratic_model(
         P, grad_P, direction_P: (..., m, r).
         Q, grad_Q, direction_Q: (..., n, r).
         scaling: PEFT's ``s`` in ``W = W0 + s P Q^T``.
+        degree: of the directions in the gradient.
         rows: who holds the m and the n rows; with several processes these are the rows held here,
             and all processes find the same model.
     """
@@ -99,11 +112,11 @@ def quadratic_model(
     )
     H = H * (scaling * scaling) * unit.unsqueeze(-1) * unit.unsqueeze(-2)
     lam = torch.cat([descent_Q * grad_unit_Q, descent_P * grad_unit_P], dim=-1) * unit
-    return QuadraticModel(H, lam)
+    return QuadraticModel(H, lam, degree)
 
 
 def _largest(matrix: Tensor) -> Tensor:
-    """The largest entry of (..., k, r), without its sign: (..., 1)."""
+    """Return the largest magnitude among the entries of (..., k, r): (..., 1)."""
     if matrix.shape[-2] == 0:  # more processes than rows
         return matrix.new_zeros(*matrix.shape[:-2], 1)
     return matrix.abs().amax(dim=(-2, -1)).unsqueeze(-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,20 +11,78 @@ from torch import Tensor
 from scalora.scaling.nonnegative import minimize_nonnegative
 from scalora.scaling.quadratic import QuadraticModel
 
+LearningRate = float | Tensor
+
+
+class ColumnScaling(NamedTuple):
+    """The scaling of both factors' columns, and its magnitude.
+
+    Attributes:
+        alpha: (..., r), of P's columns.
+        beta: (..., r), of Q's.
+        lipschitz_lr: (...,), the smoothness constant L times the geometric mean of the two learning
+            rates; NaN where it is still to be matched.
+    """
+
+    alpha: Tensor
+    beta: Tensor
+    lipschitz_lr: Tensor
+
+
+def column_scaling(
+    model: QuadraticModel,
+    rule: str,
+    lr: tuple[LearningRate, LearningRate],
+    *,
+    bound: float,
+    lipschitz: float | None = None,
+    held: Tensor | None = None,
+    step_model: Callable[[], QuadraticModel] | None = None,
+) -> ColumnScaling:
+    """Return the scaling that a rule chooses for a model (docs/mathematics.md, the magnitude).
+
+    Args:
+        model: of the directions that the rule assumes.
+        rule: one of `SOLVERS`.
+        lr: of P and of Q; each a float or a tensor that broadcasts with (..., 1).
+        bound: every factor stays within ``[1/bound, bound]``.
+        lipschitz: the smoothness constant L; None: the L with which the coming step is predicted
+            to be as long as plain LoRA's.
+        held: (...,), the ``lipschitz_lr`` to keep instead; NaN where there is none yet.
+        step_model: of the directions in which the coming step really goes, if those are not the
+            rule's.  Called only if a length has to be matched.
+
+    Returns:
+        alpha and beta positive, in the solver's dtype.
+    """
+    x = _solve(model, rule)
+    rate = (lr[0] * lr[1]) ** 0.5
+    if lipschitz is not None:
+        lipschitz_lr = (torch.ones_like(x[..., :1]) * (lipschitz * rate)).squeeze(-1)
+    elif held is not None and _all_known(held):
+        lipschitz_lr = held
+    else:
+        step = model if step_model is None else step_model()
+        lipschitz_lr = _matching_lipschitz_lr(model, x, step, (lr[0] / rate, lr[1] / rate))
+        if held is not None:
+            lipschitz_lr = torch.where(held.isnan(), lipschitz_lr, held)
+    x = x * rate / lipschitz_lr.unsqueeze(-1)
+    return ColumnScaling(*_scaling_from_weights(model, x, lr, bound), lipschitz_lr)
+
 
 def exact(model: QuadraticModel) -> Tensor:
-    """The non-negative optimum of the model with L = 1: (..., 2r)."""
+    """Return the non-negative optimum of the model with L = 1: (..., 2r)."""
     return minimize_nonnegative(model.H, model.lam)
 
 
 def scalar(model: QuadraticModel) -> Tensor:
-    """One scalar for all columns of P and one for Q, both non-negative and optimal: (..., 2r)."""
+    """Return the optimum with one non-negative scalar for P and one for Q: (..., 2r)."""
     tied = model.tied()
     return minimize_nonnegative(tied.H, tied.lam).repeat_interleave(model.rank, dim=-1)
 
 
 def paper(model: QuadraticModel) -> Tensor:
-    """The published theorem (arXiv 2510.23818): ``H^-1 lambda`` where that is non-negative.
+    """Return the published theorem (arXiv 2510.23818): ``H^-1 lambda`` if that is non-negative.
 
     Elsewhere its fallback, one scalar for each factor: (..., 2r).
     """
@@ -45,54 +104,17 @@ SOLVERS: dict[str, Callable[[QuadraticModel], Tensor]] = {
 }
 
 
-def solve(model: QuadraticModel, rule: str) -> Tensor:
-    """The rule's ``x`` for L = 1, zero where the model is not live: (..., 2r)."""
-    alive = live(model).unsqueeze(-1)
+def _solve(model: QuadraticModel, rule: str) -> Tensor:
+    """Return the rule's ``x`` for L = 1, zero where the model is not live: (..., 2r)."""
+    alive = _live(model).unsqueeze(-1)
     lam = torch.where(alive, model.lam, torch.zeros_like(model.lam))
     identity = torch.eye(lam.shape[-1], dtype=lam.dtype, device=lam.device)
     H = torch.where(alive.unsqueeze(-1), model.H, identity)
-    return SOLVERS[rule](QuadraticModel(H, lam))
+    return SOLVERS[rule](model._replace(H=H, lam=lam))
 
 
-def plain_weights(model: QuadraticModel, lr_P: float | Tensor, lr_Q: float | Tensor) -> Tensor:
-    """The ``x`` of plain LoRA, ``alpha = beta = 1``: ``[lr_Q; lr_P]``, (..., 2r)."""
-    ones = torch.ones_like(model.lam)
-    return torch.cat([ones[..., : model.rank] * lr_Q, ones[..., model.rank :] * lr_P], dim=-1)
-
-
-def matching_lipschitz(
-    x: Tensor,
-    plain: Tensor,
-    degree: int,
-    step: QuadraticModel,
-    step_degree: int,
-) -> Tensor:
-    """The L at which ``x / L`` makes the coming step as long as plain LoRA's: (...,).
-
-    A rule whose directions have ``degree`` d scales by ``f = (x / (L lr))^(1/(1+d))``.  The inner
-    optimizer, whose own directions ``step`` and ``step_degree`` describe, then moves the weight by
-    ``|[lr_Q alpha^(1+step_degree); lr_P beta^(1+step_degree)]|_H``, and plain LoRA's by the same
-    with ``f = 1``.
-
-    Args:
-        x: (..., 2r), the rule's weights for L = 1.
-        plain: (..., 2r), plain LoRA's (`plain_weights`).
-        degree: of the directions that the rule assumes.
-        step: the quadratic model of the inner optimizer's directions.
-        step_degree: of those.
-
-    Returns:
-        NaN where there is nothing to match yet.
-    """
-    factors = (x / plain).pow(1 / (1 + degree))
-    ratio = step.step_size(plain * factors.pow(1 + step_degree)) / step.step_size(plain)
-    constant = ratio.pow((1 + degree) / (1 + step_degree))
-    usable = live(step) & torch.isfinite(constant) & (constant > 0)
-    return torch.where(usable, constant, torch.nan)
-
-
-def live(model: QuadraticModel) -> Tensor:
-    """Where there is something to scale: (...,), bool.
+def _live(model: QuadraticModel) -> Tensor:
+    """Return where there is something to scale: (...,), bool.
 
     False for a non-finite gradient and for a factor that is still zero, as PEFT's ``lora_B`` is at
     first (H is singular then).
@@ -102,26 +124,58 @@ def live(model: QuadraticModel) -> Tensor:
     return finite & moving
 
 
-def scaling_from_weights(
+def _plain_weights(model: QuadraticModel, lr: tuple[LearningRate, LearningRate]) -> Tensor:
+    """Return the ``x`` of plain LoRA, ``alpha = beta = 1``: ``[lr_Q; lr_P]``, (..., 2r)."""
+    ones = torch.ones_like(model.lam)
+    return torch.cat([ones[..., : model.rank] * lr[1], ones[..., model.rank :] * lr[0]], dim=-1)
+
+
+def _matching_lipschitz_lr(
     model: QuadraticModel,
     x: Tensor,
-    lr_P: float | Tensor,
-    lr_Q: float | Tensor,
-    degree: int,
-    bound: float,
+    step: QuadraticModel,
+    rates: tuple[LearningRate, LearningRate],
+) -> Tensor:
+    """Return the L times learning rate that makes the coming step as long as plain LoRA's: (...,).
+
+    A rule whose directions have degree d scales by ``f = (x / (L lr))^(1/(1+d))``.  The inner
+    optimizer, whose own directions have degree e, then moves the weight by
+    ``|[lr_Q alpha^(1+e); lr_P beta^(1+e)]|_H``, and plain LoRA's by the same with ``f = 1``.
+
+    Args:
+        model: of the rule's directions.
+        x: (..., 2r), the rule's weights for L = 1.
+        step: the model of the inner optimizer's directions.
+        rates: of P and Q over their geometric mean.
+
+    Returns:
+        NaN where there is nothing to match yet.
+    """
+    plain = _plain_weights(model, rates)
+    factors = (x / plain).pow(1 / (1 + model.degree))
+    ratio = step.step_size(plain * factors.pow(1 + step.degree)) / step.step_size(plain)
+    matching = ratio.pow((1 + model.degree) / (1 + step.degree))
+    usable = _live(step) & torch.isfinite(matching) & (matching > 0)
+    return torch.where(usable, matching, torch.nan)
+
+
+def _all_known(held: Tensor) -> bool:
+    """Return whether no number is NaN, where looking costs nothing; on a device False."""
+    return held.device.type == "cpu" and not bool(held.isnan().any())
+
+
+def _scaling_from_weights(
+    model: QuadraticModel, x: Tensor, lr: tuple[LearningRate, LearningRate], bound: float
 ) -> tuple[Tensor, Tensor]:
-    """``alpha = (x_P / lr_Q)^(1/(1+degree))`` and ``beta`` likewise, kept within bounds.
+    """Return ``alpha = (x_P / lr_Q)^(1/(1+degree))`` and ``beta`` likewise, kept within bounds.
 
     A layer that is not live, a column with a zero row in H and a non-finite result are scaled
     by 1.  All others stay within ``[1/bound, bound]``: a column whose two factors both vanished
     could never come back.
-
-    Returns:
-        alpha, beta: (..., r) in the solver's dtype.
     """
-    factors = (x / plain_weights(model, lr_P, lr_Q)).pow(1 / (1 + degree))
+    factors = (x / _plain_weights(model, lr)).pow(1 / (1 + model.degree))
     column = model.H.diagonal(dim1=-2, dim2=-1) > 0
-    keep = live(model).unsqueeze(-1) & column & torch.isfinite(factors)
+    keep = _live(model).unsqueeze(-1) & column & torch.isfinite(factors)
     factors = torch.where(keep, factors.clamp(1 / bound, bound), torch.ones_like(factors))
     alpha, beta = factors.split(model.rank, dim=-1)
     return alpha, beta

@@ -85,15 +85,15 @@ class SharedRows(Rows):
 
     def each(self, part: Tensor) -> Tensor:
         """Return all processes' ``part``, of one shape, as (processes, ...), on each of them."""
-        return self.whole(part.unsqueeze(0), 0, self.processes)
+        return self.gathered(part.unsqueeze(0), 0, self.processes)
 
-    def whole(self, part: Tensor, axis: int, count: int) -> Tensor:
-        """All ``count`` rows, on every process, from the rows along ``axis`` that each holds."""
+    def gathered(self, part: Tensor, axis: int, count: int) -> Tensor:
+        """Return all ``count`` rows along ``axis``, of which ``part`` has the ones held here."""
         shape = torch.Size((*part.shape[:axis], count, *part.shape[axis + 1 :]))
         return self._redistributed(part, Shard(axis), shape)
 
-    def turned(self, part: Tensor, held: Sequence[int]) -> Tensor:
-        """Deal out the columns instead of the rows: see `Rows.turned`."""
+    def rows_to_columns(self, part: Tensor, held: Sequence[int]) -> Tensor:
+        """Exchange rows held here for columns held here: see `Rows.rows_to_columns`."""
         layers, here, columns = part.shape
         shares = [share.stop - share.start for share in self.slices(columns)]
         own = shares[self.index]
@@ -150,7 +150,7 @@ def own_columns(stack: Tensor, like: Tensor) -> Tensor:
     """
     rows = rows_of(like)
     held = [share.stop - share.start for share in rows.slices(like.shape[0])]
-    return rows.turned(stack.flatten(2), held)
+    return rows.rows_to_columns(stack.flatten(2), held)
 
 
 def layouts(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Who holds the rows of a tall matrix: this process all of them, or each process some.
+"""The rows of a tall matrix, which this process holds or several processes divide.
 
 The mathematics asks a `Rows` for what it needs of all rows (a sum, a maximum) and never asks how
 many processes there are.  `scalora.sharding.dtensors.SharedRows` is the case of several.
@@ -42,16 +42,16 @@ class Rows:
         """Return all processes' ``part``, of one shape, as (processes, ...), on each of them."""
         return part.unsqueeze(0)
 
-    def whole(self, part: Tensor, axis: int, count: int) -> Tensor:
-        """All ``count`` rows, on every process, from the rows along ``axis`` that each holds."""
+    def gathered(self, part: Tensor, axis: int, count: int) -> Tensor:
+        """Return all ``count`` rows along ``axis``, of which ``part`` has the ones held here."""
         return part
 
-    def turned(self, part: Tensor, held: Sequence[int]) -> Tensor:
-        """Deal out the columns instead of the rows.
+    def rows_to_columns(self, part: Tensor, held: Sequence[int]) -> Tensor:
+        """Exchange rows held here for columns held here.
 
         Args:
             part: (layers, rows held here, n).
-            held: how many rows each process holds.
+            held: number of rows that each process holds.
 
         Returns:
             (layers, all rows, columns held here), the rows in the order of the processes.

@@ -56,6 +56,7 @@ class StepCalibration:
         self._last: Tensor | None = None  # (number of parameters,) the newest step, unscaled
         self._path: Tensor | None = None  # likewise, all steps so far, as they were taken
         self._total: Tensor | None = None  # likewise, the weighted sum of gradients
+        self._rounded: tuple[Tensor, Tensor] | None = None  # the factor, and in another dtype
 
     @property
     def factor(self) -> Tensor | None:
@@ -151,9 +152,40 @@ class StepCalibration:
                 with _rates_times(float(self._numbers["factor"]), alone):
                     yield
                 return
+        own = [sharding.local(p) for p in parameters]
+        is_held = self._left == 0 and self._numbers is not None
+        alike = len({(p.device, p.dtype) for p in own}) == 1
+        with self._held(own) if is_held and alike else self._observed(own):
+            yield
+
+    @contextmanager
+    def _held(self, own: list[Tensor]) -> Iterator[None]:
+        """Scale the step by the factor that was found, in place and in the parameters' dtype.
+
+        Lists of one device and dtype take few launches, and only with a factor of that dtype.
+        """
+        assert self._numbers is not None
+        found, like = self._numbers["factor"], own[0]
+        if self._rounded is None or self._rounded[0] is not found:
+            self._rounded = found, found.to(like.device, like.dtype)
         with torch.no_grad():
-            device = parameters[0].device
-            own = [sharding.local(p) for p in parameters]
+            before = list(torch._foreach_mul(own, 1.0))  # a copy
+        try:
+            yield
+            with torch.no_grad():
+                torch._foreach_sub_(own, before)
+                torch._foreach_mul_(own, self._rounded[1])
+                torch._foreach_add_(own, before)
+        except BaseException:
+            with torch.no_grad():
+                torch._foreach_copy_(own, before)
+            raise
+
+    @contextmanager
+    def _observed(self, own: list[Tensor]) -> Iterator[None]:
+        """Scale the step by the factor so far, and keep what the next gradient is compared with."""
+        with torch.no_grad():
+            device = own[0].device
             before = _flat(own, device)
             if self._numbers is None:
                 zero, one = before.new_zeros(()), before.new_ones(())
@@ -188,8 +220,8 @@ class StepCalibration:
         self._last = step
 
     @torch.no_grad()
-    def state(self, parameters: Sequence[Tensor] = ()) -> dict[str, Any]:
-        """What `load` needs to go on, of all processes together.
+    def saved(self, parameters: Sequence[Tensor] = ()) -> dict[str, Any]:
+        """Return what `load` needs to go on, of all processes together.
 
         Args:
             parameters: as for `observe`.
@@ -204,17 +236,17 @@ class StepCalibration:
     @torch.no_grad()
     def load(
         self,
-        state: dict[str, Any] | None,
+        saved: dict[str, Any] | None,
         device: torch.device,
         parameters: Sequence[Tensor] = (),
     ) -> None:
-        """Take up what `state` returned; ``None``: begin anew."""
-        if state is None:
-            state = StepCalibration(self.steps).state()
-        self._left, self._peak = state["left"], state["peak"]
-        saved = {name: state[name] for name in _NUMBERS if state[name] is not None}
-        self._numbers = {name: _copy(value, device) for name, value in saved.items()} or None
-        vectors = (state[name] for name in _VECTORS)
+        """Take up what `saved` returned; ``None``: begin anew."""
+        if saved is None:
+            saved = StepCalibration(self.steps).saved()
+        self._left, self._peak = saved["left"], saved["peak"]
+        numbers = {name: saved[name] for name in _NUMBERS if saved[name] is not None}
+        self._numbers = {name: _copy(value, device) for name, value in numbers.items()} or None
+        vectors = (saved[name] for name in _VECTORS)
         self._last, self._path, self._total = (
             None if value is None else _own_part(_copy(value, device), parameters)
             for value in vectors
@@ -276,7 +308,7 @@ def _gathered(rows: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tens
     for indices in alike.values():
         stacked = torch.cat([pieces[i].reshape(len(rows), *own[i].shape) for i in indices])
         like = parameters[indices[0]]
-        whole = sharding.rows_of(like).whole(stacked, 1, like.shape[0])
+        whole = sharding.rows_of(like).gathered(stacked, 1, like.shape[0])
         wholes |= zip(indices, whole.flatten(1).split(len(rows)), strict=True)
     return [torch.cat([wholes[i][k] for i in range(len(own))]) for k in range(len(rows))]
 

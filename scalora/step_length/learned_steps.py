@@ -51,16 +51,16 @@ class LearnedSteps:
         count = self._counts[group] if group < len(self._counts) else 0.0
         self._marks.update(dict.fromkeys(layers, count))
 
-    def state(self) -> dict[str, Any]:
-        """Numbers that `load` needs to go on.  Waits for the device if a rate is kept there."""
+    def saved(self) -> dict[str, Any]:
+        """Return the numbers that `load` needs.  Waits for the device if a rate is kept there."""
         marks = {layer: float(mark) for layer, mark in self._marks.items()}
         return {"peaks": _floats(self._peaks), "counts": _floats(self._counts), "marks": marks}
 
-    def load(self, state: Mapping[str, Any] | None) -> None:
-        """Take up what `state` returned; ``None``: begin anew."""
-        state = state or {"peaks": [], "counts": [], "marks": {}}
-        self._peaks, self._counts = list(state["peaks"]), list(state["counts"])
-        self._marks = dict(state["marks"])
+    def load(self, saved: Mapping[str, Any] | None) -> None:
+        """Take up what `saved` returned; ``None``: begin anew."""
+        saved = saved or {"peaks": [], "counts": [], "marks": {}}
+        self._peaks, self._counts = list(saved["peaks"]), list(saved["counts"])
+        self._marks = dict(saved["marks"])
 
 
 def _floats(counts: Iterable[Count]) -> list[float]:

@@ -1,4 +1,4 @@
-"""Which transformers model an adapter goes on, its config, and how to load it.
+"""The transformers model that an adapter goes on: its class, its config and its loading.
 
 Held by tests/cli/test_export.py and test_export_refusals.py.
 """

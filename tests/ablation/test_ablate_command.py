@@ -1,5 +1,6 @@
 """``scalora ablate`` as a user calls it."""
 
+import ast
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from ablation_stand_ins import FILE, Tiny
 
+from scalora.ablation import command
 from scalora.cli import main
 
 VOLATILE = {"seconds_a_step", "peak_bytes", "wall_seconds", "threads"}
@@ -67,10 +69,10 @@ def test_output_has_a_record_a_run_tables_json_and_pictures(finished: Path) -> N
     text = (finished / "results.md").read_text("utf-8")
     for expected in ("test loss", "test accuracy", "forgetting", "MIUB by layer", "ms per step"):
         assert expected in text
-    assert {path.name for path in finished.glob("tiny/*.png")} == {
-        *("learning-curves.png", "learning-rates.png"),
-        *("learning-and-forgetting.png", "spectra.png"),
-    }
+    pictures = {"learning-curves", "learning-rates", "learning-and-forgetting", "spectra"}
+    pictures |= {"trainable-parameters", "training-state"}
+    assert {path.stem for path in finished.glob("tiny/*.png")} == pictures
+    assert {path.stem for path in finished.glob("tiny/*.svg")} == pictures
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in finished.glob("tiny/*.png"))
 
 
@@ -94,10 +96,11 @@ def test_short_takes_fewer_steps_and_every_other_learning_rate(tmp_path: Path) -
 
 def test_report_only_makes_everything_again_and_runs_nothing(tmp_path: Path) -> None:
     assert ablate("Tiny", tmp_path, "--methods", "lora,full", "--seeds", "1") == 0
-    made = [path for path in tmp_path.rglob("*") if path.suffix in (".png", ".md")]
+    kinds = (".png", ".svg", ".md", ".html")
+    made = [path for path in tmp_path.rglob("*") if path.suffix in kinds]
     made.append(tmp_path / "results.json")
     contents = {path: path.read_bytes() for path in made}
-    assert len(made) == 6
+    assert len(made) == 2 * 6 + 3
     for path in made:
         path.unlink()
     gone = next(tmp_path.glob("runs/*full*lr0.001*"))
@@ -109,6 +112,18 @@ def test_report_only_makes_everything_again_and_runs_nothing(tmp_path: Path) -> 
     gone.write_bytes(kept)
     assert main(["ablate", "--report-only", "--output", str(tmp_path)]) == 0
     assert {path: path.read_bytes() for path in made} == contents
+
+
+def test_report_of_the_methods_that_are_asked_for_is_of_any_commands_runs(tmp_path: Path) -> None:
+    assert ablate("Tiny", tmp_path, "--methods", "lora", "--seeds", "1") == 0
+    assert ablate("Tiny", tmp_path, "--methods", "full", "--seeds", "1") == 0
+    plan = (tmp_path / "plan.json").read_bytes()
+    assert list(results_in(tmp_path)) == ["full"]
+    both = ["--report-only", "--methods", "lora,full", "--seeds", "1"]
+    assert ablate("Tiny", tmp_path, *both) == 0
+    assert [row["missing"] for row in results_in(tmp_path).values()] == [0, 0]
+    assert (tmp_path / "plan.json").read_bytes() == plan
+    assert len(records_in(tmp_path)) == 4
 
 
 def test_learning_rate_is_chosen_on_validation_alone(tmp_path: Path) -> None:
@@ -321,3 +336,19 @@ def test_log_has_a_line_a_run_with_the_time_left(
         lines[0],
     )
     assert lines[1].startswith("[2/2]") and "left" not in lines[1]
+
+
+def test_help_imports_the_standard_library_alone() -> None:
+    room = Path(command.__file__).parent
+    for file in ("__init__.py", "command.py", "defaults.py"):
+        tree = ast.parse((room / file).read_text("utf-8"))
+        for node in tree.body:
+            if isinstance(node, ast.Import):
+                imported = {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported = {f"{node.module}.{alias.name}" for alias in node.names}
+            else:
+                continue
+            for name in imported:
+                top = name.partition(".")[0]
+                assert top in sys.stdlib_module_names or name == "scalora.ablation.defaults"

@@ -8,10 +8,10 @@ from ablation_methods import Sentences, Tokens, setup_of, started, train
 from models import answers, token_ids
 from torch import Tensor, nn
 
+from scalora.ablation.change import effective_weights, trainable_parameters
 from scalora.ablation.methods import RECIPES, SUITES, method_of
 from scalora.ablation.methods.full import adapted_layers
 from scalora.ablation.methods.schedule import linear_factor
-from scalora.ablation.weights import effective_weights, trainable_parameters
 
 TOKENS = Tokens()
 METHODS = tuple(RECIPES)

@@ -11,12 +11,12 @@ from models import answers, token_ids, trainable
 from torch import Tensor
 
 from scalora import peft_layers
+from scalora.ablation.change import trainable_parameters
 from scalora.ablation.methods import method_of
 from scalora.ablation.methods.full import adapted_layers
 from scalora.ablation.methods.other_adapters import nearest_basis_rank
 from scalora.ablation.methods.reflora import balancing
 from scalora.ablation.methods.schedule import linear_factor
-from scalora.ablation.weights import trainable_parameters
 
 TOKENS = Tokens()
 

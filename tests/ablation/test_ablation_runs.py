@@ -15,7 +15,7 @@ from scalora.ablation.methods import method_of
 from scalora.ablation.methods.method import Setup
 from scalora.ablation.plan import TaskPlan, scaled
 from scalora.ablation.record import Record, read_record, write_record
-from scalora.ablation.rows import rows_of
+from scalora.ablation.report.results import results_of
 from scalora.ablation.run import run, run_and_record, warm_up_steps
 from scalora.ablation.training import curve_points, train
 
@@ -258,12 +258,12 @@ def whole(losses: dict[str, list[float]], test: dict[str, list[float]]) -> dict[
     return found
 
 
-def test_rows_on_numbers_worked_out_by_hand() -> None:
+def test_results_on_numbers_worked_out_by_hand() -> None:
     records = whole(
         {"lora": [4.0, 4.0, 4.0], "full": [2.0, 6.0, 2.0]},
         {"lora": [1.0, 2.0, 3.0], "full": [0.5, 1.0, 3.0]},
     )
-    lora, full = rows_of(plan(), records)
+    lora, full = results_of(plan(), records)
     assert (lora.best, full.best) == (1e-2, 1e-3)
     assert lora.test["loss"] is not None and lora.test["loss"].mean == pytest.approx(2.0)
     assert lora.test["loss"].stderr == pytest.approx(math.sqrt(1 / 3))
@@ -281,7 +281,7 @@ def test_rows_on_numbers_worked_out_by_hand() -> None:
     assert (lora.runs, lora.missing, lora.failed) == (5, 0, 0)
 
 
-def test_divergent_failed_and_missing_runs_are_in_the_rows() -> None:
+def test_divergent_failed_and_missing_runs_are_in_the_results() -> None:
     records = whole(
         {"lora": [4.0, 4.0, 4.0], "full": [2.0, 2.0, 2.0]},
         {"lora": [1.0, 2.0, 3.0], "full": [0.5, 1.0, 3.0]},
@@ -290,7 +290,7 @@ def test_divergent_failed_and_missing_runs_are_in_the_rows() -> None:
     records[diverged] = Record(diverged, "diverged", curve=[(0, 8.0), (5, math.inf)])
     records[failed] = Record(failed, "failed", error="RuntimeError: no")
     del records[plan().job("lora", 1e-2, 2)]
-    lora, full = rows_of(plan(), records)
+    lora, full = results_of(plan(), records)
     test = full.test["loss"]
     assert test is not None and (test.n, test.diverged) == (2, 1) and test.mean == math.inf
     assert full.difference is not None and (full.difference.n, full.difference.diverged) == (2, 1)

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 
 from scalora.ablation import Task
 from scalora.ablation.tasks import EMBEDDED, domain_shift, task_of
-from scalora.ablation.tasks.byte_llama import ByteLlama, pretrained_weights, windows
+from scalora.ablation.tasks.byte_llama import ByteLlama, pretrained_once, windows
 from scalora.ablation.tasks.domain_shift import DomainShift
 from scalora.ablation.tasks.regression import Regression
 
@@ -146,15 +146,15 @@ def test_regression_is_measured_in_closed_form():
 
 def test_pretraining_is_kept_and_not_done_again(tmp_path, monkeypatch):
     batches = [windows(torch.arange(200), 2, 16, torch.Generator().manual_seed(0))] * 2
-    weights = pretrained_weights(tmp_path, TINY, batches, 1e-3)
+    weights = pretrained_once(tmp_path, TINY, batches, 1e-3)
     (file,) = tmp_path.iterdir()
     assert file.suffix == ".safetensors"
     with monkeypatch.context() as patched:
         patched.setattr(ByteLlama, "build", lambda self: pytest.fail("pretrained again"))
-        again = pretrained_weights(tmp_path, TINY, batches, 1e-3)
+        again = pretrained_once(tmp_path, TINY, batches, 1e-3)
     assert all(torch.equal(weights[name], again[name]) for name in weights)
     # What was learned from other batches is another file.
-    pretrained_weights(tmp_path, TINY, batches[:1], 1e-3)
+    pretrained_once(tmp_path, TINY, batches[:1], 1e-3)
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -165,7 +165,7 @@ def test_a_pretraining_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
 
     monkeypatch.setattr("scalora.ablation.tasks.byte_llama.write_tensors", cut_short)
     with pytest.raises(OSError, match="full"):
-        pretrained_weights(tmp_path, TINY, [torch.zeros(1, 8, dtype=torch.long)], 1e-3)
+        pretrained_once(tmp_path, TINY, [torch.zeros(1, 8, dtype=torch.long)], 1e-3)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -174,7 +174,7 @@ def test_two_that_pretrain_at_once_leave_one_whole_file(tmp_path):
     results = []
     work = [
         threading.Thread(
-            target=lambda: results.append(pretrained_weights(tmp_path, TINY, batches, 1e-3))
+            target=lambda: results.append(pretrained_once(tmp_path, TINY, batches, 1e-3))
         )
         for _ in range(2)
     ]

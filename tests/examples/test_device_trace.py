@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from examples.benchmark.cases import Case
 from examples.benchmark.device_trace import (
-    Case,
     Operations,
     added,
-    llama,
+    fake_llama,
     measuring_operations,
     step_operations,
 )
@@ -50,7 +50,7 @@ def device() -> Iterator[FakeDevice]:
 
 
 def operations_added(device: FakeDevice, blocks: int, case: Case) -> Operations:
-    alone = step_operations(device, llama(blocks), Case(case.inner))["ordinary"]
+    alone = step_operations(device, fake_llama(blocks), Case(case.inner))["ordinary"]
     return added(device, blocks, case, alone)
 
 
@@ -72,7 +72,7 @@ def test_a_rebasing_folds_once_per_shape_and_no_other_step_folds(
 
 
 def test_a_measuring_pass_adds_as_much_for_every_block(device: FakeDevice) -> None:
-    one, two, three = (measuring_operations(device, llama(n)).total() for n in (1, 2, 3))
+    one, two, three = (measuring_operations(device, fake_llama(n)).total() for n in (1, 2, 3))
     assert three - two == two - one > 0
 
 

@@ -106,7 +106,7 @@ def test_the_demo_compares_saves_and_reloads(finetune, encoder, sentences, tmp_p
         assert row in printed
     for row in ("effective rank", "seconds per step", "peak memory", "MIUB"):
         assert row in printed
-    for picture in ("loss.png", "miub.png"):
+    for picture in ("loss.png", "miub.png", "spectrum.png"):
         assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
     assert (
         len(MIUBReport.from_json(tmp_path / "out" / "miub.json")) == 12

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from scalora.moments import Moments, moments_of
 from scalora.moments.blockwise import decode
-from scalora.moments.inner_states import moved_states, stacked_states
+from scalora.moments.history import Powers
+from scalora.moments.inner_states import factor_history, stacked_states
 from scalora.moments.table import _TABLE
 
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
@@ -47,12 +48,12 @@ def move(
     optimizer: torch.optim.Optimizer, parameters: list[Tensor], factor: Tensor, axis: int
 ) -> None:
     """Carry the state across, as a re-basing writes it."""
-    for targets, old, new in moved_states(
-        optimizer, moments_of(optimizer), parameters, factor, axis
-    ):
-        assert old.dtype == new.dtype == targets[0].dtype
-        for target, value in zip(targets, new, strict=True):
-            target.copy_(value)
+    history = factor_history(optimizer, moments_of(optimizer), parameters, axis)
+    for moved in history.moved(Powers(factor), slice(len(parameters))):
+        for targets, old, new in moved.writes():
+            assert old.dtype == new.dtype == targets[0].dtype
+            for target, value in zip(targets, new, strict=True):
+                target.copy_(value)
 
 
 def tensors(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
@@ -284,7 +285,7 @@ def test_codes_under_a_users_own_entry_are_refused_not_scaled_as_numbers(
     optimizer = Mine([p])
     feed(optimizer, [history(700, 6)])
     with pytest.raises(TypeError, match=r"Mine's state 'state1' is torch\.uint8"):
-        moved_states(optimizer, moments_of(optimizer), [p], torch.ones(1, 6), P_AXIS)
+        factor_history(optimizer, moments_of(optimizer), [p], P_AXIS)
 
 
 # On a GPU: kernels that see flat memory
@@ -333,4 +334,6 @@ def test_gpu_ademamix8bit_is_refused_where_its_scales_overlap() -> None:
     (p,) = optimizer.param_groups[0]["params"]
     factor = torch.ones(1, 8, device="cuda", dtype=torch.float64)
     with pytest.raises(TypeError, match=r"overwrite each other's scale .*4104.*min_8bit_size"):
-        moved_states(optimizer, moments_of(optimizer), [p], factor, P_AXIS)
+        factor_history(optimizer, moments_of(optimizer), [p], P_AXIS).moved(
+            Powers(factor), slice(1)
+        )

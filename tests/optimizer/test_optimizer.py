@@ -16,7 +16,7 @@ from torch import nn
 
 import scalora
 from scalora.peft_layers import lora_pairs
-from scalora.rebasing.accumulators import dense as into_base
+from scalora.rebasing.accumulators import dense
 
 
 def make_model(dtype: torch.dtype = torch.float32, *, from_zero: bool = False) -> nn.Module:
@@ -577,13 +577,13 @@ def test_failure_right_after_the_fold_still_writes_the_new_coordinates(monkeypat
     train(model, optimizer, range(3))
     backward(model, 3)
     before = effective(model)
-    fold = into_base.fold
+    fold = dense.fold
 
     def interrupted(*args, **kwargs):
         fold(*args, **kwargs)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(into_base, "fold", interrupted)
+    monkeypatch.setattr(dense, "fold", interrupted)
     with pytest.raises(KeyboardInterrupt):
         optimizer.step()
     for name, weight in effective(model).items():

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import scalora
 from scalora.moments import moments_of
 from scalora.moments.inner_states import stacked_states
-from scalora.peft_layers import lora_pairs
-from scalora.rebasing.batches import batches_with_gradients
+from scalora.peft_layers import LayerLookup, lora_pairs
+from scalora.rebasing.batches import Batching, LayerBatch
 
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 
@@ -43,6 +43,11 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 def wrapped(name: str, model: nn.Module, **options: Any) -> scalora.ScaLoRA:
     return scalora.ScaLoRA(create(name, trainable(model)), model, **{"rule": "exact", **options})
+
+
+def batches_of(optimizer: scalora.ScaLoRA) -> list[LayerBatch]:
+    layers = LayerLookup(optimizer.rebased_pairs)
+    return Batching(layers, lambda pair: None).of_step(optimizer.inner)
 
 
 def backward(model: nn.Module, seed: int) -> Tensor:
@@ -145,7 +150,7 @@ def test_layers_at_different_steps_are_no_batch() -> None:
                 p.grad = None
         optimizer.step()
     backward(model, 3)
-    batches = batches_with_gradients(optimizer.rebased_pairs, optimizer.inner, lambda pair: None)
+    batches = batches_of(optimizer)
     assert [[pair.name for pair in batch.pairs] for batch in batches] == [["0"], ["2"]]
     steps = [
         stacked_states(optimizer.inner, moments_of(optimizer.inner), batch.P)["step"].item()
@@ -177,10 +182,7 @@ def test_of_two_layers_in_a_batch_the_finite_one_is_rebased_alone() -> None:
     optimizer.zero_grad()
     backward(model, 4)
     model.base_model.model[2].lora_B["default"].weight.grad[5, 5] = torch.nan
-    assert (
-        len(batches_with_gradients(optimizer.rebased_pairs, optimizer.inner, lambda pair: None))
-        == 1
-    )
+    assert len(batches_of(optimizer)) == 1
     before = everything(model, optimizer)
     optimizer._rebaser.rebase(optimizer.inner, 5)
     after = everything(model, optimizer)

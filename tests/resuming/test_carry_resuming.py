@@ -35,6 +35,44 @@ def test_resumed_run_continues_to_the_same_bits(options: dict[str, Any], tmp_pat
     assert [r.cut for r in other.report()] == [r.cut for r in optimizer.report()]
 
 
+def test_resumed_run_with_a_narrow_carry_continues_to_the_same_bits(tmp_path: Any) -> None:
+    options: dict[str, Any] = {"carry_rank": 8, "rule": "leak", "memory": 10, "interval": 2}
+    inputs = [batch.float() for batch in batches(24)]
+    model = perceptron(torch.float32)
+    optimizer = optimizer_of(model, **options)
+    train(model, optimizer, inputs[:14])
+    torch.save([optimizer.state_dict(), model.state_dict()], tmp_path / "state.pt")
+    expected = train(model, optimizer, inputs[14:])
+
+    resumed = perceptron(torch.float32)
+    other = optimizer_of(resumed, **options)
+    state, weights = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed.load_state_dict(weights)
+    other.load_state_dict(state)
+    assert train(resumed, other, inputs[14:]) == expected
+    assert {pair.carry.dtype for pair in pairs(resumed)} == {torch.float16}
+
+
+def test_carry_that_was_saved_in_float32_stays_what_it_was() -> None:
+    """As a run under another rule writes it, and an earlier version under every rule."""
+    options: dict[str, Any] = {"carry_rank": 8, "rule": "leak", "memory": 10, "interval": 2}
+    model = perceptron(torch.float32)
+    optimizer = optimizer_of(model, **options)
+    train(model, optimizer, [batch.float() for batch in batches(14)])
+    state = copy.deepcopy(optimizer.state_dict())
+    for layer in state["scalora"]["layers"].values():
+        for factor in ("up", "down"):
+            layer["carry"][factor] = layer["carry"][factor].float() * (1 + 2.0**-20)
+    other = optimizer_of(model, **options)
+    other.load_state_dict(state)
+    for pair in pairs(model):
+        saved = state["scalora"]["layers"][pair.name]["carry"]
+        assert torch.equal(pair.carry.used_up, saved["up"])
+        assert torch.equal(pair.carry.used_down, saved["down"])
+    train(model, other, [batch.float() for batch in batches(4)])
+    assert {pair.carry.dtype for pair in pairs(model)} == {torch.float32}
+
+
 def test_checkpoint_holds_the_carry_and_not_the_base(tmp_path: Any) -> None:
     from scalora.files import read_tensors
 

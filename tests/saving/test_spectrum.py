@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import models
@@ -171,3 +172,25 @@ def test_effective_rank_does_not_depend_on_the_size_of_the_change() -> None:
     assert entropy_rank(spectrum * 1e-20) == pytest.approx(entropy_rank(spectrum), rel=1e-5)
     assert entropy_rank(spectrum * 1e20) == pytest.approx(entropy_rank(spectrum), rel=1e-5)
     assert 1 < entropy_rank(spectrum) < 9
+
+
+@pytest.mark.parametrize("rule", ["none", "exact"])
+def test_plot_tells_how_much_of_the_change_is_beyond_the_adapters_rank(
+    rule: str, tmp_path: Path
+) -> None:
+    model, start = _perceptron(rule=rule, r=2, steps=60)
+    figure = scalora.plot_spectrum(model, start, tmp_path / "spectrum.svg")
+    (axes,) = figure.axes
+    spectra = scalora.delta_spectrum(model, start).values()
+    beyond = [float(s[2:].square().sum() / s.square().sum()) for s in spectra]
+    share = sum(beyond) / len(beyond)
+    assert axes.get_title(loc="left") == f"{share:.0%} of the change's energy is beyond rank 2"
+    assert share < 1e-6 if rule == "none" else share > 0.01
+    assert [text.get_text() for text in axes.texts] == ["r = 2"]
+    assert (tmp_path / "spectrum.svg").read_bytes().startswith(b"<?xml")
+
+
+def test_plot_of_a_model_that_has_not_changed_is_refused() -> None:
+    model = models.with_lora(models.Perceptron(), target_modules=["first", "second"])
+    with pytest.raises(ValueError, match="no layer has changed"):
+        scalora.plot_spectrum(model)

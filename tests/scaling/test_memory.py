@@ -130,7 +130,7 @@ def test_steps_are_counted_by_their_share_of_the_highest_rate() -> None:
     assert learned.since("layer", 0) == 0.5
     assert learned.since("other", 1) == 6
     again = LearnedSteps()
-    again.load(learned.state())
+    again.load(learned.saved())
     assert (again.since("layer", 0), again.since("other", 1)) == (0.5, 6)
 
 

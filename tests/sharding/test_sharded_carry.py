@@ -22,7 +22,7 @@ from torch.distributed.fsdp import fully_shard
 import miub
 import scalora
 from scalora.carry import compress
-from scalora.rebasing.accumulators import carry as beside
+from scalora.rebasing.accumulators import carry
 from scalora.sharding.dtensors import rows_of
 
 CARRIED = Run(options={"rule": "exact", "accumulator": "carry", "carry_rank": 12})
@@ -117,7 +117,7 @@ def fan(sharded: bool) -> tuple[nn.Module, scalora.ScaLoRA]:
 
 def fan_run(rank: int) -> list[float]:
     """So little at once that it would be two of the smaller shares, and one of the larger."""
-    few = mock.patch.object(beside, "_NUMBERS_AT_ONCE", 116)
+    few = mock.patch.object(carry, "_NUMBERS_AT_ONCE", 116)
     with few, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return train(FULL, *fan(sharded=True), range(16), rank, dist.get_world_size())
@@ -245,7 +245,7 @@ def compressed(rank: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         fully_shard(tower, mesh=mesh)
         rows = rows_of(tower.weight)
         part = compress(up[:, rows.own(m)], down[..., rows.own(n)], keep, rows)
-        found.append((rows.whole(part.up, 1, m), rows.whole(part.down, 2, n), part.cut))
+        found.append((rows.gathered(part.up, 1, m), rows.gathered(part.down, 2, n), part.cut))
     return found
 
 

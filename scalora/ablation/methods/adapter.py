@@ -1,4 +1,4 @@
-"""What every adapter method does: put PEFT's adapter on the model and train it with AdamW."""
+"""Adapter methods: put one of PEFT's adapters on the model and train it with AdamW."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from scalora.ablation.methods.method import Setup, Training
-from scalora.ablation.methods.recipe import Recipe
+from scalora.ablation.methods.method import Recipe, Setup, Training
 from scalora.ablation.methods.schedule import adamw, linear_schedule
 from scalora.ablation.task import Task
 
 
 def on_adapted_layers(task: Task) -> dict[str, Any]:
-    """What every PEFT config says of the layers that it is for."""
+    """Return the arguments of every PEFT config that say which layers it is for."""
     targets = task.targets
     return {
         "target_modules": targets if isinstance(targets, str) else list(targets),
@@ -35,8 +34,9 @@ def put_adapter(model: nn.Module, config: Any, seed: int) -> PeftModel:
 class Adapter(Recipe):
     """An adapter of PEFT's on the task's layers.
 
-    r: the rank, in place of the task's.
-    ranks: the rank in units of the task's.
+    Attributes:
+        r: the rank, in place of the task's.
+        ranks: the rank in units of the task's.
     """
 
     r: int | None = None
@@ -48,16 +48,20 @@ class Adapter(Recipe):
         if self.ranks < 1 or (self.r is not None and self.r < 1):
             raise ValueError(f"the rank must be at least 1, not r={self.r}, ranks={self.ranks}.")
 
-    def rank(self, setup: Setup) -> int:
-        """The adapter's r."""
-        return self.ranks * setup.rank if self.r is None else self.r
+    def rank_in(self, rank: int) -> int:
+        """Return the adapter's r where the task's is ``rank``."""
+        return self.ranks * rank if self.r is None else self.r
+
+    def label(self, rank: int) -> str:
+        """Return the name in a picture, with the adapter's r."""
+        return f"{self.title}, r = {self.rank_in(rank)}"
 
     @abstractmethod
     def config(self, setup: Setup) -> Any:
-        """PEFT's config of the adapter."""
+        """Return PEFT's config of the adapter."""
 
     def optimizer(self, model: PeftModel, setup: Setup) -> torch.optim.Optimizer:
-        """What steps the adapter's parameters, and the head's."""
+        """Return the optimizer of the adapter's parameters and the head's."""
         return adamw(model, setup)
 
     def training(self, setup: Setup) -> Training:

@@ -1,4 +1,4 @@
-"""Full fine-tuning: of everything, and of what LoRA adapts."""
+"""Full fine-tuning of every weight, and of the weights that LoRA adapts."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from torch import nn
 
 from scalora import peft_layers
 from scalora.ablation.methods.adapter import on_adapted_layers, put_adapter
-from scalora.ablation.methods.method import Setup, Training
-from scalora.ablation.methods.recipe import Recipe
+from scalora.ablation.methods.method import Recipe, Setup, Training
 from scalora.ablation.methods.schedule import adamw, linear_schedule
 from scalora.ablation.task import Task
 
 
 @dataclass(frozen=True)
 class AdaptedLayers:
-    """What LoRA trains of a model, by its own names."""
+    """The parts of a model that LoRA trains, by the model's own names."""
 
     shapes: dict[str, tuple[int, int]]
     """Layer name -> (m, n) of the weight that gets an adapter."""
@@ -28,7 +27,7 @@ class AdaptedLayers:
 
 
 def adapted_layers(model: nn.Module, task: Task) -> AdaptedLayers:
-    """What LoRA would train of a pretrained model: PEFT is asked, on a copy."""
+    """Return what LoRA would train of a pretrained model, found by asking PEFT on a copy."""
     config = LoraConfig(r=1, **on_adapted_layers(task))
     wrapped = put_adapter(copy.deepcopy(model), config, seed=0)
     shapes = {
@@ -45,10 +44,11 @@ class Full(Recipe):
     """Full fine-tuning with AdamW: every parameter of the model."""
 
     name: ClassVar[str] = "full"
+    title: ClassVar[str] = "full fine-tuning"
     rate: ClassVar[float] = 0.1
 
     def trains(self, setup: Setup) -> set[str]:
-        """Names of the parameters that are trained."""
+        """Return the names of the parameters that are trained."""
         return {name for name, _ in setup.model.named_parameters()}
 
     def training(self, setup: Setup) -> Training:
@@ -64,12 +64,13 @@ class Full(Recipe):
 class FullAdapted(Full):
     """Full fine-tuning of the weights that LoRA adapts, and of the head that it trains in full.
 
-    What an adapter of full rank could reach: LoRA's own upper end.
+    It is the upper end of LoRA: an adapter of full rank could reach as much.
     """
 
     name: ClassVar[str] = "full-adapted"
+    title: ClassVar[str] = "full fine-tuning, LoRA's layers"
 
     def trains(self, setup: Setup) -> set[str]:
-        """Names of the parameters that are trained."""
+        """Return the names of the parameters that are trained."""
         adapted = adapted_layers(setup.model, setup.task)
         return {f"{layer}.weight" for layer in adapted.shapes} | adapted.head

@@ -1,4 +1,4 @@
-"""LoRA from another beginning: factors taken from the base weight or from its gradient."""
+"""LoRA with other initial factors: from the base weight, or from its gradient."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ from scalora.ablation.methods.method import Setup, Training
 class PiSSA(LoRA):
     """PiSSA (arXiv 2404.02948), PEFT's: the adapter begins as the weight's principal part.
 
-    What the adapter begins with is taken out of the base weight.
+    The adapter's first product is subtracted from the base weight.
 
-    niter: subspace iterations of a fast SVD; an exact SVD unless given.
+    Attributes:
+        niter: subspace iterations of a fast SVD; an exact SVD unless given.
     """
 
     name: ClassVar[str] = "pissa"
+    title: ClassVar[str] = "PiSSA"
 
     niter: int | None = None
 
     def variant(self) -> dict[str, Any]:
-        """What this method's config says beside LoRA's."""
+        """Return the arguments that this method's config has beside LoRA's."""
         exact = self.niter is None
         return {"init_lora_weights": "pissa" if exact else f"pissa_niter_{self.niter}"}
 
@@ -37,29 +39,31 @@ class PiSSA(LoRA):
 class LoRAGA(LoRA):
     """LoRA-GA (arXiv 2407.05000), PEFT's: the adapter begins along the gradient's singular vectors.
 
-    What the adapter begins with is taken out of the base weight.  The gradient is that of the run's
-    first training batches.  PEFT's scaling is not the paper's, where both factors are singular
-    vectors times one number: ``lora_B`` has the gradient's singular values in it as well, and
-    ``lora_A`` stays at unit rows.
+    The adapter's first product is subtracted from the base weight. The gradient is that of the
+    run's first training batches. PEFT's scaling differs from the paper's, where both factors are
+    singular vectors times one number: ``lora_B`` also has the gradient's singular values in it, and
+    ``lora_A`` has unit rows.
 
-    batches: how many training batches the gradient is averaged over.
-    gamma: PEFT's ``stable_gamma``.
+    Attributes:
+        batches: number of training batches that the gradient is averaged over.
+        gamma: PEFT's ``stable_gamma``.
     """
 
     name: ClassVar[str] = "lora-ga"
+    title: ClassVar[str] = "LoRA-GA"
 
     batches: int = 8
     gamma: int = 16
 
     def variant(self) -> dict[str, Any]:
-        """What this method's config says beside LoRA's."""
+        """Return the arguments that this method's config has beside LoRA's."""
         own = LoraGAConfig(stable_gamma=self.gamma)
         return {"init_lora_weights": "lora_ga", "lora_ga_config": own}
 
     def training(self, setup: Setup) -> Training:
         """Make the model ready, in place, and return what trains it."""
         shapes = adapted_layers(setup.model, setup.task).shapes
-        self._check_rank(self.rank(setup), shapes)
+        self._check_rank(self.rank_in(setup.rank), shapes)
         config = self.config(setup)
         config.target_modules = set(shapes)  # preprocess_loraga does not know "all-linear"
 

@@ -15,18 +15,20 @@ from scalora.ablation.methods.method import Setup
 class LoRA(Adapter):
     """LoRA (arXiv 2106.09685) with AdamW.
 
-    alpha: PEFT's ``lora_alpha``; r unless given, which scales by 1.
-    rslora: scale by ``alpha / sqrt(r)`` (arXiv 2312.03732).
+    Attributes:
+        alpha: PEFT's ``lora_alpha``; r unless given, which scales by 1.
+        rslora: scale by ``alpha / sqrt(r)`` (arXiv 2312.03732).
     """
 
     name: ClassVar[str] = "lora"
+    title: ClassVar[str] = "LoRA"
 
     alpha: int | None = None
     rslora: bool = False
 
     def config(self, setup: Setup) -> LoraConfig:
-        """PEFT's config of the adapter."""
-        r = self.rank(setup)
+        """Return PEFT's config of the adapter."""
+        r = self.rank_in(setup.rank)
         return LoraConfig(
             r=r,
             lora_alpha=r if self.alpha is None else self.alpha,
@@ -37,16 +39,17 @@ class LoRA(Adapter):
         )
 
     def variant(self) -> dict[str, Any]:
-        """What this method's config says beside LoRA's."""
+        """Return the arguments that this method's config has beside LoRA's."""
         return {}
 
 
 @dataclass(frozen=True)
 class DoRA(LoRA):
-    """DoRA (arXiv 2402.09353), PEFT's: a trained magnitude a row, and LoRA for the direction."""
+    """DoRA (arXiv 2402.09353), PEFT's: a trained magnitude per row, LoRA for the direction."""
 
     name: ClassVar[str] = "dora"
+    title: ClassVar[str] = "DoRA"
 
     def variant(self) -> dict[str, Any]:
-        """What this method's config says beside LoRA's."""
+        """Return the arguments that this method's config has beside LoRA's."""
         return {"use_dora": True}

@@ -21,19 +21,21 @@ from scalora.ablation.methods.method import Setup
 class LoRAPlus(LoRA):
     """LoRA+ (arXiv 2402.12354), PEFT's: a higher learning rate for ``lora_B``.
 
-    Tried at a quarter of the learning rates, so that with the usual ratio the two factors' are on
-    either side of plain LoRA's, equally far.
+    Tried at a quarter of the learning rates, so that with the usual ratio plain LoRA's rate is the
+    geometric mean of the two factors'.
 
-    ratio: of that learning rate to the other; the paper recommends about 16.
+    Attributes:
+        ratio: that learning rate over ``lora_A``'s; the paper recommends about 16.
     """
 
     name: ClassVar[str] = "lora+"
+    title: ClassVar[str] = "LoRA+"
     rate: ClassVar[float] = 0.25
 
     ratio: float = 16.0
 
     def optimizer(self, model: PeftModel, setup: Setup) -> torch.optim.Optimizer:
-        """What steps the adapter's parameters, and the head's."""
+        """Return the optimizer of the adapter's parameters and the head's."""
         return create_loraplus_optimizer(
             model,
             torch.optim.AdamW,
@@ -48,18 +50,20 @@ class LoRAPlus(LoRA):
 class Riemannian(LoRA):
     """Riemannian preconditioned LoRA (arXiv 2402.02347), PEFT's.
 
-    Each factor's gradient is multiplied with the inverse Gramian of the other factor before AdamW
-    sees it.  Weight decay is on every trained parameter, a head's bias included.
+    Each factor's gradient is multiplied by the inverse Gramian of the other factor before AdamW
+    sees it. Weight decay is on every trained parameter, a head's bias included.
 
-    reg: what is added to the Gramians' diagonals.
+    Attributes:
+        reg: number added to the Gramians' diagonals.
     """
 
     name: ClassVar[str] = "riemannian"
+    title: ClassVar[str] = "Riemannian LoRA"
 
     reg: float = 1e-2
 
     def optimizer(self, model: PeftModel, setup: Setup) -> torch.optim.Optimizer:
-        """What steps the adapter's parameters, and the head's."""
+        """Return the optimizer of the adapter's parameters and the head's."""
         return create_riemannian_optimizer(
             model,
             torch.optim.AdamW,
@@ -78,9 +82,10 @@ class LoRAFA(LoRA):
     """
 
     name: ClassVar[str] = "lora-fa"
+    title: ClassVar[str] = "LoRA-FA"
 
     def optimizer(self, model: PeftModel, setup: Setup) -> torch.optim.Optimizer:
-        """What steps ``lora_B``, and the head."""
+        """Return the optimizer of ``lora_B`` and the head."""
         config = model.peft_config["default"]
         return create_lorafa_optimizer(
             model,

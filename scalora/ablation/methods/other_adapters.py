@@ -1,6 +1,6 @@
-"""Adapters of PEFT's that are not a product of two factors.
+"""PEFT's adapters that are not a product of two factors.
 
-Each is given about as many trained parameters as LoRA of the task's rank has.  MoRA
+Each is given about as many trained parameters as LoRA of the task's rank has. MoRA
 (arXiv 2405.12130) belongs here; PEFT does not have it.
 """
 
@@ -21,7 +21,7 @@ _Shapes = Collection[tuple[int, int]]
 
 
 def lora_parameters(shapes: _Shapes, r: int) -> int:
-    """How many parameters LoRA trains in layers of these shapes (m, n)."""
+    """Return the number of parameters that LoRA trains in layers of these shapes (m, n)."""
     return sum(r * (m + n) for m, n in shapes)
 
 
@@ -29,17 +29,20 @@ def lora_parameters(shapes: _Shapes, r: int) -> int:
 class HiRA(Adapter):
     """HiRA (Huang et al., ICLR 2025), PEFT's: ``W0 * (B A)``, entry by entry.
 
-    The rank of the change is up to that of ``W0`` times r.  As many parameters as LoRA.  Tried at
+    The rank of the change is up to that of ``W0`` times r. As many parameters as LoRA. Tried at
     ten times the learning rates: a step is smaller than LoRA's by the weight's entries, which are
     far below 1.
     """
 
     name: ClassVar[str] = "hira"
+    title: ClassVar[str] = "HiRA"
     rate: ClassVar[float] = 10.0
 
     def config(self, setup: Setup) -> HiraConfig:
-        """PEFT's config of the adapter."""
-        return HiraConfig(r=self.rank(setup), hira_dropout=0.0, **on_adapted_layers(setup.task))
+        """Return PEFT's config of the adapter."""
+        return HiraConfig(
+            r=self.rank_in(setup.rank), hira_dropout=0.0, **on_adapted_layers(setup.task)
+        )
 
 
 @dataclass(frozen=True)
@@ -48,16 +51,18 @@ class GraLoRA(Adapter):
 
     The rank of the change is up to k r, with as many parameters as LoRA.
 
-    k: blocks a side; r must be a multiple of it.
+    Attributes:
+        k: blocks per side; r must be a multiple of it.
     """
 
     name: ClassVar[str] = "gralora"
+    title: ClassVar[str] = "GraLoRA"
 
     k: int = 2
 
     def config(self, setup: Setup) -> GraloraConfig:
-        """PEFT's config of the adapter."""
-        r = self.rank(setup)
+        """Return PEFT's config of the adapter."""
+        r = self.rank_in(setup.rank)
         return GraloraConfig(
             r=r, alpha=r, gralora_k=self.k, gralora_dropout=0.0, **on_adapted_layers(setup.task)
         )
@@ -69,18 +74,24 @@ class MiSS(Adapter):
 
     The rank of the change is r at most.
 
-    r: MiSS's own; unless given, the one that trains about as many parameters as LoRA does.
+    Attributes:
+        r: MiSS's own; unless given, the one that trains about as many parameters as LoRA does.
     """
 
     name: ClassVar[str] = "miss"
+    title: ClassVar[str] = "MiSS"
+
+    def label(self, rank: int) -> str:
+        """Return the name in a picture; its r is no rank that compares with LoRA's."""
+        return self.title
 
     def config(self, setup: Setup) -> MissConfig:
-        """PEFT's config of the adapter."""
+        """Return PEFT's config of the adapter."""
         r = self.r
         if r is None:
             shapes = adapted_layers(setup.model, setup.task).shapes.values()
             most = min(n for _, n in shapes)
-            budget = lora_parameters(shapes, self.rank(setup))
+            budget = lora_parameters(shapes, self.rank_in(setup.rank))
             r = max(1, min(most, round(budget / sum(m for m, _ in shapes))))
         return MissConfig(r=r, miss_dropout=0.0, **on_adapted_layers(setup.task))
 
@@ -89,20 +100,26 @@ class MiSS(Adapter):
 class RandLoRA(Adapter):
     """RandLoRA (arXiv 2502.00987), PEFT's: a full-rank sum of fixed random products, scaled.
 
-    Scaled by PEFT's recommended 20.  A larger r is fewer products, and fewer parameters.
+    Scaled by PEFT's recommended 20. A larger r means fewer products, and fewer parameters.
 
-    r: of each random product; unless given, the one that trains as many parameters as LoRA does,
-        as nearly as there is one.
+    Attributes:
+        r: rank of each random product; unless given, the one whose number of trained parameters is
+            nearest to LoRA's.
     """
 
     name: ClassVar[str] = "randlora"
+    title: ClassVar[str] = "RandLoRA"
+
+    def label(self, rank: int) -> str:
+        """Return the name in a picture; its r is no rank that compares with LoRA's."""
+        return self.title
 
     def config(self, setup: Setup) -> RandLoraConfig:
-        """PEFT's config of the adapter."""
+        """Return PEFT's config of the adapter."""
         r = self.r
         if r is None:
             shapes = adapted_layers(setup.model, setup.task).shapes.values()
-            r = nearest_basis_rank(shapes, lora_parameters(shapes, self.rank(setup)))
+            r = nearest_basis_rank(shapes, lora_parameters(shapes, self.rank_in(setup.rank)))
         return RandLoraConfig(
             r=r,
             randlora_alpha=20 * r,
@@ -113,7 +130,7 @@ class RandLoRA(Adapter):
 
 
 def nearest_basis_rank(shapes: _Shapes, parameters: int) -> int:
-    """RandLoRA's r that trains the number of parameters nearest to this one."""
+    """Return RandLoRA's r that trains the number of parameters nearest to this one."""
 
     def trained(r: int) -> int:
         bases = [(math.ceil(min(shape) / r), min(shape)) for shape in shapes]

@@ -1,4 +1,4 @@
-"""ScaLoRA: this package's own method."""
+"""ScaLoRA, this package's own method."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ from scalora.options import RebasingOptions
 class Rebased(LoRA, RebasingOptions):
     """ScaLoRA (arXiv 2510.23818) around AdamW; the options are `scalora.ScaLoRA`'s and LoRA's.
 
-    Its own seed, of the stochastic rounding, is added to the run's.
+    The option ``seed``, of the stochastic rounding, is added to the run's.
     """
 
     name: ClassVar[str] = "scalora"
+    title: ClassVar[str] = "ScaLoRA"
 
     def __post_init__(self) -> None:
         LoRA.__post_init__(self)
         RebasingOptions.__post_init__(self)
 
     def optimizer(self, model: PeftModel, setup: Setup) -> torch.optim.Optimizer:
-        """What steps the adapter's parameters, and re-bases its layers."""
+        """Return the optimizer of the adapter's parameters, which re-bases its layers."""
         names = [option.name for option in dataclasses.fields(RebasingOptions)]
         options = {name: getattr(self, name) for name in names}
         options["seed"] += setup.seed

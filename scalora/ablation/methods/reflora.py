@@ -1,4 +1,4 @@
-"""RefLoRA: at every step, the factorisation that the loss's upper bound is least at."""
+"""RefLoRA: at every step, the factorisation with the lowest upper bound on the loss."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ _CONDITION = 1e6
 class RefLoRA(LoRA):
     """RefLoRA (arXiv 2505.18877): gradients as of the balanced factorisation, then AdamW.
 
-    Of all factorisations ``P R (Q R^-T)^T`` of a layer's product, one step of gradient descent has
-    the least upper bound on the loss where both factors have one Gramian; `balancing` is its
-    ``S = R R^T`` in closed form.  A step there is, back in the coordinates of P and Q, a step along
-    ``g_P S^-1`` and ``g_Q S``.  Those are what AdamW is given: the factors are not rewritten, so
-    the function is not either, and the moments are those of the preconditioned gradients, in
-    coordinates that stay. This is how the authors' published code treats Adam (read, not copied);
-    their scalar variant, RefLoRA-S, is not here.
+    Write a layer's product as ``P R (Q R^-T)^T``. The upper bound on the loss after one step of
+    gradient descent is lowest for the R that gives both factors one Gramian; `balancing` returns
+    its ``S = R R^T`` in closed form. In the coordinates of P and Q that step goes along
+    ``g_P S^-1`` and ``g_Q S``. AdamW is given those as gradients: the factors are not rewritten, so
+    the function stays, and the moments are those of the preconditioned gradients in coordinates
+    that stay. The authors' published code treats Adam like this (it was read, not copied). Their
+    scalar variant, RefLoRA-S, is not here.
 
     While ``lora_B`` is zero, S is infinite: the first steps are plain LoRA's.
 
-    after: how many; as many as the warm-up's, and one at least, unless given.
+    Attributes:
+        after: number of those steps; the warm-up's, and one at least, unless given.
     """
 
     name: ClassVar[str] = "reflora"
+    title: ClassVar[str] = "RefLoRA"
 
     after: int | None = None
 
@@ -44,7 +46,7 @@ class RefLoRA(LoRA):
             raise ValueError(f"after={self.after} must be at least 1: lora_B begins at zero.")
 
     def optimizer(self, model: PeftModel, setup: Setup) -> torch.optim.Optimizer:
-        """What steps the adapter's parameters, and the head's."""
+        """Return the optimizer of the adapter's parameters and the head's."""
         optimizer = adamw(model, setup)
         after = max(1, setup.warmup) if self.after is None else self.after
         optimizer.register_step_pre_hook(Precondition(model, after))
@@ -54,12 +56,15 @@ class RefLoRA(LoRA):
 def balancing(gramian_P: Tensor, gramian_Q: Tensor) -> tuple[Tensor, Tensor]:
     """Return S and its inverse: the positive definite S with ``S P^T P S = Q^T Q``.
 
-    That is the geometric mean of ``(P^T P)^-1`` and ``Q^T Q``, the minimum over S of
-    ``|P S P^T|_F^2 + |Q S^-1 Q^T|_F^2``.  Eigenvalues below a millionth of the largest are raised
-    to that, so that directions which a factor does not have are not divided by zero.  The identity
-    where a factor is zero.
+    S is the geometric mean of ``(P^T P)^-1`` and ``Q^T Q``. Eigenvalues below a millionth of the
+    largest are raised to that, so that directions which a factor lacks are not divided by zero.
+    Where a factor is zero, S is the identity.
 
-    gramian_P, gramian_Q: ``P^T P`` and ``Q^T Q``, (..., r, r); float64 inside.
+    Args:
+        gramian_P, gramian_Q: ``P^T P`` and ``Q^T Q``, (..., r, r).
+
+    Returns:
+        S and its inverse, (..., r, r), float64.
     """
     gramian_P, gramian_Q = gramian_P.double(), gramian_Q.double()
     root, inverse = _roots(gramian_P)
@@ -71,7 +76,7 @@ def balancing(gramian_P: Tensor, gramian_Q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _roots(gramian: Tensor) -> tuple[Tensor, Tensor]:
-    """The square root of symmetric positive semidefinite matrices, and that root's inverse."""
+    """Return the square root of positive semidefinite matrices, and that root's inverse."""
     values, vectors = torch.linalg.eigh(gramian)
     roots = values.clamp_min(values[..., -1:] / _CONDITION).sqrt().unsqueeze(-2)
     return (vectors * roots) @ vectors.mT, (vectors / roots) @ vectors.mT

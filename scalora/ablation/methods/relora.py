@@ -1,4 +1,4 @@
-"""ReLoRA: merge the adapter now and then and begin another."""
+"""ReLoRA: merge the adapter from time to time and begin another."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ from scalora.peft_layers import LoRAPair
 
 @dataclass(frozen=True)
 class ReLoRA(LoRA):
-    """ReLoRA (arXiv 2307.05695): merge, draw anew, prune the moments, warm up again.
+    """ReLoRA (arXiv 2307.05695): merge, restart the factors, prune the moments, warm up again.
 
-    Every so many steps the adapter is added to the base weights, ``lora_A`` is drawn anew and
-    ``lora_B`` set to zero; both moments of AdamW are set to zero, its step count stays; the
-    learning rate rises again from near 0 to where the schedule is by then.  A base weight in half
-    precision loses in a merge what is below its unit in the last place.
+    Once every ``every`` steps the adapter is added to the base weights, ``lora_A`` is drawn anew
+    and ``lora_B`` set to zero. Both moments of AdamW are set to zero; its step count stays. The
+    learning rate rises again from near 0 to the schedule's. A merge into a base weight in half
+    precision loses what is below its unit in the last place.
 
-    every: steps between two merges; a quarter of the run unless given.
-    rewarm: steps of the new rise; a tenth of ``every`` unless given.
-    prune: share of the moments' entries that are set to zero, the smallest first moments first.
+    Attributes:
+        every: steps between two merges; a quarter of the run unless given.
+        rewarm: steps of the new rise; a tenth of ``every`` unless given.
+        prune: share of the moments' entries that are set to zero, the smallest first moments first.
     """
 
     name: ClassVar[str] = "relora"
+    title: ClassVar[str] = "ReLoRA"
 
     every: int | None = None
     rewarm: int | None = None
@@ -62,7 +64,7 @@ class ReLoRA(LoRA):
                 return
             for pair in pairs:
                 merge(pair)
-                draw(pair, generator)
+                restart_factors(pair, generator)
             factors = [p for pair in pairs for p in (pair.P_parameter, pair.Q_parameter)]
             prune_moments(optimizer, factors, self.prune)
 
@@ -74,14 +76,14 @@ class ReLoRA(LoRA):
 
 @torch.no_grad()
 def merge(pair: LoRAPair) -> None:
-    """Add the adapter to the base weight, without taking it off."""
+    """Add the adapter to the base weight; the factors keep their values."""
     weight = pair.base_weight
     weight.copy_(weight + pair.learned_change())
 
 
 @torch.no_grad()
-def draw(pair: LoRAPair, generator: torch.Generator) -> None:
-    """Set the factors as PEFT begins with them: a product of zero, one factor random."""
+def restart_factors(pair: LoRAPair, generator: torch.Generator) -> None:
+    """Set the factors as PEFT initialises them: one random, the other zero."""
     zero, random = pair.P_parameter, pair.Q_parameter
     if pair.is_embedding:
         zero, random = random, zero
@@ -101,7 +103,7 @@ def prune_moments(
 ) -> None:
     """Set both of AdamW's moments of these parameters to zero where the first is smallest.
 
-    The same entries of both: a first moment that has lost its second would be divided by epsilon.
+    The same entries of both: a first moment without its second would be divided by epsilon.
     """
     for parameter in parameters:
         state = optimizer.state[parameter]

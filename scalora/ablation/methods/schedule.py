@@ -1,4 +1,4 @@
-"""The optimizer and the learning rate that every method shares."""
+"""The optimizer and the learning-rate schedule that methods share."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from scalora.ablation.methods.method import Setup
 
 
 def linear_factor(step: int, steps: int, warmup: int) -> float:
-    """What the learning rate is multiplied with in the step after ``step`` others.
+    """Return the factor of the learning rate in the step after ``step`` others.
 
-    From 0 at the first step up to 1 after ``warmup``, then down to 0 after ``steps``: the default
-    of ``transformers.Trainer``.
+    It rises linearly from 0 at the first step to 1 after ``warmup`` steps and falls linearly to 0
+    after ``steps``, the default of ``transformers.Trainer``.
     """
     if step < warmup:
         return step / warmup
@@ -32,7 +32,7 @@ def linear_schedule(
 
     Args:
         optimizer: at its highest learning rate.
-        setup: of the run.
+        setup: the run's.
         also: step -> another factor.
     """
 
@@ -44,7 +44,7 @@ def linear_schedule(
 
 
 def decayed_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The trainable parameters; weight decay is for matrices, not for biases and norms."""
+    """Return parameter groups: weight decay is for matrices, not for biases and norms."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
@@ -54,6 +54,6 @@ def decayed_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]
 
 
 def adamw(model: nn.Module, setup: Setup) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, with the task's weight decay."""
+    """Return AdamW over the trainable parameters, with the task's weight decay."""
     groups = decayed_groups(model, setup.task.weight_decay)
     return torch.optim.AdamW(groups, lr=setup.learning_rate)

@@ -1,4 +1,4 @@
-"""``name:key=value:key=value``, the way a command line says which method."""
+"""Specs, ``name:key=value:key=value``: how a command line names a method."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from scalora.ablation.methods.recipe import Recipe
+from scalora.ablation.methods.method import Recipe
 
 _BOOLS = {"true": True, "false": False}
 
@@ -58,10 +58,8 @@ def _written(value: Any) -> str:
 
 
 def _value(text: str, hint: Any, where: str) -> Any:
-    """The text as the first of the option's types that it can be."""
-    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
-    found = typing.get_args(hint) if union else (hint,)
-    kinds = [kind for kind in found if kind is not type(None)]
+    """Return the text as the first of the option's types that it can be."""
+    kinds = _kinds(hint)
     for kind in kinds:
         try:
             return _BOOLS[text.lower()] if kind is bool else kind(text)
@@ -69,3 +67,14 @@ def _value(text: str, hint: Any, where: str) -> Any:
             continue
     expected = " or ".join(kind.__name__ for kind in kinds)
     raise ValueError(f"{where}: {text!r} is not of type {expected}.")
+
+
+def _kinds(hint: Any) -> list[type]:
+    """Return an option's types, None left out; a choice of words is text, which recipes check."""
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    found = typing.get_args(hint) if union else (hint,)
+    return [
+        str if typing.get_origin(kind) is typing.Literal else kind
+        for kind in found
+        if kind is not type(None)
+    ]

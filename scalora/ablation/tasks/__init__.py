@@ -70,7 +70,7 @@ def _own_class(spec: str) -> type[Task]:
 
 
 def _module(path: Path) -> ModuleType:
-    """The file, run as a module of a name that no import gives."""
+    """Return the file as a module, under a name that no import has."""
     name = f"scalora_own_task_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None

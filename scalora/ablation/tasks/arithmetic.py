@@ -16,7 +16,7 @@ from scalora.ablation.tasks.byte_llama import (
     ByteLlama,
     Pair,
     language_loss,
-    pretrained_weights,
+    pretrained_once,
 )
 from scalora.ablation.tasks.evaluation import evaluating
 from scalora.ablation.tasks.word_problems import (
@@ -30,23 +30,22 @@ from scalora.ablation.tasks.word_problems import (
 _SHAPE = ByteLlama(width=96, intermediate=256, layers=3, spread=0.08)
 _BATCH, _BYTES = 16, 64
 _ANSWER = 12
-"""Bytes after which a model that has not ended its answer is stopped."""
+"""Bytes after which an unended answer is cut."""
 
 
 class Arithmetic(Task):
     """A 3-layer Llama of width 96 over bytes, from problems of one step to problems of two.
 
     It is pretrained on sums and differences, bare (``16-4=`` and then ``12``) and in words (``Ann
-    had 9 pens, found 7: `` and then ``9+7=16``): every step that a chain of two can have, and it
-    knows them all. It learns to answer ``Ian had 9 eggs, found 7, broke 5 toys, sold 4: `` with
-    the chain ``9+7=16-4=12``, half of the time with no word of another thing. Loss is on the bytes
-    of the answer alone. Names and things are other ones than in pretraining, as are six of the
-    eight words for operations, and no problem of the validation or test split has the numbers
-    and operations of a training problem.
+    had 9 pens, found 7: `` and then ``9+7=16``). These are all the steps that a chain of two can
+    have. It learns to answer ``Ian had 9 eggs, found 7, broke 5 toys, sold 4: `` with the chain
+    ``9+7=16-4=12``; half of the problems do not mention another thing. Loss is on the bytes of the
+    answer alone. Names, things and six of the eight words for operations differ from those of
+    pretraining. No problem of the validation or test split has the numbers and operations of a
+    training problem.
 
-    Scores: ``accuracy``, the share of 400 problems where the answer that the model writes itself,
-    greedily, ends on the right number; and ``loss``, nats a byte of the answers (``quick``: the
-    loss on 100 of them).
+    Scores: ``accuracy``, the share of 400 problems where the model's own greedy answer ends on the
+    right number; and ``loss``, nats per byte of the answers (``quick``: the loss on 100 problems).
     """
 
     name = "arithmetic"
@@ -63,7 +62,7 @@ class Arithmetic(Task):
     def prepare(self, cache: Path) -> None:
         """Pretrain on problems of one step, once."""
         batches = list(islice(_one_step_batches(0, 60_000), self.pretraining_steps))
-        self._weights = pretrained_weights(cache, _SHAPE, batches, learning_rate=3e-3)
+        self._weights = pretrained_once(cache, _SHAPE, batches, learning_rate=3e-3)
 
     def model(self, seed: int) -> nn.Module:
         """Return the pretrained model; nothing in it is drawn by the seed."""
@@ -82,7 +81,7 @@ class Arithmetic(Task):
         return language_loss(model, *batch)
 
     def score(self, model: nn.Module, split: Split, *, quick: bool = False) -> dict[str, float]:
-        """Return loss, nats a byte of the answers, and the share of right answers."""
+        """Return loss, nats per byte of the answers, and the share of right answers."""
         problems = self._problems[split][: 100 if quick else None]
         with evaluating(model):
             loss = language_loss(model, *tokens_of(problems)).item()
@@ -93,7 +92,7 @@ class Arithmetic(Task):
         return {"loss": loss, "accuracy": right / len(problems)}
 
     def source_loss(self, model: nn.Module) -> float:
-        """Return the loss, nats a byte of the answers, on other problems of one step."""
+        """Return the loss, nats per byte of the answers, on other problems of one step."""
         with evaluating(model):
             losses = [
                 language_loss(model, *batch) for batch in islice(_one_step_batches(1, 2_000), 10)
@@ -114,9 +113,13 @@ class Arithmetic(Task):
 
 
 def _one_step_batches(seed: int, problems: int) -> Iterator[Pair]:
-    """Bytes and labels, (16, 64) each, of pieces of a text of that many problems, without end.
+    """Yield bytes and labels, (16, 64) each, of pieces of a text of problems, without end.
 
-    Every piece begins with a problem, as what is asked later does.
+    Every piece begins with a problem, as the later questions do.
+
+    Args:
+        seed: seed of the problems and of the pieces.
+        problems: number of problems in the text.
     """
     tokens, labels = stream_of(list(islice(one_step_problems(seed), problems)))
     begins = (tokens[:-_BYTES] == ord("\n")).nonzero() + 1
@@ -128,16 +131,16 @@ def _one_step_batches(seed: int, problems: int) -> Iterator[Pair]:
 
 
 def is_right(problem: Problem, written: str) -> bool:
-    """Whether an answer ends, and the number after its last ``=`` is the one asked for."""
+    """Return whether an answer ends, and on the right number after its last ``=``."""
     ended = written.endswith("\n")
     return ended and written.rpartition("=")[2] == problem.answer.rpartition("=")[2]
 
 
 def answers(model: nn.Module, questions: list[str]) -> list[str]:
-    """What a model writes after each question, greedily, to its first line end.
+    """Return the model's greedy answer to each question, up to its first line end.
 
-    Every question is followed by what it has written so far and then by zeros, which a causal model
-    does not look at; so all are answered at once, and the few bytes need no cache.
+    Each question is followed by the bytes written so far and then by zeros, which a causal model
+    does not see. So all questions are answered in one batch, and the few bytes need no cache.
     """
     device = next(model.parameters()).device
     asked = [question.encode() for question in questions]

@@ -1,4 +1,4 @@
-"""A small Llama that reads bytes: made, pretrained once, kept in a file."""
+"""A small Llama over bytes, pretrained once and kept in a file."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ Pair = tuple[Tensor, Tensor]
 """Bytes and labels, (batch, length) each."""
 
 _RISE = 50
-"""Pretraining steps until the learning rate is at its highest; it falls to zero from there."""
+"""Pretraining steps until the learning rate peaks; from there it falls to zero."""
 
 
 @dataclass(frozen=True)
 class ByteLlama:
-    """The sizes of a Llama with a token for every byte; 4 layers of width 128 unless said.
+    """Sizes of a Llama with one token per byte.
 
-    context: the most bytes that it reads at once; spread: standard deviation of the new weights.
+    Attributes:
+        width, intermediate, layers, heads: as of ``LlamaConfig``.
+        context: most bytes that it reads at once.
+        spread: standard deviation of the new weights.
     """
 
     width: int = 128
@@ -38,7 +41,7 @@ class ByteLlama:
     spread: float = 0.02
 
     def build(self, seed: int = 0) -> LlamaForCausalLM:
-        """Return a model with new weights, float32 on the CPU; torch's own generator is kept."""
+        """Return a model with new weights, float32 on the CPU; torch's generator does not move."""
         config = LlamaConfig(
             vocab_size=256,
             hidden_size=self.width,
@@ -54,21 +57,23 @@ class ByteLlama:
 
 
 def text_bytes(text: str) -> Tensor:
-    """The text in UTF-8: (bytes,), int64."""
+    """Return the text's bytes in UTF-8, (bytes,), int64."""
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
 
 
 def windows(text: Tensor, count: int, length: int, generator: torch.Generator) -> Tensor:
-    """Pieces of a text (bytes,) that start anywhere: (count, length)."""
+    """Return pieces (count, length) of a text (bytes,), each from a random start."""
     starts = torch.randint(0, len(text) - length + 1, (count,), generator=generator)
     return text[starts[:, None] + torch.arange(length)]
 
 
 def language_loss(model: nn.Module, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-    """Mean loss of the next byte, () nats.
+    """Return the mean loss of the next token, () nats.
 
-    tokens: (batch, length); labels: as they are, -100 where a byte does not count; by default all
-    bytes count.
+    Args:
+        model: a causal language model.
+        tokens: (batch, length).
+        labels: the same, with -100 where a token does not count; by default all count.
     """
     device = next(model.parameters()).device
     tokens = tokens.to(device)
@@ -79,23 +84,25 @@ def language_loss(model: nn.Module, tokens: Tensor, labels: Tensor | None = None
 
 
 def mean_loss(model: nn.Module, batches: list[Tensor]) -> float:
-    """Mean over batches of `language_loss`, nats a byte, in evaluation mode."""
+    """Return the mean over batches of `language_loss`, nats per token, in evaluation mode."""
     with evaluating(model):
         losses = [language_loss(model, batch) for batch in batches]
         return torch.stack(losses).mean().item()
 
 
-def pretrained_weights(
+def pretrained_once(
     cache: Path, shape: ByteLlama, batches: Sequence[Tensor | Pair], learning_rate: float
 ) -> dict[str, Tensor]:
-    """The weights after a pass over the batches: from the folder, or made now and kept there.
+    """Return the weights after one pass over the batches, from the cache if it has them.
 
-    The file's name tells of everything that they depend on, so what is found is what was asked for.
-    It is written beside its place and moved there: processes that race do the work twice and leave
-    one whole file.
+    The file's name is a digest of everything that the weights depend on. The file is written
+    elsewhere and moved into place: processes that race do the work twice and leave one whole file.
 
-    cache: a folder, made if it is not there; batches: (batch, length) bytes each, or bytes and
-    their labels.
+    Args:
+        cache: a folder, made if it is missing.
+        shape: the model's sizes.
+        batches: (batch, length) bytes each, or bytes and their labels.
+        learning_rate: AdamW's, at its peak.
     """
     told = json.dumps([asdict(shape), learning_rate, _RISE, len(batches)], sort_keys=True)
     digest = hashlib.sha256(told.encode())

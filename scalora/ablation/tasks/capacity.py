@@ -8,9 +8,8 @@ from scalora.ablation.tasks.domain_shift import DomainShift
 class Capacity(DomainShift):
     """The domain shift at r = 1 for 2,400 steps: more to learn than one column can hold.
 
-    An adapter is full when it has few columns for the steps that it is trained for: then the rank
-    is what is missing, here on real text.  Data, splits, pretraining and scores are those of
-    `DomainShift`.
+    An adapter with few columns for its number of steps is full: a higher rank would help, here on
+    real text. Data, splits, pretraining and scores are those of `DomainShift`.
     """
 
     name = "capacity"

@@ -1,4 +1,4 @@
-"""Text of a user's own: documents, their split, and blocks of tokens."""
+"""A user's own text: documents, their split, and blocks of tokens."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _TEXTS = (".txt", ".txt.gz")
 
 
 def read_documents(source: str | Path) -> list[str]:
-    """The documents of a file, of a folder, or of a data set of the hub; none empty, none twice.
+    """Return the documents of a file, a folder or a data set of the hub; none empty, none twice.
 
-    A row of a .csv or .jsonl file (column ``text``) is a document. A .txt file is one document
-    where it is in a folder of files; given alone, every paragraph of it is one (paragraphs are
-    apart by an empty line). All may be gzipped; a folder is read with all that is below it.
+    Each row of a .csv or .jsonl file (column ``text``) is a document. A .txt file in a folder is
+    one document; given alone, each of its paragraphs is one (an empty line ends a paragraph). Files
+    may be gzipped. A folder is read with its subfolders.
 
     Raises:
-        ValueError: there is no such source, or a file has no column ``text``, or nothing is in it.
+        ValueError: there is no such source, a file has no column ``text``, or there is no text.
     """
     path = Path(source)
     if path.is_dir():
@@ -41,7 +41,7 @@ def read_documents(source: str | Path) -> list[str]:
 
 
 def split_documents(documents: list[str]) -> dict[str, list[str]]:
-    """A tenth to validate, a tenth to test, the rest to train on; always the same ones.
+    """Return a tenth to validate, a tenth to test, and the rest to train on; always the same.
 
     Raises:
         ValueError: there are fewer than three documents.
@@ -60,9 +60,9 @@ def split_documents(documents: list[str]) -> dict[str, list[str]]:
 
 
 def packed(documents: list[str], tokenizer: Any, length: int) -> Tensor:
-    """The documents' tokens one after the other, each ended, in blocks: (blocks, length).
+    """Return the documents' tokens, each document ended, packed in blocks (blocks, length).
 
-    What does not fill the last block is left out, unless there is no other.
+    Tokens that do not fill a last block are left out, unless it is the only one.
 
     Raises:
         ValueError: there are fewer than two tokens.

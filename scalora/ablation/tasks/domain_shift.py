@@ -18,7 +18,7 @@ from scalora.ablation.tasks.byte_llama import (
     ByteLlama,
     language_loss,
     mean_loss,
-    pretrained_weights,
+    pretrained_once,
     text_bytes,
     windows,
 )
@@ -30,13 +30,14 @@ _SHAPE = ByteLlama()
 class DomainShift(Task):
     """A 4-layer Llama of width 128 over bytes, from the English of Python's help texts to Python.
 
-    It is pretrained on English alone; what it moves to are the sources at the top of the standard
-    library. The splits are by file: CRC-32 of the file's name modulo 16 is 0 for the test files, 1
-    for validation, and all others train. So no file is on two sides, and a file stays on its side
-    when another version of Python adds some. English is split by topic in the same way, modulo 12.
+    It is pretrained on English alone and fine-tuned on the sources at the top of the standard
+    library. The splits are by file: CRC-32 of the file's name modulo 16 is 0 for the test files and
+    1 for the validation files; all others train. So no file is in two splits, and a file stays in
+    its split when another version of Python adds some. English is split by topic in the same way,
+    modulo 12.
 
-    Scores: ``loss``, nats a byte, on 60 fixed batches of 16 x 96 bytes of the split (``quick``: the
-    first 10 of them).
+    Scores: ``loss``, nats per byte, on 60 fixed batches of 16 x 96 bytes of the split (``quick``:
+    the first 10 of them).
     """
 
     name = "domain-shift"
@@ -55,7 +56,7 @@ class DomainShift(Task):
         batches = [
             windows(english, _BATCH, _BYTES, generator) for _ in range(self.pretraining_steps)
         ]
-        self._weights = pretrained_weights(cache, _SHAPE, batches, learning_rate=2e-3)
+        self._weights = pretrained_once(cache, _SHAPE, batches, learning_rate=2e-3)
 
     def model(self, seed: int) -> nn.Module:
         """Return the pretrained model; nothing in it is drawn by the seed."""
@@ -74,12 +75,12 @@ class DomainShift(Task):
         return language_loss(model, batch)
 
     def score(self, model: nn.Module, split: Split, *, quick: bool = False) -> dict[str, float]:
-        """Return the loss, nats a byte, on fixed batches of held-out files."""
+        """Return the loss, nats per byte, on fixed batches of held-out files."""
         batches = self._fixed(self._python[split], 60)
         return {"loss": mean_loss(model, batches[:10] if quick else batches)}
 
     def source_loss(self, model: nn.Module) -> float:
-        """Return the loss, nats a byte, on English that was held out of pretraining."""
+        """Return the loss, nats per byte, on English that was held out of pretraining."""
         return mean_loss(model, self._fixed(english_text("test"), 30))
 
     def probes(self) -> list[Tensor]:
@@ -97,13 +98,13 @@ class DomainShift(Task):
 
 
 def python_text(split: str) -> Tensor:
-    """The standard library's sources that belong to a split, one after the other: (bytes,)."""
+    """Return the standard library's sources of a split, one after the other, (bytes,)."""
     paths = python_files()[split]
     return text_bytes("".join(path.read_text("utf-8", "replace") for path in paths))
 
 
 def python_files() -> dict[str, list[Path]]:
-    """Split -> the files at the top of the standard library that belong to it."""
+    """Return, by split, the files at the top of the standard library."""
     files: dict[str, list[Path]] = {"train": [], "validation": [], "test": []}
     sides = {0: "test", 1: "validation"}
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
@@ -112,7 +113,7 @@ def python_files() -> dict[str, list[Path]]:
 
 
 def english_text(split: str) -> Tensor:
-    """Python's help texts, those to pretrain on ("train") or those held out ("test"): (bytes,)."""
+    """Return Python's help texts, those to pretrain on ("train") or held out ("test"), (bytes,)."""
     held_out = split == "test"
     names = [name for name in sorted(topics) if (zlib.crc32(name.encode()) % 12 == 0) == held_out]
     return text_bytes("\n".join(topics[name] for name in names))

@@ -1,4 +1,4 @@
-"""Held-out data do not change a model, and a batch goes to where the model is."""
+"""Evaluation: a model without gradients, and a batch on its device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode and without gradients, and afterwards as it was."""
+    """Put the model in evaluation mode, without gradients; afterwards it is as it was."""
     training = model.training
     model.eval()
     try:
@@ -21,7 +21,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def beside(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a batch on the model's device."""
+def to_device_of(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a batch's tensors on the model's device."""
     device = next(model.parameters()).device
     return {name: tensor.to(device) for name, tensor in batch.items()}

@@ -17,7 +17,7 @@ class Linear(nn.Module):
     """``x -> W x`` without a bias; a module around the layer, so that PEFT has one to replace."""
 
     def __init__(self, weight: Tensor) -> None:
-        """weight: (outputs, inputs)."""
+        """Copy a weight, (outputs, inputs)."""
         super().__init__()
         self.linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         self.linear.weight.data.copy_(weight)
@@ -32,14 +32,15 @@ class Regression(Task):
     """Least squares: W, 64 x 64, moves towards a target that is 16 equal ranks away.
 
     Inputs are Gaussian with a spread that falls evenly from 2 in the first coordinate to 0.2 in
-    the last; the target is the pretrained W plus U V^T with Gaussian U, V: (64, 16), such that the
-    loss is 209 before training. It is known in closed form, for all inputs there are, so validation
-    and test are the same number and no draw of the data is in it.
+    the last. The target is the pretrained W plus a multiple of U V^T with Gaussian U, V: (64, 16);
+    the multiple makes the loss 209 before training. The expected loss is known in closed form, so
+    validation and test are one number, without sampling noise.
 
-    Scores: ``loss``, the mean squared error of the outputs, summed over the coordinates, of which
-    0.5 is what a Gaussian of spread 1 would have in nats. The noise of the labels is not in it.
+    Scores: ``loss``, the mean over inputs of the squared error summed over coordinates; twice the
+    nats of a Gaussian of spread 1. It is without the noise of the labels.
 
-    noise: spread of what is added to every coordinate of a training output.
+    Attributes:
+        noise: spread of the noise that is added to every coordinate of a training output.
     """
 
     name = "regression"

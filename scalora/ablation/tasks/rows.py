@@ -1,4 +1,4 @@
-"""Rows of named columns: from a file, or from a data set of the hub."""
+"""Rows of data with named columns, from a file or a data set of the hub."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Row = dict[str, Any]
 
 
 def read_rows(source: str | Path) -> list[Row]:
-    """Read a .csv or .jsonl file (gzipped or not) or, if there is no such file, from the hub.
+    """Return the rows of a .csv or .jsonl file, gzipped or not; without such a file, of the hub.
 
     Raises:
-        ValueError: there is no such file and data sets of the hub cannot be read, or the file is
-            not what its name says.
+        ValueError: neither a file nor a data set of the hub can be read, or the file is not what
+            its name says.
     """
     path = Path(source)
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Sentences with a class each: read them, split them, cut them into batches."""
+"""Labelled sentences: reading, splitting and batching."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SORTED_BATCHES = 16
 
 @dataclass(frozen=True)
 class Sentences:
-    """Sentences with the number of their class each."""
+    """Sentences, and the number of each one's class."""
 
     texts: list[str]
     labels: list[int]
@@ -38,12 +38,11 @@ class Sentences:
 
 
 def load_sentences(source: str) -> Sentences:
-    """Read a file or a data set of the hub, as `read_rows` does.
+    """Return the sentences of a file or a data set of the hub, as `read_rows` reads them.
 
-    The columns are `text` (or `sentence`) and either `label`, one class a value, or
-    `rating`: above zero is positive, below negative, and near zero is left out. A
-    sentence that occurs twice is taken once, so that it cannot be on both sides of the
-    split.
+    The columns are `text` (or `sentence`) and either `label`, one class per value, or `rating`:
+    positive above zero, negative below, left out near zero. A sentence that occurs twice is taken
+    once, so that it cannot be in two splits.
 
     Raises:
         ValueError: it cannot be read, lacks a column, or has fewer than two classes.
@@ -95,10 +94,10 @@ def training_batches(
     max_length: int,
     seed: int,
 ) -> list[BatchEncoding]:
-    """Return one batch for each step: as many shuffled epochs as it takes.
+    """Return one batch per step, from as many shuffled epochs as that takes.
 
-    Within stretches of the shuffled epoch the sentences are sorted by length, and the
-    batches that this gives are shuffled again.
+    Within stretches of a shuffled epoch sentences are sorted by length; the batches of a stretch
+    are shuffled again.
     """
     if batch_size > len(sentences):
         raise ValueError(f"batches of {batch_size}: only {len(sentences)} training sentences")

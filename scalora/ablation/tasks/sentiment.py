@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, BatchEncoding
 
 from scalora.ablation.task import Split, Task
-from scalora.ablation.tasks.evaluation import beside, evaluating
+from scalora.ablation.tasks.evaluation import evaluating, to_device_of
 from scalora.ablation.tasks.sentences import (
     SHIPPED,
     Sentences,
@@ -34,12 +34,15 @@ class Sentiment(Task):
     """all-MiniLM-L6-v2 learns to tell positive from negative sentences of movie reviews.
 
     The head is new and drawn by the seed. A tenth of the sentences validates and a tenth tests, at
-    most 800 each, whatever the seed; no sentence is there twice.
+    most 800 each, the same for every seed; no sentence occurs twice.
 
-    Scores: ``loss``, nats a sentence, and ``accuracy`` (``quick``: the loss on every fourth batch).
+    Scores: ``loss``, nats per sentence, and ``accuracy`` (``quick``: the loss on every fourth
+    batch).
 
-    model: another encoder, a folder or a hub id; data: other sentences, a CSV or .jsonl file or a
-    hub id, with columns ``text`` and ``label``, or ``text`` and ``rating``.
+    Args:
+        model: another encoder, a folder or a hub id.
+        data: other sentences, a CSV or .jsonl file or a hub id, with columns ``text`` and
+            ``label``, or ``text`` and ``rating``.
     """
 
     name = "sentiment"
@@ -73,22 +76,24 @@ class Sentiment(Task):
         return model
 
     def batches(self, seed: int, steps: int) -> Iterator[BatchEncoding]:
-        """Yield shuffled epochs, 32 sentences a batch, those of a batch about equally long."""
+        """Yield shuffled epochs in batches of 32 sentences of about one length."""
         yield from training_batches(
             self._splits["train"], self._tokenizer, steps, _BATCH, _TOKENS, 1000 + seed
         )
 
     def loss(self, model: nn.Module, batch: BatchEncoding) -> Tensor:
         """Return the mean loss of the class, () nats."""
-        loss: Tensor = model(**beside(model, batch)).loss
+        loss: Tensor = model(**to_device_of(model, batch)).loss
         return loss
 
     def score(self, model: nn.Module, split: Split, *, quick: bool = False) -> dict[str, float]:
-        """Return loss, nats a sentence, and accuracy over the sentences of a split."""
+        """Return loss, nats per sentence, and accuracy over the sentences of a split."""
         batches = self._held_out[split]
         batches = batches[::4] if quick else batches
         with evaluating(model):
-            logits = torch.cat([model(**beside(model, batch)).logits.cpu() for batch in batches])
+            logits = torch.cat(
+                [model(**to_device_of(model, batch)).logits.cpu() for batch in batches]
+            )
         labels = torch.cat([batch["labels"] for batch in batches])
         loss = nn.functional.cross_entropy(logits, labels).item()
         if quick:
@@ -98,8 +103,8 @@ class Sentiment(Task):
     def source_loss(self, model: nn.Module) -> float:
         """Return how far the embeddings of other English have moved: 0 before training.
 
-        The encoder was pretrained to embed sentences and has no loss of its own here, so this is a
-        drift: 1 - cosine between the mean-pooled last hidden states of the trained and of the
+        The encoder was pretrained to embed sentences and has no loss of its own here. So this is a
+        drift: 1 - cosine between the mean-pooled last hidden states of the trained and the
         pretrained encoder, mean over 128 sentences of Python's help texts.
         """
         embedded = _embeddings(model, self._english).double()
@@ -143,7 +148,7 @@ class Sentiment(Task):
 
 
 def english_sentences(count: int) -> list[str]:
-    """Sentences of prose, 40 to 200 characters each, from all over Python's help texts."""
+    """Return sentences of prose from Python's help texts, 40 to 200 characters each."""
     found = []
     for name in sorted(topics):
         for paragraph in topics[name].split("\n\n"):
@@ -154,11 +159,11 @@ def english_sentences(count: int) -> list[str]:
 
 
 def _embeddings(model: nn.Module, batches: list[BatchEncoding]) -> Tensor:
-    """Mean over a sentence's tokens of the last hidden states: (sentences, width), unit vectors."""
+    """Return mean-pooled last hidden states, (sentences, width), unit vectors."""
     embeddings = []
     with evaluating(model):
         for batch in batches:
-            moved = beside(model, batch)
+            moved = to_device_of(model, batch)
             states = model(**moved, output_hidden_states=True).hidden_states[-1]
             real = moved["attention_mask"].unsqueeze(-1).to(states.dtype)
             embeddings.append(((states * real).sum(1) / real.sum(1)).float().cpu())

@@ -20,14 +20,16 @@ from scalora.transformers_models import model_class, pretrained_model
 class Text(Task):
     """Fine-tune a causal language model on text: blocks of 128 tokens, packed.
 
-    The documents are split, a tenth to validate and a tenth to test, so that no document is on two
-    sides; blocks are cut within a split.
+    A tenth of the documents validates and a tenth tests; no document is in two splits, and blocks
+    are cut within a split.
 
-    Scores: ``loss``, nats a token, on at most 60 batches of 8 blocks (``quick``: the first 10).
+    Scores: ``loss``, nats per token, on at most 60 batches of 8 blocks (``quick``: the first 10).
 
-    model: a folder or a hub id; data: a .txt, .csv or .jsonl file (column ``text``), a folder of
-    them, or a data set of the hub; source: text, likewise, like what the model was pretrained on,
-    to measure forgetting with.
+    Args:
+        model: a folder or a hub id.
+        data: a .txt, .csv or .jsonl file (column ``text``), a folder of them, or a data set of the
+            hub.
+        source: text of the same kinds like that of pretraining, to measure forgetting with.
     """
 
     name = "text"
@@ -38,10 +40,10 @@ class Text(Task):
     task_type = "CAUSAL_LM"
 
     batch_size: ClassVar[int] = 8
-    """Blocks a batch."""
+    """Blocks per batch."""
 
     length: ClassVar[int] = 128
-    """Tokens a block, at most; fewer where the model reads no more or a split is shorter."""
+    """Most tokens per block; fewer where the model reads no more or a split is shorter."""
 
     def __init__(self, model: str, data: str, source: str | None = None) -> None:
         self._model, self._data, self._source = model, data, source
@@ -70,11 +72,11 @@ class Text(Task):
         return language_loss(model, batch)
 
     def score(self, model: nn.Module, split: Split, *, quick: bool = False) -> dict[str, float]:
-        """Return the loss, nats a token, on blocks of held-out documents."""
+        """Return the loss, nats per token, on blocks of held-out documents."""
         return {"loss": mean_loss(model, self._held_out(split)[: 10 if quick else 60])}
 
     def source_loss(self, model: nn.Module) -> float | None:
-        """Return the loss, nats a token, on the source text, if there is one."""
+        """Return the loss, nats per token, on the source text, if there is one."""
         if self._source is None:
             return None
         return mean_loss(model, self._held_out("source")[:30])

@@ -19,20 +19,20 @@ _OTHER_VERBS = {"+": ("found", "made", "got", "drew"), "-": ("sold", "gave", "at
 
 
 class Problem(NamedTuple):
-    """A question and what is to be written after it, the last byte a line end."""
+    """A question and its answer, which ends with a line end."""
 
     question: str
     answer: str
 
 
 def one_step_problems(seed: int) -> Iterator[Problem]:
-    """Sums and differences without end: three of four bare (``16-4=12``), the others in words.
+    """Yield sums and differences without end: three of four bare (``16-4=12``), others in words.
 
     ``Ann had 9 pens, found 7: `` is answered with ``9+7=16``.
     """
     draw = random.Random(seed)
     while True:
-        # Small numbers come more often: from copying over counting, adding is learned in minutes.
+        # Small numbers come more often: then adding is learned within minutes.
         sign, b = draw.choice("+-"), draw.randint(0, draw.randint(0, 9))
         bare = draw.random() < 0.75
         a = draw.randint(0, 18 if bare else 9)
@@ -47,11 +47,11 @@ def one_step_problems(seed: int) -> Iterator[Problem]:
 
 
 def two_step_problems(seed: int, split: str) -> Iterator[Problem]:
-    """Problems of two steps without end, those of "train", "validation" or "test".
+    """Yield problems of two steps without end, of the split "train", "validation" or "test".
 
-    Half of them tell of another thing as well, at any place: ``Ian had 9 eggs, found 7, broke 5
-    toys, sold 4: `` is answered with ``9+7=16-4=12``. The answer decides the split, so that none
-    that is asked for at a test was trained on in other words.
+    Half of them mention another thing as well, at any place: ``Ian had 9 eggs, found 7, broke 5
+    toys, sold 4: `` is answered with ``9+7=16-4=12``. The answer decides the split: no answer of a
+    test was trained on in other words.
     """
     draw = random.Random(seed)
     sides = {0: "test", 1: "validation"}
@@ -74,7 +74,7 @@ def two_step_problems(seed: int, split: str) -> Iterator[Problem]:
 
 
 def tokens_of(problems: list[Problem]) -> tuple[Tensor, Tensor]:
-    """Bytes and labels of problems: (problems, longest) each; labels are -100 but on answers."""
+    """Return bytes and labels, (problems, longest) each; labels are -100 except on answers."""
     rows = [_row(problem) for problem in problems]
     longest = max(len(tokens) for tokens, _ in rows)
     tokens = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -85,7 +85,7 @@ def tokens_of(problems: list[Problem]) -> tuple[Tensor, Tensor]:
 
 
 def stream_of(problems: list[Problem]) -> tuple[Tensor, Tensor]:
-    """Bytes and labels of problems one after the other: (bytes,) each."""
+    """Return bytes and labels of problems one after the other, (bytes,) each."""
     text = "".join(problem.question + problem.answer for problem in problems)
     asked = b"".join(b"\1" * len(p.question) + b"\0" * len(p.answer) for p in problems)
     tokens = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()

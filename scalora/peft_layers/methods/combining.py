@@ -96,13 +96,14 @@ def _carry_along(
                 continue
             factor = weight * source.scaling / pair.scaling
             state = source.carry.state()
-            ups.append(state["up"])
-            downs.append(factor * state["down"])
+            ups.append(state["up"].to(source.carry.wide_dtype))
+            downs.append(factor * state["down"].to(source.carry.wide_dtype))
             cut = cut.to(state["cut"]) + factor**2 * state["cut"]
             columns += state["up"].shape[1]
         if columns:
             whole = {"up": torch.cat(ups, 1), "down": torch.cat(downs), "cut": cut}
-            pair.ensure_carry(columns).load({**whole, "capacity": torch.tensor(columns)})
+            carry = pair.ensure_carry(columns, whole["up"].dtype)
+            carry.load({**whole, "capacity": torch.tensor(columns)})
 
 
 def _warn_of_folded(pairs: Sequence[LoRAPair]) -> None:

@@ -1,4 +1,4 @@
-"""What an adapter's files hold, and what its model card says of that.
+"""Content of an adapter's files, and the note about it in the model card.
 
 Held by tests/integrations/test_trainer_ends.py.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 class Content(Enum):
-    """What the files of a re-based model's adapter hold."""
+    """Content of the files of a re-based model's adapter."""
 
     AS_IT_IS = "the adapter, to which nothing else belongs"
     WITH_BASE = "the adapter and the base weights that were folded into"

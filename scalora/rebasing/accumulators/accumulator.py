@@ -1,4 +1,4 @@
-"""What a re-basing asks of the place where increments go."""
+"""The place where increments go, as a re-basing sees it."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ class Accumulator(Protocol):
     """Takes in the increments of layers."""
 
     def key(self, pair: LoRAPair) -> Hashable:
-        """What must agree, beyond the factors, for layers to be served in one call."""
+        """Return what must agree, beyond the factors, for layers to be served by one call."""
+        return type(self)
 
     def takes(self, pair: LoRAPair, columns: int) -> bool:
-        """Whether the layer is still re-based, by an increment of so many columns."""
+        """Return whether the layer takes in another increment of that many columns."""
+        return True
 
     def make_room(self, pairs: Sequence[LoRAPair], columns: int) -> None:
-        """Let every layer have room for one more increment; its function does not change.
+        """Make room in every layer for one more increment, without changing its function.
 
         Args:
             pairs: the layers.
             columns: of the increment.
         """
+        return
 
     def commit(
         self,
@@ -36,7 +39,7 @@ class Accumulator(Protocol):
         writes: Sequence[Write],
         count: int,
     ) -> None:
-        """Take in ``s left right^T`` and write what else changes, a layer wholly or not at all.
+        """Take in ``s left right^T`` and write what else changes, of each layer all or nothing.
 
         Args:
             pairs: layers of one `key` and scaling, with room.
@@ -45,3 +48,4 @@ class Accumulator(Protocol):
             writes: factors, gradients and moments in the new coordinates.
             count: the number of this re-basing, part of the rounding noise's seed.
         """
+        raise NotImplementedError

@@ -7,17 +7,26 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from scalora.carry import Carry, compress, relative_cut
+from scalora import sharding
+from scalora.carry import (
+    Carry,
+    absorbed,
+    compress,
+    frozen,
+    relative_cut,
+    rounded,
+    rounding_energy,
+)
 from scalora.options import RebasingOptions
 from scalora.peft_layers import LoRAPair
 from scalora.rebasing.accumulators.commit import write_all
 from scalora.rebasing.accumulators.increment import increment_columns
 from scalora.rebasing.batches import thin_factors
-from scalora.sharding.stacks import Write
+from scalora.sharding.stacks import Write, stack
 from scalora.warning import warn
 
 # In units of the adapter's rank: where carry_rank="auto" begins, and where it stops growing.
-_AUTO_FIRST, _AUTO_MOST = 8, 32
+_AUTO_FIRST, _AUTO_MOST = 4, 32
 # So many numbers of carries are recompressed at once: 8 bytes each, several times over.
 _NUMBERS_AT_ONCE = 1 << 23
 
@@ -34,22 +43,23 @@ class CarryAccumulator:
         self._warned = False
 
     def key(self, pair: LoRAPair) -> Hashable:
-        """Nothing but the factors must agree."""
-        return "carry"
+        """Return what must agree beyond the factors: the dtype of the carry, if there is one."""
+        carry = pair.carry
+        return "carry", None if carry is None else carry.dtype
 
     def takes(self, pair: LoRAPair, columns: int) -> bool:
-        """With ``when_full="hold"``: until its carry is full."""
+        """Return whether the layer is still re-based: with ``"hold"`` until its carry is full."""
         carry = pair.carry
         if self.options.when_full != "hold" or carry is None:
             return True
         return carry.columns + columns <= carry.capacity
 
     def carry_of(self, pair: LoRAPair) -> Carry:
-        """The layer's, with as much room as was asked for."""
+        """Return the layer's carry, with as much room as was asked for."""
         wanted = self.options.carry_rank
         columns = _AUTO_FIRST * pair.rank if isinstance(wanted, str) else wanted
         least, most = 2 * self._increment_columns(pair), self._most_useful(pair)
-        return pair.ensure_carry(min(max(columns, least), most))
+        return pair.ensure_carry(min(max(columns, least), most), self._dtype(pair))
 
     @torch.no_grad()
     def make_room(self, pairs: Sequence[LoRAPair], columns: int) -> None:
@@ -75,9 +85,16 @@ class CarryAccumulator:
         writes: Sequence[Write],
         count: int,
     ) -> None:
-        """Append the increments to the carries, and write the rest with them."""
+        """Append the increments to the carries, and write the rest with them.
+
+        Where the carry is narrower than the adapter, ``writes`` begin with P, and the adapter keeps
+        what rounding cuts.
+        """
         carries = [_carry(pair) for pair in pairs]
-        left, right = left.to(carries[0].up.dtype), right.to(carries[0].down.dtype).mT
+        dtype = carries[0].dtype
+        if _is_narrow(dtype):
+            left, right, writes = _rounded(pairs, left, right, writes, dtype)
+        left, right = left.to(dtype), right.to(dtype).mT
         k = left.shape[-1]
         ups = [carry.up[:, carry.columns : carry.columns + k] for carry in carries]
         downs = [carry.down[carry.columns : carry.columns + k] for carry in carries]
@@ -89,18 +106,20 @@ class CarryAccumulator:
         """Recompress the carries, or let them grow where ``"auto"`` would cut too much."""
         carries = [_carry(pair) for pair in pairs]
         keep = _kept_columns(pairs[0], carries[0], columns)
-        up = torch.stack([carry.used_up for carry in carries])
-        down = torch.stack([carry.used_down for carry in carries])
-        rows = carries[0].rows
+        dtype, wide, rows = carries[0].dtype, carries[0].wide_dtype, carries[0].rows
+        up = torch.stack([carry.used_up for carry in carries]).to(wide)
+        down = torch.stack([carry.used_down for carry in carries]).to(wide)
         new = compress(up, down, keep, rows)
         cuts = torch.stack([carry.cut for carry in carries]) + new.cut
+        if _is_narrow(dtype):
+            cuts = cuts + rounding_energy(new.up, new.down, dtype, rows)
         P, Q = thin_factors(pairs)
         # The eigenproblem has waited for the device; reading these costs nothing more.
         shares = relative_cut(cuts, new.energy, up, down, P, Q, rows).tolist()
         chosen = []
         for i, (pair, carry) in enumerate(zip(pairs, carries, strict=True)):
             too_much = shares[i] > self.options.carry_tolerance
-            larger = min(2 * carry.capacity, self._most_columns(pair))
+            larger = min(carry.capacity + carry.capacity // 2, self._most_columns(pair))
             if too_much and larger >= carry.columns + columns:
                 carry.grow(larger)
                 continue
@@ -110,8 +129,8 @@ class CarryAccumulator:
         if chosen:
             self._replace(
                 [carries[i] for i in chosen],
-                torch.stack([new.up[i] for i in chosen]),
-                torch.stack([new.down[i] for i in chosen]),
+                torch.stack([rounded(new.up[i], dtype) for i in chosen]),
+                torch.stack([rounded(new.down[i], dtype) for i in chosen]),
                 torch.stack([cuts[i] for i in chosen]),
             )
 
@@ -129,17 +148,29 @@ class CarryAccumulator:
         write_all(writes, range(len(carries)), lambda: _count(carries, counts))
 
     def _most_columns(self, pair: LoRAPair) -> int:
-        """Up to where the layer's carry may grow."""
+        """Return up to where the layer's carry may grow."""
         if not isinstance(self.options.carry_rank, str):
             return 0
         return min(_AUTO_MOST * pair.rank, self._most_useful(pair))
 
     def _most_useful(self, pair: LoRAPair) -> int:
-        """Columns with which nothing of a layer's carry is ever cut."""
+        """Return the number of columns with which nothing of a layer's carry is ever cut."""
         return _full_rank(pair) + 4 * self._increment_columns(pair)
 
     def _increment_columns(self, pair: LoRAPair) -> int:
         return increment_columns(pair, P_alone=self.options.scales_P_alone)
+
+    def _dtype(self, pair: LoRAPair) -> torch.dtype:
+        """Return the dtype of a carry that is made now.
+
+        Float16 beside an adapter in float32 under a rule that scales P alone, for then the adapter
+        can keep what rounding cuts; else the adapter's, float32 at least.
+        """
+        dtype = torch.promote_types(pair.P_parameter.dtype, pair.Q_parameter.dtype)
+        factors = {pair.P_parameter.dtype, pair.Q_parameter.dtype}
+        if self.options.scales_P_alone and factors == {torch.float32}:
+            return torch.float16
+        return torch.promote_types(dtype, torch.float32)
 
     def _warn(self, pair: LoRAPair, carry: Carry, share: float) -> None:
         if self._warned:
@@ -151,6 +182,29 @@ class CarryAccumulator:
             f"(carry_tolerance={self.options.carry_tolerance:g}): so much the model's function was "
             "moved. Pass a larger carry_rank or interval; optimizer.report() has every layer."
         )
+
+
+def _is_narrow(dtype: torch.dtype) -> bool:
+    """Return whether a carry of that dtype needs what rounding cuts to stay elsewhere."""
+    return dtype not in (torch.float32, torch.float64)
+
+
+def _rounded(
+    pairs: Sequence[LoRAPair],
+    left: Tensor,
+    right: Tensor,
+    writes: Sequence[Write],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, list[Write]]:
+    """Return increments that the dtype holds, and writes by which the adapter keeps the rest."""
+    (targets, P, _), *others = writes
+    share = frozen(P.flatten(2), left, dtype, sharding.rows_of(pairs[0].P_parameter))
+    parameters = [pair.Q_parameter for pair in pairs]
+    Q = stack(parameters)
+    ratio = share.ratio[:, sharding.own_rows(parameters[0])]
+    kept = absorbed(Q.flatten(2), ratio, dtype).view_as(Q)
+    factors = [(targets, P, share.P.view_as(P)), (parameters, Q, kept)]
+    return share.up, rounded(right, dtype), [*factors, *others]
 
 
 def _count(carries: Sequence[Carry], columns: Sequence[int]) -> None:
@@ -169,7 +223,7 @@ def _full_rank(pair: LoRAPair) -> int:
 
 
 def _kept_columns(pair: LoRAPair, carry: Carry, k: int) -> int:
-    """What a compression keeps: a quarter is left free, so that not every re-basing compresses."""
+    """Return how many a compression keeps: with a quarter free not every re-basing compresses."""
     if carry.capacity - k >= _full_rank(pair):
         return _full_rank(pair)
     return carry.capacity - max(k, carry.capacity // 4 // k * k)

@@ -21,13 +21,18 @@ def write_all(writes: Sequence[Write], layers: Sequence[int], done: Callable[[],
         layers: the places of those to write.
         done: called last; it may be called twice.
     """
+    pieces: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
+    for targets, _, new in writes:
+        own, values = pieces.setdefault((new.dtype, targets[0].device), ([], []))
+        rows = new.unbind()
+        for i in layers:
+            target = sharding.local(targets[i])
+            own.append(target)
+            values.append(rows[i].view_as(target))
 
     def write() -> None:
-        for targets, _, new in writes:
-            own, rows = [sharding.local(targets[i]) for i in layers], new.unbind()
-            torch._foreach_copy_(
-                own, [rows[i].view_as(target) for i, target in zip(layers, own, strict=True)]
-            )
+        for own, values in pieces.values():
+            torch._foreach_copy_(own, values)
         done()
 
     try:
@@ -49,7 +54,7 @@ def commit(
 
     Args:
         fold: changes the bases, one after the other.
-        bases: one a layer.
+        bases: one per layer.
         writes: as for `write_all`.
         done: called with the place of each layer that has changed, last.
     """

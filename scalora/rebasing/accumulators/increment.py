@@ -11,9 +11,9 @@ _EXACT = (torch.float32, torch.float64)
 
 
 def increment(
-    P: Tensor, P_new: Tensor, Q: Tensor, Q_new: Tensor, product: Tensor
+    P: Tensor, P_new: Tensor, Q: Tensor, Q_new: Tensor, alpha_beta: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``P Q^T - P_new Q_new^T`` as two factors, (layers, m, k) and (layers, n, k).
+    """Return ``P Q^T - P_new Q_new^T`` as two factors, (layers, m, k) and (layers, n, k).
 
     In float32 ``P diag(1 - alpha beta) Q^T`` is that to round-off, with k = r.  Half-precision
     factors were rounded when they were scaled: there the difference is taken as it is, k = 2r.
@@ -21,36 +21,35 @@ def increment(
     Args:
         P, P_new: (layers, m, r, ...), as PEFT stores them.
         Q, Q_new: (layers, r, n, ...), likewise.
-        product: (layers, r), alpha times beta.
+        alpha_beta: (layers, r), alpha times beta.
     """
     P, P_new = P.flatten(2), P_new.flatten(2)
     Q, Q_new = Q.flatten(2).mT, Q_new.flatten(2).mT
     if P.dtype in _EXACT and Q.dtype == P.dtype:
-        share = (1 - product).to(P.dtype).unsqueeze(-2)
+        share = (1 - alpha_beta).to(P.dtype).unsqueeze(-2)
         zero = torch.zeros_like(share)
         return torch.where(share == 0, zero, P * share), torch.where(share == 0, zero, Q)
     left = torch.cat([P.float(), -P_new.float()], dim=-1)
     right = torch.cat([Q.float(), Q_new.float()], dim=-1)
-    changed = (product != 1).any(-1)[:, None, None]
+    changed = (alpha_beta != 1).any(-1)[:, None, None]
     zero = torch.zeros_like(left[:, :1, :1])
     return torch.where(changed, left, zero), torch.where(changed, right, zero)
 
 
-def increment_of_P(P: Tensor, P_new: Tensor, Q: Tensor, changed: Tensor) -> tuple[Tensor, Tensor]:
+def increment_of_P(P: Tensor, P_new: Tensor, Q: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``(P - P_new) Q^T`` as two factors, (layers, m, r) and (layers, n, r).
 
-    In float32 at least, so that half-precision factors lose nothing either.
-
     Args:
-        P, P_new: (layers, m, r, ...), as PEFT stores them.
+        P: (layers, m, r, ...), in a dtype that holds all factors exactly: that of the result.
+        P_new: (layers, m, r, ...), as PEFT stores it.
         Q: (layers, r, n, ...), likewise.
-        changed: (layers,), which layers are re-based; the others' factors are zero.
+        kept: (layers, 1), which layers keep all they have: their factors are zero.
     """
-    dtype = torch.promote_types(torch.promote_types(P.dtype, Q.dtype), torch.float32)
-    left = P.flatten(2).to(dtype) - P_new.flatten(2)
-    right = Q.flatten(2).to(dtype).mT
-    changed, zero = changed[:, None, None], left.new_zeros(())
-    return torch.where(changed, left, zero), torch.where(changed, right, zero)
+    kept = kept.unsqueeze(-1)
+    left = (P.flatten(2) - P_new.flatten(2)).masked_fill_(kept, 0)
+    # Zero where it is looked at, and it says in which dtype: a process may hold no rows.
+    zero = left[:, :1, :1] if left.numel() else left.new_zeros((1, 1, 1))
+    return left, torch.where(kept, zero, Q.flatten(2).mT)
 
 
 def increment_columns(pair: LoRAPair, *, P_alone: bool) -> int:

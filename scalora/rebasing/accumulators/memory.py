@@ -1,4 +1,4 @@
-"""What re-basing remembers of one layer from step to step."""
+"""Per-layer state that re-basing remembers from step to step."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 
 @dataclass
 class LayerMemory:
-    """One layer's, beside what its modules hold.
+    """Per-layer state that PEFT's modules do not hold.
 
     Attributes:
         index: the layer's place in the model, part of its rounding noise's seed.
-        product: L times the learning rate, calibrated at the layer's first re-basing, 0-d; None
-            or NaN before it.
+        lipschitz_lr: 0-d, the smoothness constant L times the learning rate, matched at the layer's
+            first re-basing and held from then on; None or NaN before it.
         residual: what rounding cut from the base weight; ``rounding="compensated"`` only.
     """
 
     index: int
-    product: Tensor | None = None
+    lipschitz_lr: Tensor | None = None
     residual: Tensor | None = None

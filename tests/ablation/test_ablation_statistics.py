@@ -6,7 +6,7 @@ import pytest
 
 from scalora.ablation.job import Job
 from scalora.ablation.record import Record
-from scalora.ablation.summary import (
+from scalora.ablation.statistics import (
     Statistic,
     best_rate,
     mean_curve,

@@ -1,4 +1,4 @@
-"""Statistics of runs: pure functions of numbers and records."""
+"""Statistics of runs, as pure functions of numbers and records."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class Statistic:
     """A mean over seeds.
 
     Attributes:
-        mean: not finite if a run diverged: what it lost has no bound.
-        stderr: standard error of the mean; None of fewer than two, or where one diverged.
-        n: how many seeds, divergent ones included.
-        diverged: how many of them diverged.
+        mean: not finite if a run diverged, as its loss has no bound.
+        stderr: standard error of the mean; None: fewer than two seeds, or one diverged.
+        n: number of seeds, divergent ones included.
+        diverged: number of seeds that diverged.
     """
 
     mean: float
@@ -27,10 +27,10 @@ class Statistic:
 
 
 def statistic(values: Sequence[float]) -> Statistic | None:
-    """Mean and standard error of values, of which those that are not finite count as diverged.
+    """Return mean and standard error of values; one that is not finite counts as diverged.
 
-    None of no values.  The standard error is s / sqrt(n), with s^2 the sum of squared deviations
-    over n - 1.
+    None if there are no values. The standard error is s / sqrt(n), with s^2 the sum of squared
+    deviations over n - 1.
     """
     n = len(values)
     if not n:
@@ -49,16 +49,19 @@ def statistic(values: Sequence[float]) -> Statistic | None:
 def paired_difference(
     values: Mapping[int, float], baseline: Mapping[int, float]
 ) -> Statistic | None:
-    """Seed by seed, values minus baseline; None if they have no seed in common.
+    """Return the statistic of values minus baseline, seed by seed; None: no seed in common.
 
     A seed at which either diverged counts as diverged.
+
+    Args:
+        values, baseline: seed -> score.
     """
     seeds = sorted(set(values) & set(baseline))
     return statistic([values[seed] - baseline[seed] for seed in seeds])
 
 
 def score_of(record: Record, split: str, name: str, lower_is_better: bool) -> float | None:
-    """A score of a run; the worst there is if it diverged, None if it failed or has no such."""
+    """Return a score of a run: infinitely bad if it diverged, None if it failed or lacks it."""
     if record.status == "failed":
         return None
     if record.status == "diverged":
@@ -70,14 +73,14 @@ def score_of(record: Record, split: str, name: str, lower_is_better: bool) -> fl
 def best_rate(
     runs: Mapping[float, Sequence[Record | None]], metric: str, lower_is_better: bool
 ) -> float | None:
-    """The learning rate with the best mean score on the validation split.
+    """Return the learning rate with the best mean score on the validation split; None: no run.
 
-    Only rates of which every run is done are compared, unless there is none; then those with any.
-    Of equal ones the lowest; if all diverged, the one where fewest did.
+    Rates that lack a run are compared only if all do. Of equal rates the lowest is taken; if all
+    diverged, the one where fewest runs did.
 
     Args:
-        runs: learning rate -> its runs, one a seed; None for one that is missing.
-        metric: the score.
+        runs: learning rate -> its runs, one per seed; None for one that is missing.
+        metric: name of the score.
         lower_is_better: whether it is a loss.
     """
     scores = {
@@ -102,9 +105,9 @@ def best_rate(
 
 
 def steps_to(curve: Sequence[tuple[int, float]], target: float) -> float | None:
-    """Steps after which a learning curve first reaches a loss, between its points on a line.
+    """Return the steps after which a learning curve first reaches a loss; None: it never does.
 
-    None if it never does.
+    Between two points of the curve it is a straight line.
     """
     for i, (step, loss) in enumerate(curve):
         if not loss <= target:
@@ -121,9 +124,9 @@ def steps_to(curve: Sequence[tuple[int, float]], target: float) -> float | None:
 def mean_curve(
     curves: Sequence[Sequence[tuple[int, float]]],
 ) -> list[tuple[int, float, float | None]]:
-    """(step, mean, standard error) of curves with the same steps, as far as all go and are finite.
+    """Return (step, mean, standard error) of curves with the same steps.
 
-    Where one diverged the mean ends: that of the others would look better for it.
+    The mean ends where the first curve ends or diverges: without it the others' would look better.
     """
     means = []
     for points in zip(*curves, strict=False):
@@ -135,5 +138,5 @@ def mean_curve(
 
 
 def mean(values: Sequence[float]) -> float:
-    """The arithmetic mean of at least one number."""
+    """Return the arithmetic mean of at least one number."""
     return math.fsum(values) / len(values)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from scalora.ablation.summary import Statistic
-from scalora.ablation.tables import Table, as_markdown, shown
+from scalora.ablation.report.tables import Table, as_markdown, shown
+from scalora.ablation.statistics import Statistic
 
 
 @pytest.mark.parametrize(
@@ -35,5 +35,5 @@ def test_share_is_in_percent() -> None:
 def test_markdown_keeps_what_a_cell_says() -> None:
     table = Table("title", ("method", "x"), [("a|b", "1")], ("a note",))
     assert as_markdown(table).splitlines() == [
-        *("### title", "", "| method | x |", "| ------ | - |", "| a\\|b   | 1 |", "", "a note"),
+        *("### title", "", "| method | x  |", "| ------ | -: |", "| a\\|b   | 1  |", "", "a note"),
     ]

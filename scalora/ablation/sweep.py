@@ -1,4 +1,4 @@
-"""Runs what a plan asks for and has not been run: the search, then the other seeds."""
+"""The runs of plans that are not done yet: the search, then the other seeds."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ RUNS_FOLDER = "runs"
 def run_plans(
     plans: Sequence[TaskPlan], engine: Engine, output: Path, cache: Path, console: Console
 ) -> dict[Job, Record]:
-    """Return the record of every run of the plans; only those that are not done are run.
+    """Return the record of every run of the plans; run those that are not done.
 
     Args:
-        plans: one a task.
-        engine: what runs them.
-        output: ``output``/runs is where records are and are written.
-        cache: for what tasks prepare.
-        console: for the progress.
+        plans: one per task.
+        engine: runs the jobs.
+        output: records are read from and written to ``output``/runs.
+        cache: folder of what tasks prepare.
+        console: shows the progress.
     """
     folder = output / RUNS_FOLDER
     records: dict[Job, Record] = {}
@@ -46,7 +46,7 @@ def run_plans(
 
 
 def recorded(plans: Sequence[TaskPlan], output: Path) -> dict[Job, Record]:
-    """Return the records that there are of the plans' runs; nothing is run."""
+    """Return the records of the plans' runs that are there; nothing is run."""
     folder = output / RUNS_FOLDER
     records = read_records((job for plan in plans for job in plan.search()), folder)
     return records | read_records((job for plan in plans for job in plan.rest(records)), folder)
@@ -55,7 +55,7 @@ def recorded(plans: Sequence[TaskPlan], output: Path) -> dict[Job, Record]:
 def _run(
     jobs: Sequence[Job], engine: Engine, folder: Path, cache: Path, progress: RunProgress
 ) -> Iterator[Record]:
-    """Prepare every task once, by one process alone, then run the jobs."""
+    """Prepare every task once, in one process, then run the jobs."""
     first_of_tasks = list({(job.task, job.options): job for job in jobs}.values())
     for job in first_of_tasks:
         progress.prepare(job.task_name)

@@ -1,4 +1,4 @@
-"""What a report says of every method: statistics over the seeds at its best learning rate."""
+"""Results of every method: statistics over the seeds at its best learning rate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from scalora.ablation.job import Job
 from scalora.ablation.plan import TaskPlan, scaled
 from scalora.ablation.record import Record
-from scalora.ablation.summary import (
+from scalora.ablation.statistics import (
     Statistic,
     mean,
     mean_curve,
@@ -20,32 +20,35 @@ from scalora.ablation.summary import (
 )
 
 BASELINE = "lora"
-"""What the other methods are compared with, where it is among them."""
+"""The method that the others are compared with, where it is among them."""
 
 Measure = Callable[[Record], float | None]
 
 
 @dataclass(frozen=True)
-class Row:
+class MethodResult:
     """One method on one task.
 
     Attributes:
         method: its name.
         rate: its factor of the learning rates.
         best: its best learning rate, its own factor applied; None if no run ended.
-        by_rate: learning rate, factor applied -> validation loss over the seeds that ran it.
-        runs, missing, failed: how many runs it was to have, and how many of them there are not.
-        test: score -> over seeds, on the test split.
-        difference: test score minus plain LoRA's of the same seed.
-        difference_score: which score that is, the task's metric.
-        robustness: the worst mean validation loss of all learning rates over LoRA's best.
-        steps_to_baseline: along the learning curve, to LoRA's final loss of the same seed.
-        not_reached: at how many seeds it does not get there.
+        by_rate: learning rate, factor applied -> validation loss over the seeds of the search.
+        runs, missing, failed: number of runs in the plan, of those without a record, and of those
+            that raised.
+        test: score -> statistic over seeds, on the test split.
+        difference: test score, the task's metric, minus plain LoRA's of the same seed.
+        robustness: the highest mean validation loss over the learning rates, divided by LoRA's
+            lowest.
+        steps_to_baseline: steps along the learning curve to LoRA's final loss of the same seed.
+        not_reached: number of seeds whose curve does not reach that loss.
         forgetting: source loss after minus before.
         effective_rank, stable_rank, energy_top_r, miub: means over the layers.
-        miub_of_layers: layer -> over seeds.
-        seconds_a_step, peak_bytes, trainable_parameters: as in the record.
+        miub_of_layers: layer -> statistic over seeds.
+        seconds_a_step, peak_bytes, state_bytes, trainable_parameters: as in the record.
         curve: (step, validation loss, its standard error) over seeds.
+        curve_difference: (step, validation loss minus plain LoRA's of the same seed, its standard
+            error); empty for plain LoRA.
         spectrum: singular values over the largest, mean over layers and seeds.
     """
 
@@ -69,13 +72,15 @@ class Row:
     miub_of_layers: dict[str, Statistic]
     seconds_a_step: Statistic | None
     peak_bytes: Statistic | None
+    state_bytes: Statistic | None
     trainable_parameters: Statistic | None
     curve: list[tuple[int, float, float | None]]
+    curve_difference: list[tuple[int, float, float | None]]
     spectrum: list[float]
 
 
-def rows_of(plan: TaskPlan, records: Mapping[Job, Record]) -> list[Row]:
-    """Return one row a method, in the plan's order."""
+def results_of(plan: TaskPlan, records: Mapping[Job, Record]) -> list[MethodResult]:
+    """Return one result per method, in the plan's order."""
     best = plan.best_rates(records)
     grids = {method: _by_rate(plan, method, records) for method in plan.methods}
     finals = {
@@ -84,13 +89,13 @@ def rows_of(plan: TaskPlan, records: Mapping[Job, Record]) -> list[Row]:
     baseline = finals.get(BASELINE, {})
     floor = _floor(plan, grids.get(BASELINE, {}))
     return [
-        _row(plan, method, best[method], grids[method], finals[method], baseline, floor)
+        _result(plan, method, best[method], grids[method], finals[method], baseline, floor)
         for method in plan.methods
     ]
 
 
 Grid = dict[float, dict[int, Record]]
-"""Learning rate, factor not applied -> seed -> record, of those that there are."""
+"""Learning rate, factor not applied -> seed -> record; missing runs are left out."""
 
 
 def _by_rate(plan: TaskPlan, method: str, records: Mapping[Job, Record]) -> Grid:
@@ -104,7 +109,7 @@ def _by_rate(plan: TaskPlan, method: str, records: Mapping[Job, Record]) -> Grid
     }
 
 
-def _row(
+def _result(
     plan: TaskPlan,
     method: str,
     best: float | None,
@@ -112,7 +117,7 @@ def _row(
     final: Mapping[int, Record],
     baseline: Mapping[int, Record],
     floor: float | None,
-) -> Row:
+) -> MethodResult:
     rate = plan.rates[plan.methods.index(method)]
     expected = plan.number_of_runs // len(plan.methods)
     every = [record for records in grid.values() for record in records.values()]
@@ -125,7 +130,7 @@ def _row(
         return statistic([x for record in ended if (x := measure(record)) is not None])
 
     names = dict.fromkeys(name for record in ended for name in record.test)
-    return Row(
+    return MethodResult(
         method=method,
         rate=rate,
         best=None if best is None else scaled(best, rate),
@@ -157,8 +162,10 @@ def _row(
         },
         seconds_a_step=over_seeds(lambda record: record.seconds_a_step),
         peak_bytes=over_seeds(lambda record: record.peak_bytes),
+        state_bytes=over_seeds(lambda record: record.state_bytes),
         trainable_parameters=over_seeds(lambda record: record.trainable_parameters),
         curve=mean_curve([record.curve for record in ended]),
+        curve_difference=[] if method == BASELINE else _curve_difference(final, baseline),
         spectrum=_mean_spectrum([record.spectrum for record in ended if record.spectrum]),
     )
 
@@ -168,7 +175,7 @@ def _ended(records: Mapping[int, Record]) -> dict[int, Record]:
 
 
 def _scores(plan: TaskPlan, records: Mapping[int, Record], name: str) -> dict[int, float]:
-    """Test scores by seed."""
+    """Return test scores by seed."""
     scores = {
         seed: score_of(record, "test", name, plan.lower_is_better)
         for seed, record in records.items()
@@ -177,7 +184,7 @@ def _scores(plan: TaskPlan, records: Mapping[int, Record], name: str) -> dict[in
 
 
 def _losses(plan: TaskPlan, records: Mapping[int, Record]) -> dict[int, float]:
-    """Validation losses by seed of the search: every learning rate has these and no others."""
+    """Return validation losses by seed of the search: all learning rates have those seeds."""
     scores = {
         seed: score_of(records[seed], "validation", "loss", True)
         for seed in plan.search_seeds
@@ -187,7 +194,7 @@ def _losses(plan: TaskPlan, records: Mapping[int, Record]) -> dict[int, float]:
 
 
 def _floor(plan: TaskPlan, grid: Grid) -> float | None:
-    """The baseline's best mean validation loss of all learning rates."""
+    """Return the lowest mean validation loss of the baseline over the learning rates."""
     means = [mean(list(losses.values())) for r in grid.values() if (losses := _losses(plan, r))]
     lowest = min(means, default=math.inf)
     return lowest if math.isfinite(lowest) else None
@@ -200,12 +207,25 @@ def _robustness(losses: list[dict[int, float]], floor: float | None) -> float | 
 
 
 def _arrivals(final: Mapping[int, Record], baseline: Mapping[int, Record]) -> list[float | None]:
-    """Steps to the baseline's final loss of the same seed; None where it is not reached."""
+    """Return steps to the baseline's final loss of the same seed; None: it is not reached."""
     return [
         steps_to(record.curve, baseline[seed].curve[-1][1])
         for seed, record in final.items()
         if seed in baseline and baseline[seed].status == "ok"
     ]
+
+
+def _curve_difference(
+    final: Mapping[int, Record], baseline: Mapping[int, Record]
+) -> list[tuple[int, float, float | None]]:
+    """Return (step, mean, standard error) of curves minus the baseline's, seed by seed."""
+    pairs = [(final[seed].curve, baseline[seed].curve) for seed in final if seed in baseline]
+    return mean_curve(
+        [
+            [(step, one - other) for (step, one), (_, other) in zip(ours, theirs, strict=False)]
+            for ours, theirs in pairs
+        ]
+    )
 
 
 def _forgetting(record: Record) -> float | None:

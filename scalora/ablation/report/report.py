@@ -1,4 +1,4 @@
-"""What an ablation leaves behind: tables, a JSON file and pictures."""
+"""The report of an ablation: tables, pictures, Markdown, a page and a JSON file."""
 
 from __future__ import annotations
 
@@ -12,49 +12,54 @@ from typing import Any
 from rich.console import Console
 
 from scalora.ablation.job import Job
-from scalora.ablation.pictures import draw_pictures
 from scalora.ablation.plan import TaskPlan
 from scalora.ablation.record import Record
-from scalora.ablation.rows import Row, rows_of
-from scalora.ablation.tables import as_markdown, print_table, tables_of
+from scalora.ablation.report.page import as_page
+from scalora.ablation.report.pictures import draw_pictures
+from scalora.ablation.report.results import MethodResult, results_of
+from scalora.ablation.report.tables import as_markdown, print_table, tables_of
 from scalora.files import write_bytes
 
-RESULTS_JSON, RESULTS_MARKDOWN = "results.json", "results.md"
+RESULTS_JSON, RESULTS_MARKDOWN, RESULTS_PAGE = "results.json", "results.md", "results.html"
+
+Compared = Sequence[tuple[TaskPlan, list[MethodResult]]]
 
 
 def report(
     plans: Sequence[TaskPlan], records: Mapping[Job, Record], output: Path, console: Console
 ) -> bool:
-    """Print tables and write results.json, results.md and the pictures; whether no run failed."""
-    results = [(plan, rows_of(plan, records)) for plan in plans]
+    """Print tables, write all files of the report, and return whether no run failed."""
+    compared = [(plan, results_of(plan, records)) for plan in plans]
     output.mkdir(parents=True, exist_ok=True)
-    write_bytes(output / RESULTS_JSON, as_json(results, records))
+    write_bytes(output / RESULTS_JSON, as_json(compared, records))
     pictures: dict[str, list[str]] = {}
-    for plan, rows in results:
-        for table in tables_of(plan, rows):
+    for plan, results in compared:
+        for table in tables_of(plan, results):
             if table.brief:
                 print_table(table, console)
-        drawn = _draw(plan, rows, output / plan.name, console)
+        drawn = _draw(plan, results, output / plan.name, console)
         pictures[plan.name] = [path.relative_to(output).as_posix() for path in drawn]
-    text = as_text(results, records, pictures)
+    text = as_text(compared, records, pictures)
     write_bytes(output / RESULTS_MARKDOWN, text.encode("utf-8"))
+    write_bytes(output / RESULTS_PAGE, as_page(text, output).encode("utf-8"))
     failed = [record for record in records.values() if record.status == "failed"]
     for text in failures(failed):
         console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
     return not failed
 
 
-def _draw(plan: TaskPlan, rows: list[Row], folder: Path, console: Console) -> list[Path]:
+def _draw(
+    plan: TaskPlan, results: list[MethodResult], folder: Path, console: Console
+) -> list[Path]:
     try:
-        return draw_pictures(plan, rows, folder)
-    except ImportError:
-        text = "No pictures: matplotlib is not installed (pip install scalora[plot])."
-        console.print(text, markup=False)
+        return draw_pictures(plan, results, folder)
+    except ImportError as error:
+        console.print(f"No pictures: {error}", markup=False, soft_wrap=True)
         return []
 
 
 def failures(failed: Sequence[Record]) -> list[str]:
-    """What each failed run raised, in a line."""
+    """Return one line per failed run: which one, and its exception."""
     return [
         f"failed: {record.job.task_name} {record.job.method} lr={record.job.learning_rate:g} "
         f"seed={record.job.seed}: {(record.error or '').partition(chr(10))[0]}"
@@ -62,33 +67,34 @@ def failures(failed: Sequence[Record]) -> list[str]:
     ]
 
 
-def as_json(results: Sequence[tuple[TaskPlan, list[Row]]], records: Mapping[Job, Record]) -> bytes:
-    """Plans and rows; null where there is no finite number."""
+def as_json(compared: Compared, records: Mapping[Job, Record]) -> bytes:
+    """Return plans and results as JSON; a number that is not finite is null."""
     content = [
         {
             "plan": asdict(plan),
-            "methods": [_row(row) for row in rows],
+            "methods": [_fields(result) for result in results],
             "runs": sorted(job.file_name for job in records if job.task == plan.task),
         }
-        for plan, rows in results
+        for plan, results in compared
     ]
     return json.dumps(_finite({"tasks": content}), indent=1, allow_nan=False).encode("utf-8")
 
 
 def as_text(
-    results: Sequence[tuple[TaskPlan, list[Row]]],
-    records: Mapping[Job, Record],
-    pictures: Mapping[str, Sequence[str]],
+    compared: Compared, records: Mapping[Job, Record], pictures: Mapping[str, Sequence[str]]
 ) -> str:
-    """Markdown: a section a task.
+    """Return Markdown with one section per task.
 
-    pictures: name of a task -> their paths beside the file.
+    Args:
+        compared: plans and their results.
+        records: every run's.
+        pictures: name of a task -> paths of its pictures, beside the file.
     """
     parts = ["# Ablation"]
-    for plan, rows in results:
+    for plan, results in compared:
         parts.append(f"## {plan.name}")
-        parts += [as_markdown(table) for table in tables_of(plan, rows)]
-        parts += [f"![{Path(path).stem}]({path})" for path in pictures[plan.name]]
+        parts += [as_markdown(table) for table in tables_of(plan, results)]
+        parts += [f"![{_title(path)}]({path})" for path in pictures[plan.name]]
         own = [record for job, record in records.items() if job.task == plan.task]
         parts.append(_made_with(own))
     lines = failures([record for record in records.values() if record.status == "failed"])
@@ -97,8 +103,12 @@ def as_text(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _title(path: str) -> str:
+    return Path(path).stem.replace("-", " ").capitalize()
+
+
 def _made_with(records: Sequence[Record]) -> str:
-    """The machines and versions that runs are of, and a word where they are not all alike."""
+    """Return the machines and versions of the runs, and say so where they differ."""
     found = sorted(
         {
             f"{record.device_name}, {record.threads} thread{'s'[: record.threads != 1]}; "
@@ -113,8 +123,8 @@ def _made_with(records: Sequence[Record]) -> str:
     return "\n".join([mixed, "", *(f"* {one}" for one in found)])
 
 
-def _row(row: Row) -> dict[str, Any]:
-    fields = asdict(row)
+def _fields(result: MethodResult) -> dict[str, Any]:
+    fields = asdict(result)
     fields["by_rate"] = [
         {"learning_rate": rate, "validation_loss": found}
         for rate, found in fields["by_rate"].items()
@@ -123,6 +133,7 @@ def _row(row: Row) -> dict[str, Any]:
 
 
 def _finite(content: Any) -> Any:
+    """Return the content with None for every number that is not finite."""
     if isinstance(content, dict):
         return {key: _finite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):

@@ -1,0 +1,63 @@
+"""Draw the ablations' pictures again from the records in docs/ablations/records.
+
+    python docs/drawings/ablations.py
+
+Each record folder is copied, reported by ``scalora ablate --report-only``, and the pictures named
+below are put into docs/ablations, as SVG and PNG.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from scalora import cli
+
+ABLATIONS = Path(__file__).parents[1] / "ablations"
+
+TWO_SEEDS = ("--learning-rates", "1e-2", "--seeds", "2")
+ONE_SEARCHED = ("--seeds", "3", "--search-seeds", "1")
+
+PICTURES = {
+    "domain-shift": (
+        ("--methods", "lora,scalora", "--learning-rates", "1e-2,2e-2", *ONE_SEARCHED),
+        ("learning-curves", "spectra"),
+    ),
+    "capacity": (
+        ("--methods", "lora,lora:ranks=2,scalora", *TWO_SEEDS),
+        ("trainable-parameters", "learning-and-forgetting"),
+    ),
+    "regression": (
+        (
+            *("--methods", "lora:r=1,lora:r=2,lora,lora:r=8,scalora"),
+            *ONE_SEARCHED,
+        ),
+        ("trainable-parameters",),
+    ),
+    "regression-rules": (
+        ("--methods", "lora,scalora,scalora:rule=exact,scalora:rule=paper", *ONE_SEARCHED),
+        ("learning-rates",),
+    ),
+}
+"""Prefix of the pictures, a task with or without a suffix -> what is compared, what is drawn."""
+
+
+def main() -> None:
+    """Draw all of them."""
+    for prefix, (compared, names) in PICTURES.items():
+        task = prefix.removesuffix("-rules")
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder) / task
+            shutil.copytree(ABLATIONS / "records" / task, output)
+            cli.main(
+                ["ablate", "--report-only", "--task", task, *compared, "--output", str(output)]
+            )
+            for name in names:
+                for kind in ("svg", "png"):
+                    drawn = output / task / f"{name}.{kind}"
+                    shutil.copyfile(drawn, ABLATIONS / f"{prefix}-{name}.{kind}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Bytes that training keeps of one layer, and the rank of plain LoRA that takes as many."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+import scalora
+from examples.benchmark.table import markdown
+from scalora.ablation.memory import bytes_of_model, state_bytes
+
+_SIZE, _RANK = 1024, 8
+_RULE = {"rule": "leak", "interval": 1}
+_CARRY = {**_RULE, "accumulator": "carry"}
+_CASES: dict[str, dict[str, Any] | None] = {
+    "plain LoRA": None,
+    "ScaLoRA, dense": {**_RULE, "accumulator": "dense"},
+    **{f"carry of {c} columns": {**_CARRY, "carry_rank": c} for c in (16, 32, 64, 128, 256)},
+    "carry of 64, rule='exact'": {"rule": "exact", "accumulator": "carry", "carry_rank": 64},
+}
+
+
+def run(device: torch.device) -> str:
+    """Return the table of one layer, 1024 x 1024, r = 8, under AdamW in float32, after 4 steps.
+
+    Every number but the base weight's is counted: factors, gradients, moments, carry and whatever
+    else is kept from one step to the next.
+    """
+    measured = {name: _bytes(_RANK, options, device) for name, options in _CASES.items()}
+    # Of what a column more costs; LoRA's bytes are a multiple of it but for two step counters.
+    column = _bytes(_RANK + 1, None, device) - measured["plain LoRA"]
+    rows = [
+        [name, f"{found / 1024:.1f}", f"{found / (2 * _SIZE):.0f}", f"{found / column:.1f}"]
+        for name, found in measured.items()
+    ]
+    header = ["training", "KiB", "bytes / (m + n)", "plain LoRA of the same bytes: r"]
+    note = f"{_SIZE} x {_SIZE}, r = {_RANK}, AdamW in float32; calibration is over."
+    return markdown(header, rows) + "\n\n" + note
+
+
+def _bytes(rank: int, options: dict[str, Any] | None, device: torch.device) -> int:
+    """Return the bytes that training adds to one layer, (1024, 1024)."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(_SIZE, _SIZE, bias=False)).to(device)
+    pretrained = bytes_of_model(base)
+    model: PeftModel = get_peft_model(base, LoraConfig(r=rank, target_modules=["0"]))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    if options is not None:
+        optimizer = scalora.ScaLoRA(optimizer, model, **options)
+    for _ in range(4):
+        for parameter in trained:
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    return state_bytes(model, optimizer, pretrained)

@@ -1,0 +1,1 @@
+"""From plans and records to tables, pictures, a page and a JSON file."""

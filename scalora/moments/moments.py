@@ -1,0 +1,103 @@
+"""How an inner optimizer's state depends on the gradient, and how it is read and carried across.
+
+A state that is homogeneous of degree k in the gradient history moves with a re-basing: column j
+of P's is multiplied by ``beta_j**k`` and of Q's by ``alpha_j**k`` (docs/mathematics.md, moments).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scalora import sharding
+from scalora.moments.directions import Direction
+from scalora.moments.history import Averaged, Column, Kept
+from scalora.sharding.stacks import stack, widened
+
+States = Sequence[Mapping[str, Any]]
+"""``optimizer.state`` of one factor of each layer of a batch; all have the same entries."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Everything that a re-basing has to know of one optimizer class.
+
+    Attributes:
+        degrees: state name -> degree of homogeneity in the gradient history.
+        direction: computes the coming step's direction, for ``rule="direction"``; None if unknown.
+        direction_degree: 0 if the step does not grow with the gradient (Adam), 1 if it does (SGD).
+        partners: pairs of states that factor one second moment (Adafactor).
+        linear_in_rate: whether the step is proportional to the learning rate, weight decay and all.
+    """
+
+    degrees: Mapping[str, int]
+    direction: Direction | None = None
+    direction_degree: int = 0
+    partners: Mapping[str, str] | None = None
+    linear_in_rate: bool = True
+
+    @property
+    def tensor_names(self) -> set[str]:
+        """The optimizer's names of its tensors."""
+        return set(self.degrees)
+
+    @property
+    def can_be_sharded(self) -> bool:
+        """Whether every shard of a state depends on its own shard of the gradients alone."""
+        return self.partners is None
+
+    def stacked(self, states: States, device: torch.device) -> dict[str, Tensor]:
+        """Return the state tensors by torch's names: (layers, ...), float32 at least.
+
+        Args:
+            states: of a batch.
+            device: the parameters'.
+        """
+        return {
+            name: widened(stack([state[name] for state in states]))
+            for name, value in states[0].items()
+            if isinstance(value, Tensor)
+        }
+
+    def kept(
+        self, states: States, parameter: Tensor, axis: int, optimizer: str
+    ) -> tuple[list[Column], list[Kept]]:
+        """Return the state that is not of degree 0: what runs over the r columns, and the rest.
+
+        Args:
+            states: of one factor of every layer of a batch.
+            parameter: the first of them; of sharded ones the rows held here.
+            axis: which axis of (layers, *parameter shape) runs over the r columns.
+            optimizer: the name of its class, for messages.
+
+        Raises:
+            TypeError: a state that cannot be carried across.
+        """
+        columns: list[Column] = []
+        others: list[Kept] = []
+        rank = parameter.shape[axis - 1]
+        for name, value in states[0].items():
+            if not isinstance(value, Tensor) or self.degrees[name] == 0:
+                continue
+            targets = [sharding.local(state[name]) for state in states]
+            first, degree = targets[0], self.degrees[name]
+            if not first.is_floating_point():
+                raise TypeError(
+                    f"{optimizer}'s state {name!r} is {first.dtype}: codes cannot be carried "
+                    "across a re-basing as if they were numbers. Nothing was changed."
+                )
+            if first.ndim >= axis and first.shape[axis - 1] == rank:
+                columns.append(Column(targets, degree))
+            elif (partner := (self.partners or {}).get(name)) is not None:
+                others.append(Averaged(targets, [s[partner] for s in states], degree, axis))
+            else:
+                raise TypeError(
+                    f"{optimizer}'s state {name!r} has shape {tuple(first.shape)}, "
+                    f"which does not run over the {rank} columns of its parameter: it "
+                    "cannot be carried across a re-basing. Nothing was changed."
+                )
+        return columns, others

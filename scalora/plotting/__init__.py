@@ -1,0 +1,10 @@
+"""Pictures: one style, and figures of numbers.
+
+A leaf of the package: it knows numbers, names and matplotlib, and nothing of models. Matplotlib is
+imported when the first figure is made.
+"""
+
+from scalora.plotting.figures import encoded, new_figure, write_figure
+from scalora.plotting.spectra import spectra_figure
+
+__all__ = ["encoded", "new_figure", "spectra_figure", "write_figure"]

@@ -1,0 +1,107 @@
+"""The rules that scale P alone, so that an adapter remembers its last K steps: leak and age."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from scalora import sharding
+from scalora.moments import Moments
+from scalora.moments.inner_states import factor_history, gradient_and_direction
+from scalora.options import RebasingOptions
+from scalora.peft_layers import LoRAPair
+from scalora.rebasing.batches import LayerBatch, at_once
+from scalora.rebasing.coordinates import Q_RANK_AXIS, Rebased, with_P_scaled
+from scalora.scaling.memory import bounded_age, leak
+from scalora.scaling.quadratic import solver_dtype
+from scalora.sharding.stacks import gradients, stack, widened
+from scalora.step_length.learned_steps import Count, LearnedSteps
+from scalora.step_length.rates import host_rate
+
+
+class Forgetting:
+    """Moves what an adapter learned long ago into the weight (docs/mathematics.md, the memory).
+
+    Args:
+        options: the user's.
+        moments: how the optimizer's state depends on the gradient.
+        learned: counts what each layer has learned since it was last re-based.
+    """
+
+    def __init__(self, options: RebasingOptions, moments: Moments, learned: LearnedSteps) -> None:
+        self.options = options
+        self.moments = moments
+        self.learned = learned
+
+    def step_key(self, pair: LoRAPair, group_P: int) -> Hashable:
+        """Return the steps that a layer has learned for: layers that agree share one alpha."""
+        steps = self.learned.since(pair.name, group_P)
+        return None if isinstance(steps, Tensor) else steps
+
+    def rebased(
+        self, batches: Sequence[LayerBatch], optimizer: torch.optim.Optimizer
+    ) -> Iterator[Rebased]:
+        """Yield the batches in new coordinates.
+
+        A batch counts as re-based when the next is asked for.
+        """
+        for together in at_once(batches):
+            due = [batch for batch in together if self._has_learned(batch)]
+            if due:
+                histories = [
+                    factor_history(optimizer, self.moments, batch.Q, Q_RANK_AXIS) for batch in due
+                ]
+                for found in with_P_scaled(due, histories, self._alpha(due, optimizer)):
+                    yield found
+                    self._mark(found.batch)
+            for batch in together:
+                self._mark(batch)
+
+    def _mark(self, batch: LayerBatch) -> None:
+        self.learned.mark([pair.name for pair in batch.pairs], batch.index_P)
+
+    def _has_learned(self, batch: LayerBatch) -> bool:
+        """Return whether any layer has taken a step since it was last re-based."""
+        if self.options.resolved_rule == "age":
+            return True
+        counts = self._counts(batch)
+        return any(isinstance(count, Tensor) or count > 0 for count in counts)
+
+    def _counts(self, batch: LayerBatch) -> list[Count]:
+        return [self.learned.since(pair.name, batch.index_P) for pair in batch.pairs]
+
+    def _alpha(self, batches: Sequence[LayerBatch], optimizer: torch.optim.Optimizer) -> Tensor:
+        """Return (layers, r), or (layers, 1) where all columns have the same.
+
+        In the dtype that factors are scaled in: their moments move with the very same number.
+        """
+        least = 1 / self.options.bound  # a column must not vanish
+        if self.options.resolved_rule == "age":
+            return torch.cat([self._bounded(b, optimizer) for b in batches]).clamp_min(least)
+        memory, device = self.options.memory_steps, batches[0].P[0].device
+        dtype = torch.promote_types(batches[0].P[0].dtype, torch.float32)
+        # Layers of a batch agree, if their counts are numbers; a fill does not wait for the device.
+        firsts = [self._counts(batch)[0] for batch in batches]
+        if not any(isinstance(first, Tensor) for first in firsts):
+            alphas = [max(least, float(leak(memory, first))) for first in firsts]
+            counts = [len(batch.pairs) for batch in batches]
+            if len(set(alphas)) == 1:
+                return torch.full((sum(counts), 1), alphas[0], dtype=dtype, device=device)
+            fills = zip(alphas, counts, strict=True)
+            return torch.cat([torch.full((n, 1), a, dtype=dtype, device=device) for a, n in fills])
+        every = [leak(memory, count) for batch in batches for count in self._counts(batch)]
+        on_device = [torch.as_tensor(alpha, dtype=dtype, device=device) for alpha in every]
+        return torch.stack(on_device).clamp_min(least).unsqueeze(-1)
+
+    def _bounded(self, batch: LayerBatch, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Return (layers, r), as `bounded_age` does."""
+        parameter, rows = stack(batch.P), sharding.rows_of(batch.P[0])
+        stacks = parameter, stack(gradients(batch.P))
+        _, moves = gradient_and_direction(optimizer, self.moments, batch.P, stacks, batch.group_P)
+        P = widened(parameter).flatten(2)
+        squares = torch.stack([P.square().sum(1), moves.flatten(2).square().sum(1)])
+        columns, moved = rows.sum(squares.to(solver_dtype(P.device)))
+        rate = self.learned.peak(batch.index_P, host_rate(batch.group_P["lr"]))
+        return bounded_age(columns.sqrt(), rate * moved.mean(-1).sqrt(), self.options.memory_steps)

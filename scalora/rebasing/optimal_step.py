@@ -1,0 +1,157 @@
+"""The rules that scale both factors by the optimum of the coming step: exact, paper and others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scalora import sharding
+from scalora.moments import Moments
+from scalora.moments.history import FactorHistory
+from scalora.moments.inner_states import factor_history, gradient_and_direction
+from scalora.options import RebasingOptions
+from scalora.rebasing.accumulators import LayerMemory
+from scalora.rebasing.batches import LayerBatch, at_once, places
+from scalora.rebasing.coordinates import P_RANK_AXIS, Q_RANK_AXIS, Rebased, with_both_scaled
+from scalora.scaling.quadratic import QuadraticModel, joined, quadratic_model, solver_dtype
+from scalora.scaling.rules import ColumnScaling, column_scaling
+
+
+class OptimalStep:
+    """Brings the coming step closest to that of full fine-tuning (docs/mathematics.md).
+
+    Args:
+        options: the user's.
+        moments: how the optimizer's state depends on the gradient.
+        memory: layer name -> where L times the learning rate is kept.
+    """
+
+    def __init__(
+        self, options: RebasingOptions, moments: Moments, memory: Mapping[str, LayerMemory]
+    ) -> None:
+        self.options = options
+        self.moments = moments
+        self.memory = memory
+
+    step_key = None  # nothing more must agree within a batch
+
+    def rebased(
+        self, batches: Sequence[LayerBatch], optimizer: torch.optim.Optimizer
+    ) -> Iterator[Rebased]:
+        """Yield the batches in new coordinates.
+
+        The product of L and the learning rate of its layers is held from when the next is asked
+        for.
+        """
+        for together in at_once(batches):
+            histories = [self._histories(batch, optimizer) for batch in together]
+            scaling = self._scaling(together, histories, optimizer)
+            found = with_both_scaled(together, histories, scaling.alpha, scaling.beta)
+            for rebased, layers in zip(found, places(together), strict=True):
+                yield rebased
+                self._hold(rebased.batch, scaling.lipschitz_lr[layers])
+
+    def _histories(
+        self, batch: LayerBatch, optimizer: torch.optim.Optimizer
+    ) -> tuple[FactorHistory, FactorHistory]:
+        return (
+            factor_history(optimizer, self.moments, batch.P, P_RANK_AXIS),
+            factor_history(optimizer, self.moments, batch.Q, Q_RANK_AXIS),
+        )
+
+    def _scaling(
+        self, batches: Sequence[LayerBatch], histories: _Histories, optimizer: torch.optim.Optimizer
+    ) -> ColumnScaling:
+        """Return the scaling of all layers, by one call."""
+        rule, lipschitz = self.options.resolved_rule, self.options.lipschitz
+
+        def step_model() -> QuadraticModel:
+            """Return the model of the step that the inner optimizer is about to take."""
+            parts = zip(batches, histories, strict=True)
+            return joined([self._step_model(*part, optimizer) for part in parts])
+
+        if rule == "direction":
+            return self._solved(batches, step_model())
+        parts = zip(batches, histories, strict=True)
+        model = joined([_gradient_model(*part) for part in parts])
+        if isinstance(lipschitz, (int, float)):
+            return self._solved(batches, model, lipschitz=float(lipschitz))
+        # An optimizer that was registered without a direction is taken for gradient descent.
+        known = self.moments.direction is not None
+        return self._solved(
+            batches, model, held=self._held(batches), step_model=step_model if known else None
+        )
+
+    def _solved(
+        self, batches: Sequence[LayerBatch], model: QuadraticModel, **magnitude: Any
+    ) -> ColumnScaling:
+        rule, bound, lr = self.options.resolved_rule, self.options.bound, batches[0].learning_rates
+        return column_scaling(model, rule, lr, bound=bound, **magnitude)
+
+    def _held(self, batches: Sequence[LayerBatch]) -> Tensor:
+        """Return L times the learning rate of every layer, NaN where it is not known: (layers,)."""
+        device = batches[0].P[0].device
+        unknown = torch.full((), torch.nan, dtype=solver_dtype(device), device=device)
+        held = [self.memory[pair.name].lipschitz_lr for batch in batches for pair in batch.pairs]
+        return torch.stack([unknown if value is None else value for value in held])
+
+    def _hold(self, batch: LayerBatch, lipschitz_lr: Tensor) -> None:
+        for pair, value in zip(batch.pairs, lipschitz_lr, strict=True):
+            self.memory[pair.name].lipschitz_lr = value
+
+    def _step_model(
+        self,
+        batch: LayerBatch,
+        histories: tuple[FactorHistory, FactorHistory],
+        optimizer: torch.optim.Optimizer,
+    ) -> QuadraticModel:
+        factors = (batch.P, batch.group_P), (batch.Q, batch.group_Q)
+        (grad_P, direction_P), (grad_Q, direction_Q) = (
+            gradient_and_direction(
+                optimizer, self.moments, parameters, (history.parameter, history.gradient), group
+            )
+            for (parameters, group), history in zip(factors, histories, strict=True)
+        )
+        degree = self.moments.direction_degree
+        return _model(batch, histories, (grad_P, grad_Q), (direction_P, direction_Q), degree)
+
+
+_Histories = Sequence[tuple[FactorHistory, FactorHistory]]
+
+
+def _gradient_model(
+    batch: LayerBatch, histories: tuple[FactorHistory, FactorHistory]
+) -> QuadraticModel:
+    """Return the model of a step along the gradients."""
+    gradients = histories[0].gradient, histories[1].gradient
+    return _model(batch, histories, gradients, gradients, 1)
+
+
+def _model(
+    batch: LayerBatch,
+    histories: tuple[FactorHistory, FactorHistory],
+    gradients: tuple[Tensor, Tensor],
+    directions: tuple[Tensor, Tensor],
+    degree: int,
+) -> QuadraticModel:
+    """Return the model of stacks (layers, m, r, ...) and (layers, r, n, ...), as PEFT has them."""
+
+    def columns(stacked: Tensor) -> Tensor:
+        return sharding.own_columns(stacked, batch.Q[0]).mT
+
+    thin_P, thin_Q = gradients[0].flatten(2), columns(gradients[1])
+    same = directions[0] is gradients[0]
+    return quadratic_model(
+        histories[0].parameter.flatten(2),
+        columns(histories[1].parameter),
+        thin_P,
+        thin_Q,
+        thin_P if same else directions[0].flatten(2),
+        thin_Q if same else columns(directions[1]),
+        batch.pairs[0].scaling,
+        degree,
+        sharding.rows_of(batch.P[0]),
+    )
