@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from miub.monitor import MIUBMonitor
     from miub.report import MIUBReport
 
-__all__ = ["MIUBCallback", "MIUBMonitor", "MIUBReport", "__version__", "estimators"]
+__all__ = ["MIUBCallback", "MIUBMonitor", "MIUBReport", "estimators"]
 
 # Imported when first asked for (PEP 562): torch, transformers and PEFT take seconds to import, and
 # `python -m miub --help` needs none of them.
