@@ -1,4 +1,7 @@
-"""``python -m miub --model DIR --adapter DIR --text FILE``: the report on a trained adapter."""
+"""``python -m miub --model DIR --adapter DIR --text FILE``: the report on a trained adapter.
+
+Held by tests/miub/test_measure_command.py.
+"""
 
 from __future__ import annotations
 
