@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import internals
 import models
 import pytest
 import torch
@@ -315,7 +316,7 @@ def test_every_kind_of_inner_optimizer_says_nothing(
 
 def late(optimizer: scalora.ScaLoRA) -> None:
     """Let the watch defer what it finds, as it does where a look would wait for the device."""
-    watch: Any = optimizer._guard._factor_watch
+    watch: Any = internals.factor_watch(optimizer)
     watch._worst, watch._arrived = torch.zeros(()), torch.zeros(())
 
 

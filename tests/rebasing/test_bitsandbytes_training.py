@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import internals
 import numpy as np
 import pytest
 import reference
@@ -103,7 +104,7 @@ def test_training_rebases_and_lowers_the_loss(name: str) -> None:
     backward(model, 30)
     x = torch.randn(16, 512)
     before = model(x).detach()
-    optimizer._rebaser.rebase(optimizer.inner, 0)
+    internals.rebase(optimizer)
     scaled = torch.cat([torch.cat(pair) for pair in optimizer.last_scaling.values()])
     assert torch.any(scaled != 1)
     torch.testing.assert_close(model(x).detach(), before, rtol=0, atol=1e-5)
@@ -121,7 +122,7 @@ def test_a_rebasing_carries_every_state_with_the_other_factors_scaling(
     backward(model, 3)
     moments = moments_of(optimizer.inner)
     old = {p: stacked_states(optimizer.inner, moments, [p]) for p in trainable(model)}
-    optimizer._rebaser.rebase(optimizer.inner, 0)
+    internals.rebase(optimizer)
     for pair in optimizer.rebased_pairs:
         alpha, beta = optimizer.last_scaling[pair.name]
         assert torch.any(alpha != 1) and torch.any(beta != 1) != (rule == "leak")
@@ -184,7 +185,7 @@ def test_of_two_layers_in_a_batch_the_finite_one_is_rebased_alone() -> None:
     model.base_model.model[2].lora_B["default"].weight.grad[5, 5] = torch.nan
     assert len(batches_of(optimizer)) == 1
     before = everything(model, optimizer)
-    optimizer._rebaser.rebase(optimizer.inner, 5)
+    internals.rebase(optimizer, 5)
     after = everything(model, optimizer)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     prefix = "base_model.model"
@@ -205,7 +206,7 @@ def test_a_state_that_is_not_finite_stays_and_keeps_its_layer(absmax: float) -> 
     first, second = optimizer.rebased_pairs
     optimizer.state[first.P_parameter]["absmax2"][3] = absmax
     before = everything(model, optimizer)
-    optimizer._rebaser.rebase(optimizer.inner, 4)
+    internals.rebase(optimizer, 4)
     after = everything(model, optimizer)
     for name in before:
         if ".0." in name:
@@ -255,7 +256,7 @@ def to_cuda(make: Any) -> nn.Module:
 
 def rebased(model: nn.Module, optimizer: scalora.ScaLoRA) -> dict[str, dict[str, Tensor]]:
     """States by layer and factor, on the CPU, after a re-basing without a step."""
-    optimizer._rebaser.rebase(optimizer.inner, 0)
+    internals.rebase(optimizer)
     moments = moments_of(optimizer.inner)
     return {
         f"{pair.name} {factor}": {
@@ -285,7 +286,7 @@ def test_gpu_a_rebasing_never_waits(name: str, rule: str) -> None:
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        optimizer._rebaser.rebase(optimizer.inner, 3)
+        internals.rebase(optimizer, 3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -7,6 +7,7 @@ import io
 import warnings
 from typing import Any
 
+import internals
 import models
 import numpy as np
 import pytest
@@ -232,7 +233,7 @@ def test_function_is_preserved_on_every_kind_of_layer(case: Case, rule: str) -> 
     models.loss(model, inputs).backward()
     before = models.answers(model, inputs)
     bases = {n: models.layer(model, n).get_base_layer().weight.clone() for n in case.layers}
-    optimizer._rebaser.rebase(optimizer.inner, 1)
+    internals.rebase(optimizer, 1)
     torch.testing.assert_close(
         models.answers(model, inputs), before, rtol=0, atol=TOLERANCE[torch.float32]
     )
@@ -251,7 +252,7 @@ def test_function_is_preserved_beside_a_carry(rule: str) -> None:
         optimizer.zero_grad()
         backward(model, step)
         before = model(inputs)
-        optimizer._rebaser.rebase(optimizer.inner, step)
+        internals.rebase(optimizer, step)
         torch.testing.assert_close(model(inputs), before, rtol=0, atol=1e-5)
         optimizer.step()
 
@@ -265,7 +266,7 @@ def test_half_precision_factors_lose_nothing_to_the_carry(dtype: torch.dtype) ->
     optimizer.zero_grad()
     backward(model, 4)
     before = [pair.effective_weight() for pair in optimizer.rebased_pairs]
-    optimizer._rebaser.rebase(optimizer.inner, 1)
+    internals.rebase(optimizer, 1)
     for pair, old in zip(optimizer.rebased_pairs, before, strict=True):
         assert pair.carry is not None and pair.carry.columns == R
         torch.testing.assert_close(pair.effective_weight(), old, rtol=0, atol=1e-6)
@@ -282,7 +283,7 @@ def test_Q_stays_and_P_is_scaled(rule: str) -> None:
         (p.P_parameter.detach().clone(), p.Q_parameter.detach().clone(), p.effective_weight())
         for p in optimizer.rebased_pairs
     ]
-    optimizer._rebaser.rebase(optimizer.inner, 1)
+    internals.rebase(optimizer, 1)
     for pair, (P, Q, weight) in zip(optimizer.rebased_pairs, old, strict=True):
         alpha, beta = optimizer.last_scaling[pair.name]
         assert (alpha < 1).any() and (beta == 1).all()
@@ -302,7 +303,7 @@ def test_moments_of_Q_move_with_alpha_and_those_of_P_stay(case: OptimizerCase) -
     moments = moments_of(inner)
     old = {p: stacked_states(inner, moments, [p]) for p in models.trainable(model)}
     gradients = {p: p.grad.clone() for p in models.trainable(model) if p.grad is not None}
-    optimizer._rebaser.rebase(inner, 1)
+    internals.rebase(optimizer, 1)
     for pair in optimizer.rebased_pairs:
         alpha = optimizer.last_scaling[pair.name][0]
         P, Q = pair.P_parameter, pair.Q_parameter
@@ -363,7 +364,7 @@ def test_non_finite_factor_keeps_its_base_and_the_other_layers_go_on() -> None:
     bases = [pair.base_weight.clone() for pair in (first, second)]
     with torch.no_grad():
         first.Q_parameter[0, 0] = torch.inf
-    optimizer._rebaser.rebase(optimizer.inner, 1)
+    internals.rebase(optimizer, 1)
     assert torch.equal(first.base_weight, bases[0])
     assert not torch.equal(second.base_weight, bases[1])
     assert (alphas(optimizer)["first"] == 1).all() and (alphas(optimizer)["second"] < 1).all()

@@ -7,6 +7,7 @@ import math
 from itertools import pairwise
 from typing import Any
 
+import internals
 import models
 import pytest
 import torch
@@ -298,7 +299,7 @@ def test_after_the_window_the_factor_is_held_and_a_schedule_keeps_its_shape() ->
         train(model, optimizer, range(3))
         assert factor_of(optimizer) == held
     # Nothing but the numbers is kept: no copy of the newest step.
-    assert sum(t.numel() for t in optimizer._run.calibration.kept_tensors()) == 5
+    assert sum(t.numel() for t in internals.run_state(optimizer).calibration.kept_tensors()) == 5
 
 
 def test_the_window_begins_anew_while_the_learning_rate_rises() -> None:
