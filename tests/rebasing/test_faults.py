@@ -14,6 +14,7 @@ import internals
 import models
 import pytest
 import torch
+import training
 from failing import FailAt
 from torch import Tensor
 
@@ -47,8 +48,8 @@ class Case:
             target_modules=["first", "second"],
         ).to(self.dtype)
         # Without decay a parameter is written once a step.
-        inner = torch.optim.AdamW(models.trainable(model), lr=1e-2, weight_decay=0)
-        optimizer = scalora.ScaLoRA(inner, model, **self.options)
+        options = {"rule": "auto", **self.options}
+        optimizer = training.optimizer_of(model, adamw={"weight_decay": 0}, **options)
         models.train(model, optimizer, self.inputs, self.steps)
         optimizer.zero_grad()
         models.loss(model, self.inputs).backward()

@@ -11,6 +11,7 @@ import internals
 import models
 import pytest
 import torch
+import training
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.lora.aqlm import AqlmLoraLinear
 from peft.tuners.lora.awq import AwqLoraLinear
@@ -232,9 +233,7 @@ def test_peft_layers_whose_library_is_not_here_are_rebased(kind: Any, tmp_path: 
 
     rebased, inputs = model(), models.vectors(16, 12)
     codes = {name: tensor.clone() for name, tensor in rebased.named_buffers()}
-    optimizer = scalora.ScaLoRA(
-        torch.optim.AdamW(models.trainable(rebased), lr=1e-2), rebased, rule="exact"
-    )
+    optimizer = training.optimizer_of(rebased)
     models.train(rebased, optimizer, inputs, steps=STEPS)
     assert [row.accumulator for row in optimizer.report()] == ["carry", "carry"]
     assert all(row.columns > 0 for row in optimizer.report())
@@ -250,7 +249,7 @@ def test_peft_layers_whose_library_is_not_here_are_rebased(kind: Any, tmp_path: 
             pair.effective_weight()
     scalora.save_training_state(optimizer, tmp_path)
     twin = model()
-    again = scalora.ScaLoRA(torch.optim.AdamW(models.trainable(twin), lr=1e-2), twin, rule="exact")
+    again = training.optimizer_of(twin)
     twin.load_state_dict(rebased.state_dict())
     scalora.load_training_state(again, tmp_path)
     torch.testing.assert_close(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,12 +76,8 @@ def text(count: int, seed: int = 0) -> list[Tensor]:
     return list(torch.randint(0, 64, (count, 4, 16), generator=generator))
 
 
-def loss(model: Any, ids: Tensor) -> Tensor:
-    return model(input_ids=ids, labels=ids).loss
-
-
-def train(model: Any, optimizer: scalora.ScaLoRA, batches: list[Tensor]) -> list[float]:
-    return [models.train(model, optimizer, ids, 1, loss)[0] for ids in batches]
+loss = models.language_loss
+train = functools.partial(models.train_on, loss=loss)
 
 
 def scalora_of(model: Any, cls: Any = torch.optim.AdamW, **options: Any) -> scalora.ScaLoRA:

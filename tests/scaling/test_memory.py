@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import warnings
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+import training
 from hypothesis import given
 from hypothesis import strategies as st
 from layer_cases import CASES, TOLERANCE, Case
@@ -39,9 +41,8 @@ def perceptron(dtype: torch.dtype = torch.float32, **config: Any) -> Any:
 
 
 def scalora_of(model: Any, *, lr: float | Tensor = 1e-2, **options: Any) -> scalora.ScaLoRA:
-    inner = torch.optim.AdamW(models.trainable(model), lr=lr, weight_decay=0.0)
     options = {"rule": "leak", "interval": 2, "memory": 10, **options}
-    return scalora.ScaLoRA(inner, model, **options)
+    return training.optimizer_of(model, lr=lr, adamw={"weight_decay": 0.0}, **options)
 
 
 def backward(model: nn.Module, step: int) -> float:
@@ -51,13 +52,7 @@ def backward(model: nn.Module, step: int) -> float:
     return loss.item()
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
-    losses = []
-    for step in steps:
-        optimizer.zero_grad()
-        losses.append(backward(model, step))
-        optimizer.step()
-    return losses
+train = functools.partial(models.train_by, backward)
 
 
 def alphas(optimizer: scalora.ScaLoRA) -> dict[str, Tensor]:
@@ -204,9 +199,7 @@ def test_interval_follows_the_memory(memory: Any, interval: int) -> None:
 
 
 def test_other_rules_rebase_at_every_step_by_default() -> None:
-    inner_model = perceptron()
-    inner = torch.optim.AdamW(models.trainable(inner_model))
-    assert scalora.ScaLoRA(inner, inner_model, rule="exact").options.interval_steps == 1
+    assert training.optimizer_of(perceptron(), rule="exact").options.interval_steps == 1
 
 
 def test_age_bounds_the_columns_at_the_memory() -> None:
@@ -418,8 +411,7 @@ def test_state_of_another_memory_is_refused() -> None:
 
 def test_run_of_60_steps_rebases_at_the_defaults() -> None:
     model = perceptron()
-    inner = torch.optim.AdamW(models.trainable(model), lr=1e-3)
-    optimizer = scalora.ScaLoRA(inner, model)
+    optimizer = training.optimizer_of(model, lr=1e-3, rule="auto")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         train(model, optimizer, range(60))
