@@ -1,4 +1,7 @@
-"""The bounds of one layer: which estimator, from how many tokens."""
+"""The bounds of one layer: which estimator, from how many tokens.
+
+Held by tests/miub/test_monitor.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""One forward pass that is measured."""
+"""One forward pass that is measured.
+
+Held by tests/miub/test_monitor.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The report on a trained adapter: load it, run a text through it, measure."""
+"""The report on a trained adapter: load it, run a text through it, measure.
+
+Held by tests/miub/test_measure_command.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A carry in fewer bits than the adapter: what rounding cuts stays in the adapter."""
+"""A carry in fewer bits than the adapter: what rounding cuts stays in the adapter.
+
+Held by tests/carry/test_carry_rounding.py.
+"""
 
 from __future__ import annotations
 

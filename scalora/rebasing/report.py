@@ -1,4 +1,7 @@
-"""What re-basing has done to every layer, as numbers for a log and as a table."""
+"""What re-basing has done to every layer, as numbers for a log and as a table.
+
+Held by tests/rebasing/test_sketch.py and tests/rebasing/test_carry_training.py.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """Sharded parameters: the DTensors of FSDP2's ``fully_shard``, which only this module knows.
 
+Held by tests/sharding/test_sharded_training.py and test_sharded_carry.py.
+
 Each process holds some rows (axis 0) of a parameter, of its gradient and of its moments.  For P
 (m, r) these are rows of the weight.  For Q, stored as (r, n), they are some of the r rows;
 `own_columns` exchanges them for some of the n columns.  Small matrices are summed over the

@@ -1,5 +1,7 @@
 """The rows of a tall matrix, which this process holds or several processes divide.
 
+Held by tests/sharding/test_sharded_training.py and test_sharded_carry.py.
+
 The mathematics asks a `Rows` for what it needs of all rows (a sum, a maximum) and never asks how
 many processes there are.  `scalora.sharding.dtensors.SharedRows` is the case of several.
 """

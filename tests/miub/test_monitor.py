@@ -7,6 +7,7 @@ import math
 import warnings
 from functools import partial
 
+import internals
 import pytest
 import torch
 from measuring import collector, encoder, measured, wake
@@ -348,7 +349,7 @@ def test_a_layer_whose_mask_turns_out_to_have_too_few_tokens_is_left_out_of_the_
     monitor = MIUBMonitor(model, every=1)
     with monitor, torch.no_grad():
         model(vectors(64, 12))
-    monitor._pending[0].numbers[3] = 15
+    internals.pending(monitor)[0].numbers[3] = 15
     with pytest.warns(UserWarning, match="'first' had 15 tokens"):
         report = monitor.report()
     assert report.layers == ["second"]
@@ -488,7 +489,7 @@ def test_only_scalars_are_held_after_a_measurement():
     monitor = MIUBMonitor(model, every=1)
     with monitor, torch.no_grad():
         model(input_ids=token_ids(8, 12))
-    held = [m.numbers for m in monitor._pending]
+    held = [m.numbers for m in internals.pending(monitor)]
     assert held
     assert all(numbers.shape == (5,) and not numbers.requires_grad for numbers in held)
 

@@ -9,6 +9,7 @@ from typing import Any
 import models
 import pytest
 import torch
+import training
 from torch import Tensor, nn
 
 import scalora
@@ -20,8 +21,8 @@ INPUTS = models.vectors(6, 12)
 def make(accumulator: str, base: Callable[[], nn.Module] = models.Perceptron, **config: Any) -> Any:
     torch.manual_seed(0)
     model = models.with_lora(base(), **{"target_modules": ["first", "second"], **config})
-    inner = torch.optim.AdamW(models.trainable(model), lr=3e-2)
-    return model, scalora.ScaLoRA(inner, model, interval=2, accumulator=accumulator)
+    options = {"rule": "auto", "interval": 2, "accumulator": accumulator}
+    return model, training.optimizer_of(model, lr=3e-2, **options)
 
 
 def pretrained(model: Any) -> dict[str, Tensor]:
