@@ -284,9 +284,7 @@ class ScaLoRA(torch.optim.Optimizer):
             peft_layers.complete_what_is_saved(self.model)
         # Counted first: a step that is tried again after a failure draws other noise.
         self._run.rebase_count += 1
-        with self._run.frozen.following():
-            self._rebaser.rebase(self.inner, self.rebase_count)
-        self._run.frozen.count(self._rebaser.newest_layers)
+        self._rebaser.rebase(self.inner, self.rebase_count)
 
     @calls_state_dict_hooks
     def state_dict(self) -> dict[str, Any]:

@@ -45,13 +45,13 @@ USED_BY_MIUB = {"__init__", "saving", "peft_layers"} | {
     room for floor in FLOORS[-2:] for room in floor
 }
 # The rooms that may import a library. The mathematics (scaling, fold, carry, moments, step_length)
-# knows none of them but Triton, in which the fold's kernel is written.
+# knows none of them but Triton, in which kernels are written.
 KNOWN_TO = {
     "accelerate": {"integrations", "sharding"},
     "bitsandbytes": set(),
     "peft": {"ablation", "cli", "peft_layers", "transformers_models"},
     "transformers": {"ablation", "callback", "cli", "integrations", "transformers_models"},
-    "triton": {"fold"},
+    "triton": {"fold", "scaling"},
 }
 
 

@@ -22,8 +22,9 @@ def fold(
     seeds: Sequence[int] = (),
     residuals: Sequence[Tensor] = (),
     first_row: int = 0,
+    scale: float = 1.0,
 ) -> None:
-    """Add ``left[l] @ right[l].T`` to ``weights[l]``, in place, for all layers of one shape.
+    """Add ``scale left[l] @ right[l].T`` to ``weights[l]``, in place, for layers of one shape.
 
     float32 and float64 weights take the increment to round-off.  In bfloat16 and float16:
 
@@ -41,6 +42,7 @@ def fold(
         residuals: each (m, n), in the weights' dtype; for ``"compensated"`` only.
         first_row: index of the weights' first row in the whole weight, where each process holds
             some rows: an element's noise depends on its place in the whole.
+        scale: a factor of all increments.
     """
     if _fused_kernel_applies(weights, left):
         from scalora.fold.fused import fold_fused
@@ -53,19 +55,20 @@ def fold(
             seeds=seeds,
             residuals=residuals,
             first_row=first_row,
+            scale=scale,
         )
         return
     dtype = weights[0].dtype
     if dtype not in (torch.bfloat16, torch.float16):
         lefts, rights = left.to(dtype).unbind(), right.to(dtype).mT.unbind()
         for weight, one, other in zip(weights, lefts, rights, strict=True):
-            weight.addmm_(one, other)
+            weight.addmm_(one, other, alpha=scale)
         return
     for layer, weight in enumerate(weights):
         residual = residuals[layer] if residuals else None
         seed = seeds[layer] if seeds else 0
         result, cut = _half_precision_sum(
-            weight, left[layer], right[layer], rounding, seed, residual, first_row
+            weight, left[layer], right[layer], rounding, seed, residual, first_row, scale
         )
         _write(weight, result, residual, cut)
 
@@ -94,6 +97,7 @@ def _half_precision_sum(
     seed: int,
     residual: Tensor | None,
     first_row: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor | None]:
     """Return ``weight + residual + left @ right.T`` in the weight's dtype, and what was cut.
 
@@ -105,7 +109,7 @@ def _half_precision_sum(
     chunk = max(1, _ELEMENTS_AT_ONCE // columns)
     for start in range(0, rows, chunk):
         part = slice(start, min(start + chunk, rows))
-        exact = torch.addmm(weight[part].float(), left[part].float(), right.float().T)
+        exact = torch.addmm(weight[part].float(), left[part].float(), right.float().T, alpha=scale)
         if rounding == "nearest":
             result[part] = exact
             continue

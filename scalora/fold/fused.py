@@ -30,6 +30,7 @@ def _fold_kernel(
     columns,
     rank,
     first_row,
+    scale,
     element: tl.constexpr,
     mode: tl.constexpr,
     precision: tl.constexpr,
@@ -63,7 +64,7 @@ def _fold_kernel(
     inside = (row[:, None] < rows) & (column[None, :] < columns)
     position = row[:, None].to(tl.int64) * columns + column[None, :]
     weight = _matrix(weight_addresses + layer, element, aligned) + position
-    exact = tl.load(weight, mask=inside, other=0.0).to(tl.float32) + increment
+    exact = tl.load(weight, mask=inside, other=0.0).to(tl.float32) + scale * increment
     if mode != _NEAREST:
         place = position + tl.cast(first_row, tl.int64) * columns
         bits = _noise_bits(tl.load(seeds + layer), place)
@@ -128,11 +129,12 @@ def fold_fused(
     seeds: Sequence[int],
     residuals: Sequence[Tensor],
     first_row: int = 0,
+    scale: float = 1.0,
 ) -> None:
     """Do what `scalora.fold.dense.fold` does in one launch, for contiguous weights of one dtype."""
     mode = _MODES["nearest" if weights[0].dtype == torch.float32 else rounding]
     fold = torch.ops.scalora.fold_
-    fold(list(weights), left, right, mode, list(seeds), list(residuals), first_row)
+    fold(list(weights), left, right, mode, list(seeds), list(residuals), first_row, scale)
     torch.autograd.graph.increment_version(weights)
 
 
@@ -141,7 +143,7 @@ def fold_fused(
 torch.library.define(
     "scalora::fold_",
     "(Tensor(a!)[] weights, Tensor left, Tensor right, int mode, int[] seeds, "
-    "Tensor(b!)[] residuals, int first_row) -> ()",
+    "Tensor(b!)[] residuals, int first_row, float scale) -> ()",
 )
 
 
@@ -154,6 +156,7 @@ def _write_nothing(
     seeds: list[int],
     residuals: list[Tensor],
     first_row: int,
+    scale: float,
 ) -> None:
     """Do what `_launch` does to shapes: nothing."""
 
@@ -167,6 +170,7 @@ def _launch(
     seeds: list[int],
     residuals: list[Tensor],
     first_row: int,
+    scale: float,
 ) -> None:
     """Launch the kernel over all weights; ``mode`` is one of `_MODES`."""
     rows, columns = weights[0].shape
@@ -191,6 +195,7 @@ def _launch(
             columns,
             rank,
             first_row,
+            scale,
             element=_ELEMENTS[weights[0].dtype],
             mode=mode,
             precision="ieee" if weights[0].dtype == torch.float32 else "tf32x3",
@@ -206,6 +211,4 @@ def _launch(
 def _to_device(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return host integers as a tensor on the device, without waiting for it."""
     host = torch.tensor(values, dtype=dtype)
-    if device.type != "cuda":
-        return host.to(device)
-    return host.pin_memory().to(device, non_blocking=True)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

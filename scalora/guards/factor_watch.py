@@ -20,6 +20,7 @@ from scalora.warning import warn
 
 _SAMPLE = 4096  # elements per tensor that are looked at: adapters are exchanged as a whole
 _ROUND_OFF = 16  # in units of the dtype's epsilon: what taking back an average may leave
+_OUTWEIGHS = 1e30  # times any change of the base, more than any of the factors
 
 
 class _Lineage:
@@ -37,17 +38,17 @@ class _Left:
     """Samples of the layer as the newest step has left it.
 
     Attributes:
-        factors: (elements,) of P and Q.
-        tolerance: (), the largest difference that counts as none.
-        base: (elements,) of the base weight, where increments go into it.
+        samples: (elements,) of P and Q, then of the base weight, where increments go into it.
+        factors: how many are of P and Q.
+        base: dtype and number of those of the base weight.
         versions: version counters of P and Q.
         moves: re-basings of the lineage so far.
         is_sharded: whether the samples are of the rows of one process.
     """
 
-    factors: Tensor
-    tolerance: Tensor
-    base: Tensor | None
+    samples: Tensor
+    factors: int
+    base: tuple[torch.dtype | None, int]
     versions: tuple[int, int]
     moves: int
     is_sharded: bool
@@ -74,11 +75,12 @@ class FactorWatch:
         self._count = 0
         self._left: _Left | None = None
         self._is_copy = self._told = self._trained_by_another = False
-        self._seen: Tensor | None = None  # () bool on an accelerator, and what has arrived of it
+        # The largest excess so far, () on an accelerator, and what has arrived of it on the host.
+        self._worst: Tensor | None = None
         self._arrived: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_is_copy": True, "_seen": None, "_arrived": None}
+        return {**self.__dict__, "_is_copy": True, "_worst": None, "_arrived": None}
 
     def begin(self, folds: bool) -> None:
         """Note the factors with which a new optimizer begins."""
@@ -87,9 +89,7 @@ class FactorWatch:
 
     def kept_tensors(self) -> list[Tensor]:
         """Return the samples that are kept between steps."""
-        left = self._left
-        found = () if left is None else (left.factors, left.tolerance, left.base)
-        return [tensor for tensor in found if tensor is not None]
+        return [] if self._left is None else [self._left.samples]
 
     def suspend(self) -> None:
         """Expect nothing until the step that begins now is done; it may fail half way."""
@@ -97,7 +97,7 @@ class FactorWatch:
 
     def forget(self) -> None:
         """Expect nothing until the next step is done: another state was loaded."""
-        self._left = self._seen = self._arrived = None
+        self._left = self._worst = self._arrived = None
 
     @torch.no_grad()
     def note(self, count: int) -> None:
@@ -110,20 +110,19 @@ class FactorWatch:
             self._is_copy, self._lineage = False, _Lineage(self._lineage.moves)
         if count != self._count:
             self._count, self._lineage.moves = count, self._lineage.moves + 1
-        factors = self._factors()
-        span = factors.abs().max() if factors.numel() else factors.new_zeros(())
+        samples, factors, base = self._sampled()
         self._left = _Left(
+            samples,
             factors,
-            _ROUND_OFF * torch.finfo(factors.dtype).eps * span,
-            _sample(self.pair.base_weight).clone() if self._folds else None,
+            base,
             self._versions(),
             self._lineage.moves,
             sharding.is_sharded(self.pair.P_parameter),
         )
         self._trained_by_another = False
-        if self._seen is None and factors.device.type == "cuda":
-            self._seen = torch.zeros((), dtype=torch.bool, device=factors.device)
-            self._arrived = torch.zeros((), dtype=torch.bool, pin_memory=True)
+        if self._worst is None and samples.device.type == "cuda":
+            self._worst = torch.zeros_like(samples[:1])[0]
+            self._arrived = torch.zeros((), dtype=samples.dtype, pin_memory=True)
 
     def __call__(self, layer: nn.Module, args: Any) -> None:
         """Check the factors where a model is evaluated; a forward pre-hook of the layer."""
@@ -164,27 +163,41 @@ class FactorWatch:
         warn(self._message())
 
     def _differs(self, left: _Left, wait: bool) -> bool:
-        found = self._factors()
-        kept = left.factors
+        found, factors, base = self._sampled()
+        kept = left.samples
         if found.is_meta or (found.dtype, found.device) != (kept.dtype, kept.device):
             return False  # converted or moved: what was kept does not tell
-        if found.shape != kept.shape:
+        if factors != left.factors:
             return True
-        differs = ((found - kept).abs() > left.tolerance).any()
-        if left.base is not None:
-            base = _sample(self.pair.base_weight)
-            if base.shape != left.base.shape or base.dtype != left.base.dtype or not base.numel():
-                return False
-            differs = differs & (base == left.base).all()
-        if wait or self._seen is None or self._arrived is None:
-            return bool(differs)
-        arrived = bool(self._arrived)
-        self._seen |= differs
-        self._arrived.copy_(self._seen, non_blocking=True)
+        if base != left.base or not factors or (self._folds and not base[1]):
+            return False
+        excess = self._excess(found, kept, factors)
+        if wait or self._worst is None or self._arrived is None:
+            return bool(excess > 0)
+        arrived = bool(self._arrived > 0)
+        torch.fmax(self._worst, excess, out=self._worst)
+        self._arrived.copy_(self._worst, non_blocking=True)
         return arrived
 
-    def _factors(self) -> Tensor:
-        return torch.cat([_sample(self.pair.P_parameter), _sample(self.pair.Q_parameter)])
+    def _excess(self, found: Tensor, kept: Tensor, factors: int) -> Tensor:
+        """Return by how much the factors differ beyond round-off: (), negative if the base does."""
+        changed = found - kept
+        parts = [changed[:factors], kept[:factors]]
+        if self._folds:
+            parts.append(changed[factors:])
+        difference, span, *of_base = torch._foreach_norm(parts, torch.inf)
+        round_off = _ROUND_OFF * torch.finfo(self.pair.P_parameter.dtype).eps
+        excess = torch.sub(difference, span, alpha=round_off)
+        return torch.sub(excess, of_base[0], alpha=_OUTWEIGHS) if of_base else excess
+
+    def _sampled(self) -> tuple[Tensor, int, tuple[torch.dtype | None, int]]:
+        """Return the samples, and as `_Left` describes them."""
+        factors = [_sample(self.pair.P_parameter), _sample(self.pair.Q_parameter)]
+        count = sum(sample.numel() for sample in factors)
+        if not self._folds:
+            return torch.cat(factors), count, (None, 0)
+        base = _sample(self.pair.base_weight)
+        return torch.cat([*factors, base]), count, (base.dtype, base.numel())
 
     def _versions(self) -> tuple[int, int]:
         return self.pair.P_parameter._version, self.pair.Q_parameter._version

@@ -103,7 +103,7 @@ class Guard:
             check_processes(optimizer, self.places, self.options, self.moments)
             self._sharding_is_final = True
         self.expected.verify(list(self.places))
-        overflow = not_finite(optimizer.param_groups)
+        overflow = not_finite(optimizer)
         if overflow is None:
             warn_without_gradients(optimizer.param_groups)
         elif overflow.device.type == "cpu" and bool(overflow):
@@ -166,5 +166,5 @@ class Guard:
         return [] if self._factor_watch is None else self._factor_watch.kept_tensors()
 
     def _count_skipped(self, overflow: Tensor) -> None:
-        one = overflow.to(torch.int64)
-        self.skipped = one if self.skipped is None else self.skipped + one
+        skipped = self.skipped
+        self.skipped = overflow.to(torch.int64) if skipped is None else skipped + overflow

@@ -73,21 +73,23 @@ def warn_without_gradients(param_groups: Iterable[dict[str, Any]]) -> None:
 
 
 @torch.no_grad()
-def not_finite(param_groups: Iterable[dict[str, Any]]) -> Tensor | None:
+def not_finite(optimizer: torch.optim.Optimizer) -> Tensor | None:
     """Return whether any gradient is not finite; of sharded ones, on any process.
 
     Returns:
-        () bool, on an accelerator if any gradient is on one; None without gradients.
+        () bool, on an accelerator if any gradient is on one; None without gradients, and where
+        nothing could follow from it: on an accelerator with an optimizer that cannot skip.
     """
     grads: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    found = [p.grad for group in param_groups for p in group["params"] if p.grad is not None]
+    groups = optimizer.param_groups
+    found = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+    if not can_skip(optimizer) and any(grad.device.type != "cpu" for grad in found):
+        return None
     for grad in map(sharding.local, found):
         if not grad.is_sparse and grad.numel():  # a small parameter has no rows on some processes
             grads.setdefault((grad.device, grad.dtype), []).append(grad)
-    flags = [
-        torch.stack(torch._foreach_norm(same, torch.inf)).isfinite().logical_not().any()
-        for same in grads.values()
-    ]
+    norms = [torch.stack(torch._foreach_norm(same, torch.inf)) for same in grads.values()]
+    flags = [(norm - norm).ne(0).any() for norm in norms]  # inf - inf and nan - nan are no zeros
     spread = sharding.layouts(found)
     if spread and not flags:
         flags = [torch.zeros((), dtype=torch.bool, device=spread[0].device)]
@@ -95,7 +97,9 @@ def not_finite(param_groups: Iterable[dict[str, Any]]) -> Tensor | None:
         return None
     # On an accelerator if there is one: a copy from there to the host would have to be waited for.
     device = next((f.device for f in flags if f.device.type != "cpu"), flags[0].device)
-    overflow = torch.stack([flag.to(device, non_blocking=True) for flag in flags]).any()
+    overflow = flags[0]
+    if len(flags) > 1:
+        overflow = torch.stack([flag.to(device, non_blocking=True) for flag in flags]).any()
     for tensor in spread:
         overflow = sharding.everywhere(overflow.logical_not(), tensor).logical_not()
     return overflow

@@ -25,10 +25,10 @@ class Moved(NamedTuple):
     old: Tensor
     new: Tensor
 
-    def where(self, layers: Tensor) -> Moved:
-        """Return the change of some layers, (layers,) bool; the others keep what they have."""
-        chosen = layers.reshape(1, -1, *(1,) * (self.new.ndim - 2))
-        return self._replace(new=torch.where(chosen, self.new, self.old))
+    def unless(self, layers: Tensor) -> Moved:
+        """Return the change without that of some layers, (layers,) bool, which keep their own."""
+        kept = layers.reshape(1, -1, *(1,) * (self.new.ndim - 2))
+        return self._replace(new=torch.where(kept, self.old, self.new))
 
     def writes(self) -> list[Write]:
         """Return what is to be written, one kind after the other."""
@@ -50,16 +50,26 @@ class Powers:
 
     def __init__(self, factor: Tensor) -> None:
         self.factor = factor
-        self._known: dict[tuple[tuple[int, ...], torch.dtype], Tensor] = {}
+        self._first: dict[torch.dtype, Tensor] = {}
+        self._stacked: dict[tuple[tuple[int, ...], torch.dtype], Tensor] = {}
+
+    def first(self, dtype: torch.dtype) -> Tensor:
+        """Return the factor itself, (layers, r), in ``dtype`` or float32, whichever is wider."""
+        wide = torch.promote_types(dtype, torch.float32)
+        if wide not in self._first:
+            self._first[wide] = self.factor.to(wide)
+        return self._first[wide]
 
     def of(self, degrees: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return (len(degrees), layers, r), in ``dtype`` or float32, whichever is wider."""
-        key = tuple(degrees), torch.promote_types(dtype, torch.float32)
-        if key not in self._known:
-            powers = [self.factor if d == 1 else self.factor.pow(d) for d in degrees]
-            stacked = torch.stack(powers) if len(powers) > 1 else powers[0].unsqueeze(0)
-            self._known[key] = stacked.to(key[1])
-        return self._known[key]
+        wide = torch.promote_types(dtype, torch.float32)
+        key = tuple(degrees), wide
+        if key not in self._stacked:
+            powers = {
+                d: self.first(wide) if d == 1 else self.factor.pow(d).to(wide) for d in key[0]
+            }
+            self._stacked[key] = torch.stack([powers[d] for d in degrees])
+        return self._stacked[key]
 
 
 class Kept(Protocol):
@@ -112,7 +122,7 @@ class Columns:
         """Return each column times its power of the scaling, rounded once."""
         degrees = [column.degree for column in self.columns]
         factors = powers.of(degrees, self.old.dtype)[:, layers]
-        new = (self.old * along(factors, self.old.ndim, self.axis + 1)).to(self.old.dtype)
+        new = times(self.old, along(factors, self.old.ndim, self.axis + 1))
         return [Moved([column.targets for column in self.columns], self.old, new)]
 
 
@@ -143,13 +153,13 @@ class FactorHistory:
     Attributes:
         parameter, gradient: (layers, *parameter shape); of sharded ones the rows held here.
         kept: gradients and state, all but what is of degree 0.
-        total: (layers,), not finite where any of these is not.
+        totals: each (layers,), not finite where anything of these is not.
     """
 
     parameter: Tensor
     gradient: Tensor
     kept: Sequence[Kept]
-    total: Tensor
+    totals: Sequence[Tensor]
 
     @staticmethod
     def of(
@@ -184,14 +194,17 @@ class FactorHistory:
                 kept.append(Columns(group[start:], stacked[start:], axis))
         first_stack = stacks[0]
         gradient = first_stack[1] if len(first_stack) > 1 else stacks[1][0]
-        total = sums(first_stack)
-        for part in (*map(sums, stacks[1:]), *(other.sums() for other in others)):
-            total = total + part
-        return FactorHistory(first_stack[0], gradient, [*kept, *others], total)
+        totals = [*map(sums, stacks), *(other.sums() for other in others)]
+        return FactorHistory(first_stack[0], gradient, [*kept, *others], totals)
 
     def moved(self, powers: Powers, layers: slice) -> list[Moved]:
         """Return gradients and state in the new coordinates, as `Kept.moved`."""
         return [moved for part in self.kept for moved in part.moved(powers, layers)]
+
+
+def times(stacked: Tensor, factors: Tensor) -> Tensor:
+    """Return the product in the dtype of ``stacked``, rounded once."""
+    return torch.mul(stacked, factors, out=torch.empty_like(stacked))
 
 
 def along(factors: Tensor, ndim: int, axis: int) -> Tensor:

@@ -186,12 +186,12 @@ def _layout(state: dict[str, Any]) -> tuple[Hashable, list[str]]:
 def at_once(batches: Sequence[LayerBatch]) -> Iterator[list[LayerBatch]]:
     """Yield the batches that are moved together.
 
-    They are of one device, rank, way of sharding and pair of parameter groups.
+    They are of one device, dtype, rank, way of sharding and pair of parameter groups.
     """
     together: dict[Hashable, list[LayerBatch]] = {}
     for batch in batches:
         P, groups = batch.P[0], (id(batch.group_P), id(batch.group_Q))
-        key = (P.device, batch.rank, sharding.layout(P), groups)
+        key = (P.device, P.dtype, batch.Q[0].dtype, batch.rank, sharding.layout(P), groups)
         together.setdefault(key, []).append(batch)
     for alike in together.values():
         part: list[LayerBatch] = []

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from scalora import sharding
-from scalora.moments.history import FactorHistory, Moved, Powers, sums
+from scalora.moments.history import FactorHistory, Moved, Powers, sums, times
 from scalora.rebasing.accumulators import increment, increment_of_P
 from scalora.rebasing.batches import LayerBatch, places
-from scalora.sharding.stacks import Write, stack
+from scalora.sharding.stacks import Write
 
+_LEAST = torch.float32  # increments are computed in that or wider
 P_RANK_AXIS, Q_RANK_AXIS = 2, 1  # of a stack (layers, *parameter shape)
 
 
@@ -28,14 +29,15 @@ class Rebased:
 
     Attributes:
         batch: the layers.
-        alpha, beta: (layers, r), the scalings of P's and of Q's columns.
+        alpha: (layers, r), the scaling of P's columns.
+        beta: (layers, r), that of Q's; None where Q stays as it is.
         left, right: (layers, m, k) and (layers, n, k), the increments; the rows held here.
         writes: factors, gradients and moments.
     """
 
     batch: LayerBatch
     alpha: Tensor
-    beta: Tensor
+    beta: Tensor | None
     left: Tensor
     right: Tensor
     writes: Sequence[Write]
@@ -53,24 +55,22 @@ def with_P_scaled(
             which what is finite stays finite.
     """
     first = batches[0]
-    factors = [stack(batch.P) for batch in batches]
-    totals = [sums(P.unsqueeze(0)) + Q.total for P, Q in zip(factors, histories, strict=True)]
-    finite = sharding.everywhere(torch.cat(totals).isfinite(), first.P[0])
-    kept = finite.logical_not().unsqueeze(-1)
+    wide = torch.promote_types(torch.promote_types(first.P[0].dtype, first.Q[0].dtype), _LEAST)
+    factors = [_wide_stack(batch.P, wide) for batch in batches]
+    totals = [[sums(P.unsqueeze(0)), *Q.totals] for P, Q in zip(factors, histories, strict=True)]
+    kept = _broken(totals, first.P[0]).unsqueeze(-1)
     alpha = alpha.masked_fill(kept, 1.0)
-    of_P = Powers(alpha)
-    own = alpha if alpha.shape[-1] == 1 else alpha[:, sharding.own_rows(first.Q[0])]
-    of_Q = Powers(own) if sharding.is_sharded(first.Q[0]) else of_P
-    one = torch.ones_like(alpha)
+    of_P = of_Q = Powers(alpha)
+    if sharding.is_sharded(first.Q[0]) and alpha.shape[-1] > 1:
+        of_Q = Powers(alpha[:, sharding.own_rows(first.Q[0])])
     for batch, layers, P, Q in zip(batches, places(batches), factors, histories, strict=True):
-        scaled = _scaled(P, of_P, layers, P_RANK_AXIS)
-        moved = [Moved([batch.P], P.unsqueeze(0), scaled.unsqueeze(0)), *Q.moved(of_Q, layers)]
+        shape, dtype = (len(batch.pairs), batch.rank), batch.P[0].dtype
+        new = torch.empty_like(P, dtype=dtype)
+        torch.mul(P, _along(of_P.first(P.dtype)[layers], P.ndim, P_RANK_AXIS), out=new)
         columns = sharding.own_columns(Q.parameter, batch.Q[0])
-        left, right = increment_of_P(P, scaled, columns, kept[layers])
-        shape = len(batch.pairs), batch.rank
-        yield Rebased(
-            batch, alpha[layers].expand(shape), one[layers].expand(shape), left, right, _all(moved)
-        )
+        left, right = increment_of_P(P, new, columns, kept[layers])
+        writes: list[Write] = [(batch.P, P, new), *_writes(Q.moved(of_Q, layers))]
+        yield Rebased(batch, alpha[layers].expand(shape), None, left, right, writes)
 
 
 def with_both_scaled(
@@ -105,16 +105,16 @@ def with_both_scaled(
                 *Q.moved(own_alpha, layers),
             ]
         )
-    totals = [torch.stack([sums(part.new) for part in moved]).sum(0) for moved in found]
-    finite = sharding.everywhere(torch.cat(totals).isfinite(), like)
-    kept = finite.logical_not().unsqueeze(-1)
+    totals = [[sums(part.new) for part in moved] for moved in found]
+    broken = _broken(totals, like)
+    kept = broken.unsqueeze(-1)
     alpha, beta = alpha.masked_fill(kept, 1.0), beta.masked_fill(kept, 1.0)
     product = alpha * beta
     for batch, layers, moved in zip(batches, places(batches), found, strict=True):
-        moved = [part.where(finite[layers]) for part in moved]
+        moved = [part.unless(broken[layers]) for part in moved]
         factors = _factors(batch, moved, beta[layers])
         left, right = increment(*factors, product[layers])
-        yield Rebased(batch, alpha[layers], beta[layers], left, right, _all(moved))
+        yield Rebased(batch, alpha[layers], beta[layers], left, right, _writes(moved))
 
 
 def _factors(
@@ -132,11 +132,36 @@ def _factors(
 
 def _scaled(stacked: Tensor, powers: Powers, layers: slice, axis: int) -> Tensor:
     """Return the columns of (layers, *parameter shape) times their factors, rounded once."""
-    factor = powers.of([1], stacked.dtype)[0, layers]
-    shape = [1] * stacked.ndim
+    return times(stacked, _along(powers.first(stacked.dtype)[layers], stacked.ndim, axis))
+
+
+def _along(factor: Tensor, ndim: int, axis: int) -> Tensor:
+    shape = [1] * ndim
     shape[0], shape[axis] = factor.shape
-    return (stacked * factor.reshape(shape)).to(stacked.dtype)
+    return factor.reshape(shape)
 
 
-def _all(moved: Sequence[Moved]) -> list[Write]:
+def _wide_stack(parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return (layers, *parameter shape) in a wider dtype; of sharded ones the rows held here."""
+    own = [sharding.local(parameter).detach() for parameter in parameters]
+    return torch.stack(own).to(dtype)
+
+
+def _broken(totals: Sequence[Sequence[Tensor]], like: Tensor) -> Tensor:
+    """Return the layers in which anything is not finite, on any process: (all layers,), bool.
+
+    Args:
+        totals: of each batch, some (layers,) that are not finite where something is not.
+        like: a parameter that is sharded as all are.
+    """
+    most = max(map(len, totals))
+    rows = [[*parts, *[parts[0]] * (most - len(parts))] for parts in totals]
+    flat = torch.cat([row[i] for i in range(most) for row in rows]).unflatten(0, (most, -1))
+    broken = (flat - flat).ne(0).any(0)  # inf - inf and nan - nan are no zeros
+    if not sharding.is_sharded(like):
+        return broken
+    return sharding.everywhere(broken.logical_not(), like).logical_not()
+
+
+def _writes(moved: Sequence[Moved]) -> list[Write]:
     return [write for part in moved for write in part.writes()]

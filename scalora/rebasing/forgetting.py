@@ -73,12 +73,15 @@ class Forgetting:
         return [self.learned.since(pair.name, batch.index_P) for pair in batch.pairs]
 
     def _alpha(self, batches: Sequence[LayerBatch], optimizer: torch.optim.Optimizer) -> Tensor:
-        """Return (layers, r), or (layers, 1) where all columns have the same; in float64."""
+        """Return (layers, r), or (layers, 1) where all columns have the same.
+
+        In the dtype that factors are scaled in: their moments move with the very same number.
+        """
         least = 1 / self.options.bound  # a column must not vanish
         if self.options.resolved_rule == "age":
             return torch.cat([self._bounded(b, optimizer) for b in batches]).clamp_min(least)
         memory, device = self.options.memory_steps, batches[0].P[0].device
-        dtype = solver_dtype(device)
+        dtype = torch.promote_types(batches[0].P[0].dtype, torch.float32)
         # Layers of a batch agree, if their counts are numbers; a fill does not wait for the device.
         firsts = [self._counts(batch)[0] for batch in batches]
         if not any(isinstance(first, Tensor) for first in firsts):

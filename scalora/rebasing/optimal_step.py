@@ -16,7 +16,8 @@ from scalora.options import RebasingOptions
 from scalora.rebasing.accumulators import LayerMemory
 from scalora.rebasing.batches import LayerBatch, at_once, places
 from scalora.rebasing.coordinates import P_RANK_AXIS, Q_RANK_AXIS, Rebased, with_both_scaled
-from scalora.scaling.quadratic import QuadraticModel, joined, quadratic_model, solver_dtype
+from scalora.rebasing.held_lipschitz import Held, HeldLipschitz
+from scalora.scaling.quadratic import QuadraticModel, joined, quadratic_model
 from scalora.scaling.rules import ColumnScaling, column_scaling
 
 
@@ -27,6 +28,9 @@ class OptimalStep:
         options: the user's.
         moments: how the optimizer's state depends on the gradient.
         memory: layer name -> where L times the learning rate is kept.
+
+    Attributes:
+        held: L times the learning rate of the layers.
     """
 
     def __init__(
@@ -34,7 +38,7 @@ class OptimalStep:
     ) -> None:
         self.options = options
         self.moments = moments
-        self.memory = memory
+        self.held = HeldLipschitz(memory)
 
     step_key = None  # nothing more must agree within a batch
 
@@ -48,11 +52,22 @@ class OptimalStep:
         """
         for together in at_once(batches):
             histories = [self._histories(batch, optimizer) for batch in together]
-            scaling = self._scaling(together, histories, optimizer)
+            held = self.held.of(together) if self._matches_once else None
+            scaling = self._scaling(together, histories, optimizer, held)
             found = with_both_scaled(together, histories, scaling.alpha, scaling.beta)
+            matched = held is not None and not held.is_known
             for rebased, layers in zip(found, places(together), strict=True):
                 yield rebased
-                self._hold(rebased.batch, scaling.lipschitz_lr[layers])
+                if matched:
+                    self.held.hold(rebased.batch, scaling.lipschitz_lr[layers])
+            if matched:
+                self.held.settle(together, scaling.lipschitz_lr)
+
+    @property
+    def _matches_once(self) -> bool:
+        """Whether L times the learning rate is matched at a layer's first re-basing, then held."""
+        given = isinstance(self.options.lipschitz, (int, float))
+        return self.options.resolved_rule != "direction" and not given
 
     def _histories(
         self, batch: LayerBatch, optimizer: torch.optim.Optimizer
@@ -63,44 +78,36 @@ class OptimalStep:
         )
 
     def _scaling(
-        self, batches: Sequence[LayerBatch], histories: _Histories, optimizer: torch.optim.Optimizer
+        self,
+        batches: Sequence[LayerBatch],
+        histories: _Histories,
+        optimizer: torch.optim.Optimizer,
+        held: Held | None,
     ) -> ColumnScaling:
         """Return the scaling of all layers, by one call."""
-        rule, lipschitz = self.options.resolved_rule, self.options.lipschitz
 
         def step_model() -> QuadraticModel:
             """Return the model of the step that the inner optimizer is about to take."""
             parts = zip(batches, histories, strict=True)
             return joined([self._step_model(*part, optimizer) for part in parts])
 
-        if rule == "direction":
+        if self.options.resolved_rule == "direction":
             return self._solved(batches, step_model())
         parts = zip(batches, histories, strict=True)
         model = joined([_gradient_model(*part) for part in parts])
-        if isinstance(lipschitz, (int, float)):
-            return self._solved(batches, model, lipschitz=float(lipschitz))
+        if held is None:
+            return self._solved(batches, model, lipschitz=float(self.options.lipschitz or 0))
+        if held.is_known:
+            return self._solved(batches, model, lipschitz_lr=held.lipschitz_lr)
         # An optimizer that was registered without a direction is taken for gradient descent.
-        known = self.moments.direction is not None
-        return self._solved(
-            batches, model, held=self._held(batches), step_model=step_model if known else None
-        )
+        step = None if self.moments.direction is None else step_model
+        return self._solved(batches, model, held=held.lipschitz_lr, step_model=step)
 
     def _solved(
         self, batches: Sequence[LayerBatch], model: QuadraticModel, **magnitude: Any
     ) -> ColumnScaling:
         rule, bound, lr = self.options.resolved_rule, self.options.bound, batches[0].learning_rates
         return column_scaling(model, rule, lr, bound=bound, **magnitude)
-
-    def _held(self, batches: Sequence[LayerBatch]) -> Tensor:
-        """Return L times the learning rate of every layer, NaN where it is not known: (layers,)."""
-        device = batches[0].P[0].device
-        unknown = torch.full((), torch.nan, dtype=solver_dtype(device), device=device)
-        held = [self.memory[pair.name].lipschitz_lr for batch in batches for pair in batch.pairs]
-        return torch.stack([unknown if value is None else value for value in held])
-
-    def _hold(self, batch: LayerBatch, lipschitz_lr: Tensor) -> None:
-        for pair, value in zip(batch.pairs, lipschitz_lr, strict=True):
-            self.memory[pair.name].lipschitz_lr = value
 
     def _step_model(
         self,

@@ -22,6 +22,7 @@ from scalora.rebasing.accumulators import (
 from scalora.rebasing.batches import Batching
 from scalora.rebasing.forgetting import Forgetting
 from scalora.rebasing.optimal_step import OptimalStep
+from scalora.rebasing.sketch import FrozenSketches
 from scalora.step_length.learned_steps import LearnedSteps
 
 
@@ -39,6 +40,7 @@ class Rebaser:
         places: layer name -> "dense" or "carry".
         memory: layer name -> what is kept of it from step to step.
         learned: what each layer has learned since it was last re-based.
+        frozen: sketches of what was frozen, for reports and logs alone.
     """
 
     def __init__(
@@ -60,27 +62,23 @@ class Rebaser:
             self._rule = Forgetting(options, moments, self.learned)
         else:
             self._rule = OptimalStep(options, moments, self.memory)
+        self.frozen = FrozenSketches(pairs)
         self.layers = LayerLookup(self.pairs)
         self._batching = Batching(self.layers, self._key)
-        self._last: list[tuple[list[str], Tensor, Tensor]] = []
+        self._last: list[tuple[list[str], Tensor, Tensor | None]] = []
 
     @property
     def last_scaling(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Layer name -> (alpha, beta), each (r,), of the newest re-basing."""
-        return {
-            name: (alpha[i], beta[i])
-            for names, alpha, beta in self._last
-            for i, name in enumerate(names)
-        }
-
-    @property
-    def newest_layers(self) -> list[str]:
-        """Names of the layers that the newest re-basing re-based."""
-        return [name for names, *_ in self._last for name in names]
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        for names, alpha, beta in self._last:
+            beta = torch.ones_like(alpha) if beta is None else beta
+            found |= zip(names, zip(alpha, beta, strict=True), strict=True)
+        return found
 
     def kept_tensors(self) -> list[Tensor]:
         """Return all that is kept between steps."""
-        kept = [factor for _, *factors in self._last for factor in factors]
+        kept = [factor for _, *both in self._last for factor in both if factor is not None]
         for carry in self._carries().values():
             kept += [carry.up, carry.down, carry.cut]
         for memory in self.memory.values():
@@ -149,14 +147,19 @@ class Rebaser:
             count: the number of this re-basing, part of the rounding noise's seed.
         """
         self._last = []
+        seen = []
         takes = self._takes if self.options.when_full == "hold" else None
         batches = self._batching.of_step(optimizer, self._rule.step_key, takes)
-        for found in self._rule.rebased(batches, optimizer):
-            pairs = found.batch.pairs
-            accumulator = self._accumulator(pairs[0])
-            accumulator.make_room(pairs, self._columns(pairs[0]))
-            accumulator.commit(pairs, found.left, found.right, found.writes, count)
-            self._last.append(([pair.name for pair in pairs], found.alpha, found.beta))
+        try:
+            for found in self._rule.rebased(batches, optimizer):
+                pairs = found.batch.pairs
+                accumulator = self._accumulator(pairs[0])
+                accumulator.make_room(pairs, self._columns(pairs[0]))
+                accumulator.commit(pairs, found.left, found.right, found.writes, count)
+                seen.append(self.frozen.project(pairs, found.left, found.right))
+                self._last.append(([pair.name for pair in pairs], found.alpha, found.beta))
+        finally:
+            self.frozen.add(seen)
 
     def _takes(self, pair: LoRAPair) -> bool:
         """Return whether the layer is still re-based: a carry that is held may be full."""

@@ -10,10 +10,9 @@ arXiv 0909.4061).
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from torch import Tensor
 from scalora import sharding
 from scalora.peft_layers import LoRAPair
 from scalora.rebasing.batches import thin_factors
+from scalora.sharding.stacks import to_device
 
 SKETCH_SIZE = 64  # k
 _ROUND_OFF = 1e-6  # of the largest singular value
@@ -52,6 +52,19 @@ class SketchedChange:
         return float(torch.special.entr(values / values.sum()).sum().exp())
 
 
+class Projected(NamedTuple):
+    """The increments of some layers, projected on both sides.
+
+    Attributes:
+        names: of the layers.
+        left, right: (layers, k, r) and (layers, r, k), whose product is the increments' sketch.
+    """
+
+    names: list[str]
+    left: Tensor
+    right: Tensor
+
+
 class FrozenSketches:
     """Follows what re-basings freeze, in k^2 numbers per layer.
 
@@ -72,25 +85,49 @@ class FrozenSketches:
         self._is_known = True
         self._projections: dict[Hashable, Tensor] = {}
 
-    @contextmanager
-    def following(self) -> Iterator[None]:
-        """Add what is frozen while entered: whatever the adapters' products lose."""
-        pairs = _plain(self._dense()) if self._is_known else []
-        if len(pairs) < len(self._frozen):  # sharded, or deleted, since: their sketches are stale
-            self._frozen = {}
-            self._is_known = False
-            pairs = []
-        before = self._trainable(pairs)
-        try:
-            yield
-        finally:  # also where only some layers were re-based
-            self._add(before, self._trainable(pairs))
+    @torch.no_grad()
+    def project(self, pairs: Sequence[LoRAPair], left: Tensor, right: Tensor) -> Projected | None:
+        """Return an increment's factors as the sketches see them; None where it is not followed.
 
-    def count(self, layers: Sequence[str]) -> None:
-        """Count the columns of layers that were re-based."""
-        ranks = {pair.name: pair.rank for pair in self.places}
-        for name in layers:
-            self.columns[name] = self.columns.get(name, 0) + ranks[name]
+        Args:
+            pairs: layers of one shape and scaling, for which it counts as frozen.
+            left, right: (layers, m, r) and (layers, n, r), of the increments.
+        """
+        first = pairs[0]
+        for pair in pairs:
+            self.columns[pair.name] = self.columns.get(pair.name, 0) + pair.rank
+        if self.places[first] != "dense" or not self._is_known:
+            return None
+        if sharding.is_sharded(first.P_parameter):
+            self._is_known = not self._frozen  # sharded since: the sketches are stale
+            self._frozen = {}
+            return None
+        psi = self._projection(left.shape[-2], 0, left.device, first.scaling)
+        omega = self._projection(right.shape[-2], 1, left.device)
+        names = [pair.name for pair in pairs]
+        return Projected(names, psi @ left.float(), right.float().mT @ omega.mT)
+
+    @torch.no_grad()
+    def add(self, increments: Sequence[Projected | None]) -> None:
+        """Add projected increments to the sketches, all of one shape at once."""
+        alike: dict[Hashable, list[Projected]] = {}
+        for increment in increments:
+            if increment is not None:
+                left, right = increment.left, increment.right
+                key = left.shape[1:], right.shape[1:], left.device
+                alike.setdefault(key, []).append(increment)
+        for group in alike.values():
+            left, right = torch.cat([i.left for i in group]), torch.cat([i.right for i in group])
+            names = [name for increment in group for name in increment.names]
+            frozen = (left @ right).unbind()
+            if all(name in self._frozen for name in names):
+                before = [self._frozen[name].to(left.device) for name in names]
+                torch._foreach_add_(before, frozen)
+                self._frozen.update(zip(names, before, strict=True))
+                continue
+            for name, new in zip(names, frozen, strict=True):
+                old = self._frozen.get(name)
+                self._frozen[name] = new.clone() if old is None else old.to(new.device) + new
 
     @torch.no_grad()
     def changes(self) -> dict[str, SketchedChange]:
@@ -115,20 +152,6 @@ class FrozenSketches:
             pair.name: SketchedChange(*piece.view_as(both))
             for pair, both, piece in zip(pairs, found, pieces, strict=True)
         }
-
-    @torch.no_grad()
-    def _add(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
-        if not before:
-            return
-        lost = torch._foreach_sub([before[name] for name in after], list(after.values()))
-        if not self._frozen:
-            self._frozen = dict(zip(after, lost, strict=True))
-            return
-        frozen = [
-            self._frozen[name].to(more.device) for name, more in zip(after, lost, strict=True)
-        ]
-        torch._foreach_add_(frozen, lost)
-        self._frozen.update(zip(after, frozen, strict=True))
 
     def kept_tensors(self) -> list[Tensor]:
         """Return the tensors that are kept between steps."""
@@ -174,16 +197,18 @@ class FrozenSketches:
         left = self._projection(P.shape[-2], 0, P.device) @ P.float()
         return left @ (Q.float() @ self._projection(Q.shape[-1], 1, Q.device).mT)
 
-    def _projection(self, dimension: int, side: int, device: torch.device) -> Tensor:
-        """Return Psi (side 0) or Omega (side 1), (k, dimension): the same in every run."""
-        key = dimension, side, device
+    def _projection(
+        self, dimension: int, side: int, device: torch.device, scale: float = 1.0
+    ) -> Tensor:
+        """Return ``scale`` times Psi (side 0) or Omega (side 1), (k, dimension), of every run."""
+        key = dimension, side, device, scale
         if key not in self._projections:
             if dimension <= SKETCH_SIZE:
                 made = torch.eye(dimension)
             else:
                 generator = torch.Generator().manual_seed(2 * dimension + side)
                 made = torch.randn(SKETCH_SIZE, dimension, generator=generator) / SKETCH_SIZE**0.5
-            self._projections[key] = made.to(device, non_blocking=True)
+            self._projections[key] = to_device(scale * made, device)
         return self._projections[key]
 
 

@@ -12,7 +12,6 @@ from scalora import peft_layers
 from scalora.guards.stale_layers import ExpectedWeights
 from scalora.options import RebasingOptions
 from scalora.rebasing.rebaser import Rebaser
-from scalora.rebasing.sketch import FrozenSketches
 from scalora.resuming.same_run import STATE_VERSION, check_same_run
 from scalora.step_length.calibration import StepCalibration
 
@@ -36,7 +35,7 @@ class RunState:
         self.options = options
         self.rebaser = rebaser
         self.calibration = StepCalibration(options.calibration_steps)
-        self.frozen = FrozenSketches({pair: rebaser.places[pair.name] for pair in rebaser.pairs})
+        self.frozen = rebaser.frozen
         self.steps = self.rebase_count = 0
         self.expected = ExpectedWeights()
 

@@ -14,8 +14,9 @@ def minimize_nonnegative(H: Tensor, lam: Tensor) -> Tensor:
 
     A primal-dual interior-point method (Mehrotra's predictor and corrector) finds which
     coordinates are free; one solve on those then gives the optimum itself, and is kept where it
-    is feasible and no worse.  The number of iterations is fixed, so nothing waits for the device;
-    on a CPU, where looking costs nothing, it stops when all problems have converged.
+    is feasible and no worse.  Nothing waits for the device.  On a GPU one kernel solves all
+    problems (`scalora.scaling.nonnegative_kernel`); elsewhere the number of iterations is fixed,
+    and on a CPU, where looking costs nothing, it stops when all problems have converged.
 
     Args:
         H: (..., k, k), positive semidefinite; it may be singular if ``lam`` lies in its range.
@@ -26,6 +27,13 @@ def minimize_nonnegative(H: Tensor, lam: Tensor) -> Tensor:
     """
     batch, k = lam.shape[:-1], lam.shape[-1]
     H, lam = H.reshape(-1, k, k), lam.reshape(-1, k)
+    eps = torch.finfo(H.dtype).eps
+    ridge, tolerance = 8 * k * eps, 16 * eps
+    if _kernel_applies(H):
+        from scalora.scaling.nonnegative_kernel import minimize
+
+        x = minimize(H, lam, ridge, tolerance, _TO_BOUNDARY, _ITERATIONS)
+        return x.reshape(*batch, k)
     diagonal = H.diagonal(dim1=-2, dim2=-1)
     dead = (diagonal <= 0).to(diagonal.dtype)
     scale = (1 - dead) * (diagonal + dead).rsqrt()
@@ -33,23 +41,22 @@ def minimize_nonnegative(H: Tensor, lam: Tensor) -> Tensor:
     lam = lam * scale
     size = lam.abs().amax(-1, keepdim=True)
     size = torch.where(size > 0, size, torch.ones_like(size))
-    ridge = 8 * k * torch.finfo(H.dtype).eps
     H = H + ridge * torch.eye(k, dtype=H.dtype, device=H.device)
 
-    x, z = _interior_point(H, lam / size)
+    x, z = _interior_point(H, lam / size, tolerance)
     x = _polish(H, lam / size, x, free=x > z)
     return (x * size * scale).reshape(*batch, k)
 
 
-def _interior_point(H: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the primal ``x`` and the dual ``z = H x - lam``: (layers, k) each.
+def _interior_point(H: Tensor, lam: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Return the primal ``x`` and the dual ``z = H x - lam``: (problems, k) each.
 
     Args:
-        H: (layers, k, k), with a unit diagonal.
-        lam: (layers, k), with ``max |lam| = 1``.
+        H: (problems, k, k), with a unit diagonal.
+        lam: (problems, k), with ``max |lam| = 1``.
+        tolerance: of the mean complementarity, and k times that of the residual.
     """
     k = lam.shape[-1]
-    tolerance = 16 * torch.finfo(H.dtype).eps
     x, z = torch.ones_like(lam), torch.ones_like(lam)
     for _ in range(_ITERATIONS):
         residual = _apply(H, x) - lam - z
@@ -103,3 +110,13 @@ def _step_length(x: Tensor, dx: Tensor, z: Tensor, dz: Tensor) -> Tensor:
     both, move = torch.cat([x, z], -1), torch.cat([dx, dz], -1)
     limit = torch.where(move < 0, -both / move, torch.full_like(both, torch.inf))
     return limit.amin(-1, keepdim=True).clamp_max(1.0)
+
+
+def _kernel_applies(H: Tensor) -> bool:
+    if H.device.type != "cuda" or H.dtype != torch.float64 or not len(H):
+        return False
+    try:
+        from scalora.scaling import nonnegative_kernel
+    except ImportError:  # Triton is not everywhere
+        return False
+    return H.shape[-1] <= nonnegative_kernel.LARGEST

@@ -88,17 +88,21 @@ def quadratic_model(
     """
     dtype = torch.promote_types(P.dtype, torch.float32)
     P, Q = P.to(dtype), Q.to(dtype)
-    thin = [m.to(dtype) for m in (direction_P, direction_Q, grad_P, grad_Q)]
-    units = rows.max(torch.stack([_largest(matrix) for matrix in thin]))
+    given = direction_P, direction_Q, grad_P, grad_Q
+    thin = {id(matrix): matrix.to(dtype) for matrix in given}  # most are the gradients
+    units = rows.max(torch.stack([_largest(matrix) for matrix in thin.values()]))
     units = torch.where(units > 0, units, torch.ones_like(units))
-    direction_P, direction_Q, grad_P, grad_Q = (
-        matrix / unit.unsqueeze(-1) for matrix, unit in zip(thin, units, strict=True)
-    )
+    thin = {
+        key: matrix / unit.unsqueeze(-1)
+        for (key, matrix), unit in zip(thin.items(), units, strict=True)
+    }
+    direction_P, direction_Q, grad_P, grad_Q = (thin[id(matrix)] for matrix in given)
 
     left = torch.cat([P, direction_P], dim=-1)
     right = torch.cat([direction_Q, Q], dim=-1)
     work = solver_dtype(P.device)
-    unit_P, unit_Q, grad_unit_P, grad_unit_Q = units.to(work)
+    unit_of = dict(zip(thin, units.to(work), strict=True))
+    unit_P, unit_Q, grad_unit_P, grad_unit_Q = (unit_of[id(matrix)] for matrix in given)
     left_gram, right_gram = rows.sum(torch.stack([left.mT @ left, right.mT @ right]).to(work))
     descents = torch.stack([(grad_Q * direction_Q).sum(-2), (grad_P * direction_P).sum(-2)])
     descent_Q, descent_P = rows.sum(descents.to(work))

@@ -36,6 +36,7 @@ def column_scaling(
     *,
     bound: float,
     lipschitz: float | None = None,
+    lipschitz_lr: Tensor | None = None,
     held: Tensor | None = None,
     step_model: Callable[[], QuadraticModel] | None = None,
 ) -> ColumnScaling:
@@ -46,11 +47,13 @@ def column_scaling(
         rule: one of `SOLVERS`.
         lr: of P and of Q; each a float or a tensor that broadcasts with (..., 1).
         bound: every factor stays within ``[1/bound, bound]``.
-        lipschitz: the smoothness constant L; None: the L with which the coming step is predicted
-            to be as long as plain LoRA's.
-        held: (...,), the ``lipschitz_lr`` to keep instead; NaN where there is none yet.
-        step_model: of the directions in which the coming step really goes, if those are not the
-            rule's.  Called only if a length has to be matched.
+        lipschitz: the smoothness constant L.
+        lipschitz_lr: (...,), its product with the geometric mean of the learning rates.  Without
+            either it is the one with which the coming step is predicted to be as long as plain
+            LoRA's.
+        held: (...,), the product to keep; NaN where it is to be matched.
+        step_model: returns the model of the directions in which the coming step really goes, if
+            those are not the rule's.
 
     Returns:
         alpha and beta positive, in the solver's dtype.
@@ -59,13 +62,10 @@ def column_scaling(
     rate = (lr[0] * lr[1]) ** 0.5
     if lipschitz is not None:
         lipschitz_lr = (torch.ones_like(x[..., :1]) * (lipschitz * rate)).squeeze(-1)
-    elif held is not None and _all_known(held):
-        lipschitz_lr = held
-    else:
+    if lipschitz_lr is None:
         step = model if step_model is None else step_model()
-        lipschitz_lr = _matching_lipschitz_lr(model, x, step, (lr[0] / rate, lr[1] / rate))
-        if held is not None:
-            lipschitz_lr = torch.where(held.isnan(), lipschitz_lr, held)
+        matching = _matching_lipschitz_lr(model, x, step, (lr[0] / rate, lr[1] / rate))
+        lipschitz_lr = matching if held is None else torch.where(held.isnan(), matching, held)
     x = x * rate / lipschitz_lr.unsqueeze(-1)
     return ColumnScaling(*_scaling_from_weights(model, x, lr, bound), lipschitz_lr)
 
@@ -157,11 +157,6 @@ def _matching_lipschitz_lr(
     matching = ratio.pow((1 + model.degree) / (1 + step.degree))
     usable = _live(step) & torch.isfinite(matching) & (matching > 0)
     return torch.where(usable, matching, torch.nan)
-
-
-def _all_known(held: Tensor) -> bool:
-    """Return whether no number is NaN, where looking costs nothing; on a device False."""
-    return held.device.type == "cpu" and not bool(held.isnan().any())
 
 
 def _scaling_from_weights(

@@ -18,6 +18,14 @@ def stack(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([local(tensor) for tensor in tensors]).detach()
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a host tensor on a device, without waiting for the device."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    pinned = torch.empty_like(tensor, pin_memory=True).copy_(tensor)
+    return pinned.to(device, non_blocking=True)
+
+
 def gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     """Return the gradients of parameters that have one; of sharded ones, this process's rows."""
     return [local(p.grad) for p in parameters if p.grad is not None]

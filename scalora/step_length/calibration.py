@@ -56,6 +56,7 @@ class StepCalibration:
         self._last: Tensor | None = None  # (number of parameters,) the newest step, unscaled
         self._path: Tensor | None = None  # likewise, all steps so far, as they were taken
         self._total: Tensor | None = None  # likewise, the weighted sum of gradients
+        self._rounded: tuple[Tensor, Tensor] | None = None  # the factor, and in another dtype
 
     @property
     def factor(self) -> Tensor | None:
@@ -151,9 +152,40 @@ class StepCalibration:
                 with _rates_times(float(self._numbers["factor"]), alone):
                     yield
                 return
+        own = [sharding.local(p) for p in parameters]
+        is_held = self._left == 0 and self._numbers is not None
+        alike = len({(p.device, p.dtype) for p in own}) == 1
+        with self._held(own) if is_held and alike else self._observed(own):
+            yield
+
+    @contextmanager
+    def _held(self, own: list[Tensor]) -> Iterator[None]:
+        """Scale the step by the factor that was found, in place and in the parameters' dtype.
+
+        Lists of one device and dtype take few launches, and only with a factor of that dtype.
+        """
+        assert self._numbers is not None
+        found, like = self._numbers["factor"], own[0]
+        if self._rounded is None or self._rounded[0] is not found:
+            self._rounded = found, found.to(like.device, like.dtype)
         with torch.no_grad():
-            device = parameters[0].device
-            own = [sharding.local(p) for p in parameters]
+            before = list(torch._foreach_mul(own, 1.0))  # a copy
+        try:
+            yield
+            with torch.no_grad():
+                torch._foreach_sub_(own, before)
+                torch._foreach_mul_(own, self._rounded[1])
+                torch._foreach_add_(own, before)
+        except BaseException:
+            with torch.no_grad():
+                torch._foreach_copy_(own, before)
+            raise
+
+    @contextmanager
+    def _observed(self, own: list[Tensor]) -> Iterator[None]:
+        """Scale the step by the factor so far, and keep what the next gradient is compared with."""
+        with torch.no_grad():
+            device = own[0].device
             before = _flat(own, device)
             if self._numbers is None:
                 zero, one = before.new_zeros(()), before.new_ones(())

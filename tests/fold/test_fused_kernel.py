@@ -78,7 +78,12 @@ def _options(rounding: str, weights: list[Tensor]) -> dict[str, object]:
 
 
 def _both(
-    weights: list[Tensor], left: Tensor, right: Tensor, rounding: str, device: str
+    weights: list[Tensor],
+    left: Tensor,
+    right: Tensor,
+    rounding: str,
+    device: str,
+    scale: float = 1.0,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """What the kernel makes of the weights (and residuals), and what the plain fold makes.
 
@@ -89,7 +94,7 @@ def _both(
         options = _options(rounding, weights)
         copies = [w.to(where, copy=True) for w in weights]
         options["residuals"] = [residual.to(where) for residual in options["residuals"]]
-        run(copies, left.to(where), right.to(where), **options)
+        run(copies, left.to(where), right.to(where), scale=scale, **options)
         stacks = [torch.stack(copies).cpu()]
         if options["residuals"]:
             stacks.append(torch.stack(options["residuals"]).cpu())
@@ -162,6 +167,19 @@ def test_rows_of_a_weight_are_rounded_as_they_are_in_the_whole(first_row: int, d
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_scale_is_a_factor_of_the_increment(dtype: torch.dtype, device: str) -> None:
+    weights, left, right = _problem(2, 70, 130, 3, dtype)
+    left, right = (left * 1e4).round() * 2.0**-16, right.round()
+    options = _options("stochastic", weights)
+    [scaled], [plain] = _both(weights, left, right, "stochastic", device, scale=4.0)
+    copies = [weight.clone() for weight in weights]
+    fold(copies, 4 * left, right, **options)
+    assert torch.equal(plain, torch.stack(copies))
+    torch.testing.assert_close(scaled, plain, rtol=0, atol=1e-7 if dtype == torch.float32 else 0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("rounding", ["stochastic", "compensated"])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of what overflows
@@ -231,7 +249,7 @@ from scalora.fold import fused
 kernel = fused._fold_kernel
 kinds = {"weight_addresses": "*i64", "residual_addresses": "*i64", "left": "*fp32",
          "right": "*fp32", "rows": "i32", "columns": "i32", "rank": "i32",
-         "first_row": "i32"}
+         "first_row": "i32", "scale": "fp32"}
 for case in sys.argv[1:]:
     name, mode, capability = case.split(":")
     element, half = getattr(tl, name), name != "float32"

@@ -316,7 +316,7 @@ def test_every_kind_of_inner_optimizer_says_nothing(
 def late(optimizer: scalora.ScaLoRA) -> None:
     """Let the watch defer what it finds, as it does where a look would wait for the device."""
     watch: Any = optimizer._guard._factor_watch
-    watch._seen, watch._arrived = (torch.zeros((), dtype=torch.bool) for _ in range(2))
+    watch._worst, watch._arrived = torch.zeros(()), torch.zeros(())
 
 
 @accumulators

@@ -13,6 +13,7 @@ import models
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
@@ -264,4 +265,7 @@ def test_folded_base_is_in_a_checkpoint_once(base: Path, tmp_path: Path) -> None
     )
     adapter = (folder / "adapter_model.safetensors").stat().st_size
     assert weights < adapter < 1.5 * weights
-    assert (folder / "scalora.safetensors").stat().st_size < 0.5 * weights
+    state = folder / "scalora.safetensors"
+    # 64 x 64 numbers per layer at most, which in layers as small as these is all of the weight.
+    sketches = sum(t.nbytes for name, t in load_file(state).items() if name.startswith("frozen:"))
+    assert state.stat().st_size - sketches < 0.5 * weights

@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 import scalora
 from examples.benchmark.miub.cost import peak_of_a_layer
 from miub import MIUBMonitor, estimators
-from miub.estimators.bracket import bracket
+from miub.estimators.bracket import bracket, fit_bracket
 from miub.estimators.design import design_of
 from miub.estimators.samples import prepare
 
@@ -65,7 +65,7 @@ def test_a_layers_value_is_the_estimators_on_its_two_paths():
     contribution = lora.scaling["default"] * lora.lora_B["default"](lora.lora_A["default"](inputs))
     basis = torch.linalg.qr(lora.lora_B["default"].weight)[0]
     samples = prepare(output, contribution @ basis, 0.01)
-    upper, lower = bracket(design_of(samples), penalties=(0.0,))
+    upper, lower = bracket([fit_bracket(design_of(samples), penalties=(0.0,))])
     row = report["second"]
     assert row.value == pytest.approx(upper.value.item(), rel=1e-3)
     assert row.stderr == pytest.approx(upper.stderr.item(), rel=1e-2)

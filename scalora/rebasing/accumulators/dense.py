@@ -46,7 +46,6 @@ class DenseAccumulator(Accumulator):
     ) -> None:
         """Add the increments to the base weights, then write the layers where that was done."""
         bases = [sharding.local(pair.base_weight) for pair in pairs]
-        left = left * pairs[0].scaling
         commit(
             lambda: self._fold(pairs, bases, left, right, count),
             bases,
@@ -79,6 +78,7 @@ class DenseAccumulator(Accumulator):
             seeds=self._seeds(pairs, count) if rounds else [],
             residuals=self._residuals(pairs, matrices) if rounds else [],
             first_row=sharding.own_rows(first.base_weight).start,
+            scale=first.scaling,
         )
         for base, matrix in zip(bases, matrices, strict=True):
             # channels_last has no matrix view

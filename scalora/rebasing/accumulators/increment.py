@@ -39,18 +39,17 @@ def increment(
 def increment_of_P(P: Tensor, P_new: Tensor, Q: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``(P - P_new) Q^T`` as two factors, (layers, m, r) and (layers, n, r).
 
-    In float32 at least, so that half-precision factors lose nothing either.
-
     Args:
-        P, P_new: (layers, m, r, ...), as PEFT stores them.
+        P: (layers, m, r, ...), in a dtype that holds all factors exactly: that of the result.
+        P_new: (layers, m, r, ...), as PEFT stores it.
         Q: (layers, r, n, ...), likewise.
         kept: (layers, 1), which layers keep all they have: their factors are zero.
     """
-    dtype = torch.promote_types(torch.promote_types(P.dtype, Q.dtype), torch.float32)
     kept = kept.unsqueeze(-1)
-    left = P.flatten(2).to(dtype) - P_new.flatten(2)
-    right = Q.flatten(2).mT.to(dtype, memory_format=torch.contiguous_format)
-    return left.masked_fill_(kept, 0), right.masked_fill(kept, 0)
+    left = (P.flatten(2) - P_new.flatten(2)).masked_fill_(kept, 0)
+    # Zero where it is looked at, and it says in which dtype: a process may hold no rows.
+    zero = left[:, :1, :1] if left.numel() else left.new_zeros((1, 1, 1))
+    return left, torch.where(kept, zero, Q.flatten(2).mT)
 
 
 def increment_columns(pair: LoRAPair, *, P_alone: bool) -> int:
