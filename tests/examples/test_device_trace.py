@@ -63,6 +63,21 @@ def test_what_a_step_adds_does_not_grow_with_the_depth(device: FakeDevice, case:
     assert found["ordinary"].total() > 0
 
 
+MOST = {
+    ("none", "ordinary"): 10,
+    ("auto", "ordinary"): 31,
+    ("auto", "calibrating"): 83,
+    ("auto", "re-basing"): 146,
+}
+"""Rule and kind of step -> the operations of docs/measurements.md; targets are fewer."""
+
+
+@pytest.mark.parametrize("rule", ["none", "auto"])
+def test_no_step_launches_more_than_the_page_says(device: FakeDevice, rule: str) -> None:
+    for kind, operations in operations_added(device, 1, Case(rule=rule)).items():
+        assert operations.total() <= MOST[rule, kind]
+
+
 @pytest.mark.parametrize("case", DENSE, ids=str)
 def test_a_rebasing_folds_once_per_shape_and_no_other_step_folds(
     device: FakeDevice, case: Case
