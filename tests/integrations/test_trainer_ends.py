@@ -227,7 +227,24 @@ except Exception as error:
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
-    assert "scalora.integrations.trainer.resumed_with_scalora_callback" in done.stdout
+    assert "scalora.resuming.in_file.resumed_with_scalora_callback" in done.stdout
+
+
+def test_optimizer_file_is_read_where_the_callback_was_not_imported(
+    base: Path, tmp_path: Path
+) -> None:
+    """As a loop without a Trainer does, before `scalora.load_training_state`."""
+    trained(base, tmp_path, "carry")
+    script = f"""
+import torch, scalora
+scalora.ScaLoRA
+state = torch.load({str(tmp_path / "checkpoint-3" / "optimizer.pt")!r}, weights_only=True)
+print(state["scalora"]["in_file"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip().endswith("True")
 
 
 def from_the_start(model: Any, folder: Path) -> Trainer:

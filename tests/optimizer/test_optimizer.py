@@ -669,3 +669,17 @@ def test_repr_says_what_auto_became() -> None:
     for part in ("rule='leak'", "interval=10", "memory=100.0", "calibration=100"):
         assert part in found
     assert found.endswith("layers: 2 dense)")
+
+
+def test_step_that_is_skipped_ends_a_state_that_is_in_a_file() -> None:
+    """Saved elsewhere after it, the state is whole."""
+    model = make_model()
+    optimizer = rebasing(adamw(model), model)
+    backward(model, 0)
+    optimizer.step()
+    optimizer.state_is_in_file = True
+    assert optimizer.state_dict()["scalora"].keys() >= {"in_file"}
+    next(p for p in trainable(model) if p.grad is not None).grad.fill_(torch.inf)
+    with pytest.warns(UserWarning, match="this step was skipped"):
+        optimizer.step()
+    assert optimizer.state_dict()["scalora"].keys() >= {"layers", "steps"}
