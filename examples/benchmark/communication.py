@@ -203,7 +203,7 @@ def _plan() -> str:
         plan = llama_70b(processes)
         step, rebasing = plan.every_step(calibrating=False), plan.rebasing_of_P()
         exact = step + plan.rebasing(with_direction=True)
-        carries = plan.carrying(8 * plan.rank)
+        carries = plan.carrying(4 * plan.rank)
         own = plan.training()
         default = step + rebasing / RebasingOptions().interval_steps
         rows.append(

@@ -22,14 +22,14 @@ class FoundLayer(NamedTuple):
     Attributes:
         pair: the layer.
         P, Q: its factors as PEFT stores them, (m, r, ...) and (r, n, ...).
-        base: its base weight as stored.
+        base: its base weight as stored; None where the layer keeps it in other tensors (GPTQ, AWQ).
         scaling: PEFT's ``s``.
     """
 
     pair: LoRAPair
     P: nn.Parameter
     Q: nn.Parameter
-    base: Tensor
+    base: Tensor | None
     scaling: float
 
 
@@ -52,7 +52,7 @@ class LayerLookup:
         """Return every layer's tensors: the very list of the last call if none was replaced."""
         if not self.is_current:
             self._found = [
-                FoundLayer(p, p.P_parameter, p.Q_parameter, p.base_weight, p.scaling)
+                FoundLayer(p, p.P_parameter, p.Q_parameter, p.stored_weight, p.scaling)
                 for p in self.pairs
             ]
             self._links = [link for pair in self.pairs for link in _links(pair)]

@@ -679,7 +679,7 @@ def test_step_that_is_skipped_ends_a_state_that_is_in_a_file() -> None:
     optimizer.step()
     optimizer.state_is_in_file = True
     assert optimizer.state_dict()["scalora"].keys() >= {"in_file"}
-    next(p for p in trainable(model) if p.grad is not None).grad.fill_(torch.inf)
+    next(p for p in models.trainable(model) if p.grad is not None).grad.fill_(torch.inf)
     with pytest.warns(UserWarning, match="this step was skipped"):
         optimizer.step()
     assert optimizer.state_dict()["scalora"].keys() >= {"layers", "steps"}
