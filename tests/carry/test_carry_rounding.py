@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import internals
 import models
 import pytest
@@ -18,6 +20,12 @@ from scalora.peft_layers import LoRAPair
 ALL = 10_000  # more columns than any layer here has rank: nothing is ever cut
 NARROW = [torch.float16, torch.bfloat16]
 DEFAULT = {"rule": "leak", "memory": 10, "interval": 5}  # freezes 41 % of P at a time
+
+
+@pytest.fixture
+def narrow() -> Iterator[None]:
+    with internals.narrow_carries():
+        yield
 
 
 def drawn(*shape: int, seed: int) -> Tensor:
@@ -88,6 +96,7 @@ def exact_weight(pair: LoRAPair) -> Tensor:
     return (pair.base_weight.double() + pair.scaling * product).detach()
 
 
+@pytest.mark.usefixtures("narrow")
 def test_re_basing_into_a_narrow_carry_keeps_the_weights_to_float32s_rounding() -> None:
     model = perceptron(torch.float32)
     optimizer = optimizer_of(model, carry_rank=ALL, **DEFAULT)
@@ -111,6 +120,7 @@ def test_re_basing_into_a_narrow_carry_keeps_the_weights_to_float32s_rounding() 
         assert (carry.up @ carry.down).float().norm() > 1e-2
 
 
+@pytest.mark.usefixtures("narrow")
 def test_what_a_compression_rounds_is_counted_with_what_it_cuts() -> None:
     model = perceptron(torch.float32)
     optimizer = optimizer_of(model, carry_rank=8, carry_tolerance=0.9, **DEFAULT)
@@ -135,6 +145,7 @@ def test_what_a_compression_rounds_is_counted_with_what_it_cuts() -> None:
         (torch.float64, DEFAULT, torch.float64),
     ],
 )
+@pytest.mark.usefixtures("narrow")
 def test_carry_is_narrow_where_the_adapter_keeps_what_rounding_cuts(
     dtype: torch.dtype, options: dict[str, object], expected: torch.dtype
 ) -> None:
@@ -147,6 +158,13 @@ def test_carry_is_narrow_where_the_adapter_keeps_what_rounding_cuts(
     }
 
 
+def test_carry_beside_a_float_base_has_the_adapters_dtype() -> None:
+    model = perceptron(torch.float32)
+    train(model, optimizer_of(model, carry_rank=8, **DEFAULT), [b.float() for b in batches(10)])
+    assert {pair.carry.dtype for pair in pairs(model)} == {torch.float32}
+
+
+@pytest.mark.usefixtures("narrow")
 def test_second_stage_with_another_rule_widens_the_carry() -> None:
     model = perceptron(torch.float32)
     inputs = [batch.float() for batch in batches(20)]
@@ -158,6 +176,7 @@ def test_second_stage_with_another_rule_widens_the_carry() -> None:
     assert {pair.carry.dtype for pair in pairs(model)} == {torch.float32}
 
 
+@pytest.mark.usefixtures("narrow")
 def test_forward_pass_keeps_the_carry_as_it_is_stored() -> None:
     model = perceptron(torch.float32)
     train(model, optimizer_of(model, carry_rank=8, **DEFAULT), [b.float() for b in batches(10)])
