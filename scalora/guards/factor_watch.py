@@ -121,8 +121,9 @@ class FactorWatch:
         )
         self._trained_by_another = False
         if self._worst is None and samples.device.type == "cuda":
-            self._worst = torch.zeros_like(samples[:1])[0]
-            self._arrived = torch.zeros((), dtype=samples.dtype, pin_memory=True)
+            dtype = torch.promote_types(samples.dtype, torch.float32)
+            self._worst = torch.zeros((), dtype=dtype, device=samples.device)
+            self._arrived = torch.zeros((), dtype=dtype, pin_memory=True)
 
     def __call__(self, layer: nn.Module, args: Any) -> None:
         """Check the factors where a model is evaluated; a forward pre-hook of the layer."""
@@ -185,7 +186,8 @@ class FactorWatch:
         parts = [changed[:factors], kept[:factors]]
         if self._folds:
             parts.append(changed[factors:])
-        difference, span, *of_base = torch._foreach_norm(parts, torch.inf)
+        dtype = torch.promote_types(found.dtype, torch.float32)
+        difference, span, *of_base = torch._foreach_norm(parts, torch.inf, dtype)
         round_off = _ROUND_OFF * torch.finfo(self.pair.P_parameter.dtype).eps
         excess = torch.sub(difference, span, alpha=round_off)
         return torch.sub(excess, of_base[0], alpha=_OUTWEIGHS) if of_base else excess
