@@ -44,11 +44,12 @@ test: $(STAMP) ## the fast tests
 test-all: $(STAMP) ## every test
 	$(PYTEST)
 
-# A GPU machine brings its own torch, so this one uses no .venv.
-test-gpu: ## GPU tests and benchmark, with $(PYTHON) as it is
+# A GPU machine brings its own torch, so these use no .venv.  WHEELS: a folder of bitsandbytes'.
+test-gpu: ## GPU tests, with $(PYTHON) as it is
 	$(PYTHON) -m pytest -m gpu
-	$(PYTHON) -m examples.benchmark step fold drift --device cuda
-	$(PYTHON) -m examples.benchmark.miub --device cuda
+
+gpu: ## GPU tests and all that only a GPU can show, in one table: under 8 minutes
+	$(PYTHON) -m examples.benchmark.gpu --device cuda $(if $(WHEELS),--wheels $(WHEELS))
 
 check: $(STAMP) ## linter, formatter, types
 	$(BIN)/ruff check .

@@ -4,9 +4,40 @@ An upper bound on the mutual information between what a layer's frozen weight co
 its adapter contributes, in nats, during training or of a finished adapter.
 """
 
-from miub import estimators
-from miub.callback import MIUBCallback
-from miub.monitor import MIUBMonitor
-from miub.report.report import MIUBReport
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from scalora import __version__
+
+if TYPE_CHECKING:
+    from miub import estimators
+    from miub.callback import MIUBCallback
+    from miub.monitor import MIUBMonitor
+    from miub.report import MIUBReport
 
 __all__ = ["MIUBCallback", "MIUBMonitor", "MIUBReport", "estimators"]
+
+# Imported when first asked for (PEP 562): torch, transformers and PEFT take seconds to import, and
+# `python -m miub --help` needs none of them.
+_MODULES = {
+    "MIUBCallback": "miub.callback",
+    "MIUBMonitor": "miub.monitor",
+    "MIUBReport": "miub.report",
+}
+
+if not TYPE_CHECKING:  # a type checker would take any name for one of this module's
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name from the module that defines it, and keep it."""
+        if name == "estimators":
+            return import_module("miub.estimators")
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = globals()[name] = getattr(import_module(_MODULES[name]), name)
+        return found
+
+    def __dir__() -> list[str]:
+        """Return the module's names, those that are not imported yet included."""
+        return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""``python -m miub``."""
+"""Run the ``miub`` command as ``python -m miub``."""
 
 import sys
 

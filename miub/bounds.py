@@ -1,17 +1,24 @@
-"""The bounds of one layer: which estimator, from how many tokens."""
+"""The bounds of one layer: which estimator, from how many tokens.
+
+Held by tests/miub/test_monitor.py.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from miub.estimators import ESTIMATORS, Estimate
-from miub.estimators.bracket import bracket
+from miub.estimators.bracket import Bracketed, bracket, fit_bracket
 from miub.estimators.crossfit import fewest_in_a_half
 from miub.estimators.design import design_by_columns
 from miub.estimators.infonce import infonce
+
+# A fit, or the upper and the lower bound.
+Begun = Bracketed | tuple[Estimate, Estimate]
 
 FEWEST_TOKENS = 16
 _ORDERS = {"tempered": 0.5, "gaussian": 1.0}
@@ -64,10 +71,10 @@ class Bounds:
             return max(FEWEST_TOKENS, 2 * fewest_in_a_half(coordinates))
         return FEWEST_TOKENS
 
-    def of(
+    def begun(
         self, columns: Callable[[int, int], Tensor], outputs: int, inputs: int, v: Tensor
-    ) -> tuple[Estimate, Tensor]:
-        """Return the estimate, and the value of the lower bound.
+    ) -> Begun:
+        """Return the estimate, or a fit to it that is evaluated with those of other layers.
 
         Args:
             columns: reads u (k, outputs), some columns at a time.
@@ -75,15 +82,36 @@ class Bounds:
             inputs: of the layer.
             v: (k, coordinates), the learned path.
         """
-        if self._order is None:
-            u = columns(0, outputs)
-            upper = self._function(u, v, noise=self.noise)
-            lower = upper if self._function is infonce else infonce(u, v, noise=self.noise)
-            return upper, lower.value
-        compresses = len(v) <= outputs < inputs
-        upper, lower = bracket(
-            design_by_columns(columns, outputs, v, self.noise),
-            order=self._order,
-            penalties=_FEW_PENALTIES if compresses else _NOISE_ALONE,
-        )
-        return upper, lower.value
+        if self._order is not None:
+            compresses = len(v) <= outputs < inputs
+            design = design_by_columns(columns, outputs, v, self.noise)
+            return fit_bracket(design, _FEW_PENALTIES if compresses else _NOISE_ALONE)
+        u = columns(0, outputs)
+        upper = self._function(u, v, noise=self.noise)
+        lower = upper if self._function is infonce else infonce(u, v, noise=self.noise)
+        return upper, lower
+
+    def finished(self, begun: Sequence[Begun]) -> tuple[Estimate, Estimate]:
+        """Return the upper and the lower bound, (layers,), of layers that `together` allows."""
+        fits = [one for one in begun if isinstance(one, Bracketed)]
+        if self._order is not None:
+            return bracket(fits, order=self._order)
+        estimates = [one for one in begun if not isinstance(one, Bracketed)]
+        upper, lower = (_stacked(same) for same in zip(*estimates, strict=True))
+        return upper, lower
+
+
+def together(coordinates: int) -> int:
+    """Return how many layers with that many coordinates are evaluated in one go.
+
+    More take fewer calls; with 8 coordinates 8 layers' pairs of 256 tokens are 2 MiB.
+    """
+    return max(1, 64 // coordinates)
+
+
+def _stacked(estimates: Sequence[Estimate]) -> Estimate:
+    """Return the estimates (layers,), float32; a share that was not looked at is 0."""
+    shares = [torch.zeros_like(e.value) if e.heaviest is None else e.heaviest for e in estimates]
+    columns = ([e.value for e in estimates], [e.stderr for e in estimates], shares)
+    value, stderr, heaviest = (torch.stack([x.float() for x in column]) for column in columns)
+    return Estimate(value, stderr, estimates[0].n, heaviest)

@@ -1,4 +1,7 @@
-"""The monitor in a ``transformers.Trainer``."""
+"""The monitor in a ``transformers.Trainer``.
+
+Held by tests/miub/test_monitor_callback.py.
+"""
 
 from __future__ import annotations
 

@@ -1,16 +1,20 @@
-"""One forward pass that is measured."""
+"""One forward pass that is measured.
+
+Held by tests/miub/test_monitor.py.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
-from miub.bounds import Bounds
+from miub.bounds import Begun, Bounds, together
 from miub.masks import Masks
 from miub.measurement import Measurement
 from miub.paths import MOST_COORDINATES, adapter_code, learned_since
@@ -19,10 +23,20 @@ from scalora.peft_layers import LoRAPair
 from scalora.transformers_models import decoder_of
 
 
-class ForwardPass:
-    """Hooks on the layers of a model for one forward pass, and what they measure.
+@dataclass
+class _Group:
+    """Layers whose bounds are begun and that are evaluated together, as they have one shape."""
 
-    All layers with the same positions share one sample of tokens.
+    layers: list[tuple[int, LoRAPair, bool]] = field(default_factory=list)
+    begun: list[Begun] = field(default_factory=list)
+    counts: list[Tensor] = field(default_factory=list)
+
+
+class ForwardPass:
+    """Hooks on the layers of a model for one forward pass, and their measurements.
+
+    All layers with the same positions share one sample of tokens.  A layer's samples are let go
+    when its hook returns; what is left of them is evaluated together with that of other layers.
 
     Args:
         masks: of the pass.
@@ -33,7 +47,7 @@ class ForwardPass:
         reference: name -> pretrained weight, for layers into whose base increments were folded.
 
     Attributes:
-        measurements: of the layers, in the order in which they ran.
+        measurements: complete once the pass has ended.
         too_few: of each layer that was not measured its name, its tokens and the fewest it needs.
     """
 
@@ -57,6 +71,7 @@ class ForwardPass:
         self._reference = reference
         self._generators: dict[torch.device, torch.Generator] = {}
         self._samples: dict[tuple[str, torch.Size, torch.device], TokenSample] = {}
+        self._groups: dict[tuple[int, int, torch.device], _Group] = {}
         self._hooks: list[RemovableHandle] = []
         self._eager = contextlib.ExitStack()
 
@@ -74,18 +89,21 @@ class ForwardPass:
             self._hooks.append(decoder.register_forward_pre_hook(begins, with_kwargs=True))
 
     def end(self) -> None:
-        """Take the hooks off: a checkpointed layer runs again in the backward pass."""
+        """Take the hooks off, and complete the measurements.
+
+        A checkpointed layer runs again in the backward pass: by then its hook is gone.
+        """
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
         self._eager.close()
+        for key in list(self._groups):
+            with _aside(key[-1]):
+                self._finish(key)
 
     def _hook(self, pairs: Sequence[tuple[int, LoRAPair]]) -> Callable[..., None]:
         def measure(base: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            # In the script's own precision the samples would be rounded.  Selective checkpointing
-            # is a dispatch mode: it would keep our products and give them to the backward pass.
-            precise = torch.autocast(output.device.type, enabled=False)
-            with torch.no_grad(), precise, _disable_current_modes():
+            with _aside(output.device):
                 for place, pair in pairs:
                     if pair.runs:
                         self._measure(place, pair, args[0].detach(), output.detach())
@@ -114,22 +132,35 @@ class ForwardPass:
             u, v = sample.fill(u), sample.fill(v)
             coordinates = v.shape[-1]
             columns = _slices(u)
-        upper, lower = self._bounds.of(columns, outputs, pair.shape[1], v)
         # Filled on the device: a copy from the host would wait for it.
         count = sample.count if isinstance(sample.count, Tensor) else v.new_full((), sample.count)
-        heaviest = v.new_zeros(()) if upper.heaviest is None else upper.heaviest
-        numbers = (upper.value, upper.stderr, lower, count, heaviest)
-        self.measurements.append(
-            Measurement(
-                place=place,
-                layer=pair.name,
-                adapter=pair.adapter,
-                step=self._step,
-                coordinates=coordinates,
-                numbers=torch.stack([number.float() for number in numbers]),
-                rebased=pair.was_rebased and since is None,
+        key = (len(index), coordinates, output.device)
+        group = self._groups.setdefault(key, _Group())
+        group.layers.append((place, pair, pair.was_rebased and since is None))
+        group.begun.append(self._bounds.begun(columns, outputs, pair.shape[1], v))
+        group.counts.append(count.float())
+        if len(group.begun) >= together(coordinates):
+            self._finish(key)
+
+    def _finish(self, key: tuple[int, int, torch.device]) -> None:
+        group = self._groups.pop(key)
+        upper, lower = self._bounds.finished(group.begun)
+        count = torch.stack(group.counts)
+        heaviest = torch.zeros_like(count) if upper.heaviest is None else upper.heaviest
+        columns = (upper.value, upper.stderr, lower.value, count, heaviest)
+        numbers = torch.stack([column.float() for column in columns], -1)
+        for (place, pair, rebased), own in zip(group.layers, numbers.unbind(), strict=True):
+            self.measurements.append(
+                Measurement(
+                    place=place,
+                    layer=pair.name,
+                    adapter=pair.adapter,
+                    step=self._step,
+                    coordinates=key[1],
+                    numbers=own,
+                    rebased=rebased,
+                )
             )
-        )
 
     def _sample(self, inputs: Tensor, leading: torch.Size, device: torch.device) -> TokenSample:
         whose, mask = self._masks.of(inputs, leading)
@@ -145,6 +176,18 @@ class ForwardPass:
         if device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(self._seed)
         return self._generators[device]
+
+
+@contextlib.contextmanager
+def _aside(device: torch.device) -> Iterator[None]:
+    """Compute beside the script: in full precision, without gradients, unseen by its modes.
+
+    In the script's own precision the samples would be rounded.  Selective checkpointing is a
+    dispatch mode: it would keep our products and give them to the backward pass.
+    """
+    precise = torch.autocast(device.type, enabled=False)
+    with torch.no_grad(), precise, _disable_current_modes():
+        yield
 
 
 def _slices(u: Tensor) -> Callable[[int, int], Tensor]:

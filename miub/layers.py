@@ -1,4 +1,7 @@
-"""The LoRA layers of a model that can be measured."""
+"""The LoRA layers of a model that can be measured.
+
+Held by tests/miub/test_monitor.py.
+"""
 
 from __future__ import annotations
 

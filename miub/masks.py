@@ -1,4 +1,7 @@
-"""The mask that tells tokens from padding at a layer's positions: the encoder's or decoder's."""
+"""The mask that tells tokens from padding at a layer's positions: the encoder's or decoder's.
+
+Held by tests/miub/test_encoder_decoder_masks.py and test_token_sample.py.
+"""
 
 from __future__ import annotations
 

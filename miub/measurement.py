@@ -1,4 +1,7 @@
-"""Measurements whose numbers are still on the device, and their way to the host."""
+"""Measurements whose numbers are still on the device, and their way to the host.
+
+Held by tests/miub/test_monitor.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The two paths of a LoRA layer as samples, one row per token."""
+"""The two paths of a LoRA layer as samples, one row per token.
+
+Held by tests/miub/test_monitor.py.
+"""
 
 from __future__ import annotations
 

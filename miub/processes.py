@@ -1,4 +1,7 @@
-"""Measurements of other processes."""
+"""Measurements of other processes.
+
+Held by tests/sharding/test_distributed.py.
+"""
 
 from __future__ import annotations
 

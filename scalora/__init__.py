@@ -1,4 +1,24 @@
-"""ScaLoRA: fine-tuning with LoRA whose updates are not confined to the adapter's rank."""
+"""ScaLoRA: fine-tuning with LoRA whose updates are not confined to the adapter's rank.
+
+Train:
+
+* `ScaLoRA`: wraps an optimizer; re-bases the LoRA layers of a PEFT model as it steps.
+* `create_scalora_optimizer`: makes both at once, as PEFT's factories do.
+* `ScaLoRACallback`: does the same in any ``transformers.Trainer``, TRL's included.
+* `register_moments`: tells how another inner optimizer's state depends on the gradient.
+
+Save:
+
+* `save_merged`: writes a plain transformers model.
+* `save_adapter`: writes a plain PEFT adapter.
+* `save_training_state`, `load_training_state`: complete a checkpoint, and resume from it.
+* `load_rebased_weights`: makes a model with a checkpoint's adapter the model that was trained.
+
+Look:
+
+* `effective_rank`, `delta_spectrum`: of the whole change of every layer.
+* `optimal_scaling`: the mathematics of the paper's rules, on tensors.
+"""
 
 from __future__ import annotations
 

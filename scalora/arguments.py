@@ -1,4 +1,7 @@
-"""What an argument is that is none of those that were expected, in the words of an error."""
+"""What an argument is that is none of those that were expected, in the words of an error.
+
+Held by tests/guards/test_wrong_arguments.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""``--device`` of a command line: a device that this machine has."""
+"""``--device`` of a command line: a device that this machine has.
+
+Held by tests/guards/test_wrong_arguments.py.
+"""
 
 from __future__ import annotations
 

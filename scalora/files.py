@@ -1,4 +1,7 @@
-"""Files and folders that are written whole or not at all; tensors are never pickled."""
+"""Files and folders that are written whole or not at all; tensors are never pickled.
+
+Held by tests/saving/test_written_whole.py.
+"""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from scalora.rebasing.rebaser import Rebaser
 from scalora.rebasing.report import RebasingReport, progress, rebasing_report
 from scalora.rebasing.selection import places_of_layers
 from scalora.resuming.encoding import packed, unpacked
+from scalora.resuming.in_file import InFile
 from scalora.resuming.run_state import RunState
 from scalora.resuming.same_run import check_same_run
 from scalora.step_length.rates import highest_rate
@@ -87,9 +88,9 @@ class ScaLoRA(torch.optim.Optimizer):
             nearly all of a small increment; for comparison).
         bound: columns are scaled by factors within ``[1/bound, bound]``.
         seed: of the stochastic rounding; use the same on every replica.
-        carry_rank: the most columns a layer's carry may hold, or ``"auto"``: 8 times the adapter's
-            rank at first, doubled up to 32 times whenever a compression would cut more than
-            ``carry_tolerance``.
+        carry_rank: the most columns a layer's carry may hold, or ``"auto"``: 4 times the adapter's
+            rank at first, half as many more, up to 32 times, whenever a compression would cut more
+            than ``carry_tolerance``.
         when_full: ``"compress"``: a full carry keeps its largest singular values, in three quarters
             of its columns.  That is due once in several re-basings, and is the one thing that waits
             for the device on a GPU.  ``"hold"``: the layer is plain LoRA from then on.
@@ -112,7 +113,7 @@ class ScaLoRA(torch.optim.Optimizer):
     inner: torch.optim.Optimizer
     model: nn.Module
     options: RebasingOptions
-    state_is_in_file: Any
+    state_is_in_file: bool
     _rebaser: Rebaser
     _run: RunState
     _guard: Guard
@@ -260,9 +261,9 @@ class ScaLoRA(torch.optim.Optimizer):
         loss = None if closure is None else _evaluated(closure)
         # Guard: refuse, warn or skip before anything has changed.
         checked = self._guard.check()
+        self.state_is_in_file = False
         if checked is None:
             return loss
-        self.state_is_in_file = False
         run, factors = self._run, checked.factors
         # Observe: the gradient of a new batch tells whether the last step was too long or short.
         run.calibration.observe(factors, highest_rate(self.param_groups, factors))
@@ -301,7 +302,7 @@ class ScaLoRA(torch.optim.Optimizer):
         """
         state = self.inner.state_dict()
         if self.state_is_in_file or self._run.expected.in_file:
-            in_file = self.state_is_in_file or True
+            in_file = InFile() if self.state_is_in_file else True
             return {**state, "scalora": {**self._run.kind(), "in_file": in_file}}
         own = self.rebasing_state()
         if not torch.distributed.is_initialized():

@@ -1,4 +1,7 @@
-"""The hooks of an optimizer that wraps another, called as torch calls those of any optimizer."""
+"""The hooks of an optimizer that wraps another, called as torch calls those of any optimizer.
+
+Held by tests/optimizer/test_torch_optimizers.py.
+"""
 
 from __future__ import annotations
 

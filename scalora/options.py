@@ -1,4 +1,7 @@
-"""What a user chooses about re-basing, validated where it is made."""
+"""What a user chooses about re-basing, validated where it is made.
+
+Held by tests/guards/test_wrong_arguments.py.
+"""
 
 # Annotations are not strings here: `help` shows the values that an option takes.
 import inspect

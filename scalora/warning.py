@@ -1,4 +1,7 @@
-"""Warnings that point at the line of the user's script that they are about."""
+"""Warnings that point at the line of the user's script that they are about.
+
+Held by tests/guards/test_warning.py.
+"""
 
 from __future__ import annotations
 

@@ -212,6 +212,21 @@ def train_on(
     return [train(model, optimizer, batch, 1, loss)[0] for batch in batches]
 
 
+def train_by(
+    backward: Callable[[nn.Module, int], Tensor | float],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    numbers: Iterable[int],
+) -> list[float]:
+    """The losses of one step per number; ``backward`` makes its gradients and returns its loss."""
+    losses = []
+    for number in numbers:
+        optimizer.zero_grad()
+        losses.append(float(backward(model, number)))
+        optimizer.step()
+    return losses
+
+
 @torch.no_grad()
 def answers(model: nn.Module, inputs: Tensor) -> Tensor:
     """Outputs in evaluation mode; the model's mode stays as it was."""
@@ -245,13 +260,22 @@ def factors(lora: Any, adapter: str = "default") -> tuple[Tensor, Tensor, Tensor
     return P.clone(), Q.clone(), B.grad.flatten(1).clone(), A.grad.flatten(1).T.clone()
 
 
+def parameters(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of what is trained and what is frozen, without the buffers."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
 def bits(model: nn.Module) -> dict[str, Tensor]:
     """A copy of everything the model holds."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
+def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    """The same names, and the same numbers under each."""
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+
+
 def assert_same_bits(model: nn.Module, before: dict[str, Tensor]) -> None:
-    after = bits(model)
-    assert after.keys() == before.keys()
-    for name, tensor in before.items():
-        assert torch.equal(tensor, after[name]), name
+    assert_same(before, bits(model))

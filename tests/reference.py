@@ -1,7 +1,8 @@
 """Slow, obvious float64 versions of what scalora computes for many layers at once.
 
 One layer at a time, in loops, with nothing left unformed: the weight's whole gradient G, the 2r
-rank-one matrices, the weight's whole move.  NumPy arrays; the letters are those of theory.md.
+rank-one matrices, the weight's whole move.  NumPy arrays; the letters are those of
+docs/mathematics.md.
 """
 
 from __future__ import annotations

@@ -1,12 +1,17 @@
-"""Imports run one way, from the rooms above to the rooms below (docs/architecture.md)."""
+"""Imports run one way, from the rooms above to the rooms below (docs/architecture.md).
+
+And every module is held by a test that a reader finds.
+"""
 
 import ast
 import graphlib
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-REPOSITORY = Path(__file__).parents[1]
+TESTS = Path(__file__).parent
+REPOSITORY = TESTS.parent
 PACKAGES = ("scalora", "miub")
 
 # The floors of scalora from above to below. A room is a folder or a module at the top level;
@@ -175,3 +180,36 @@ def test_every_room_is_described():
             assert f"`{room}`" in page or f"`{room}.py`" in page, (
                 f"{module} in docs/architecture.md"
             )
+
+
+def held_by(path: Path) -> list[str]:
+    """Return the test files that the docstring of a file names after "Held by"."""
+    doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return re.findall(r"[\w/]*test_\w+\.py", doc.partition("Held by ")[2])
+
+
+def own_tests(module: str) -> set[Path]:
+    """Return where the test file of a module's own name would lie, in the mirrored folder."""
+    package, *rooms, name = module.split(".")
+    root = TESTS if package == "scalora" else TESTS / package
+    return {root.joinpath(*rooms, f"test_{name}.py"), root / name / f"test_{name}.py"}
+
+
+def test_every_module_has_a_test_or_says_which_test_holds_it():
+    packages = {module for module, path in modules().items() if path.name == "__init__.py"}
+    for module, path in modules().items():
+        if module in packages or path.name == "__main__.py":
+            continue
+        package = module.rpartition(".")[0]
+        said = held_by(path) or held_by(modules()[package])
+        assert said or any(file.exists() for file in own_tests(module)), (
+            f"{module}: say 'Held by tests/…' in its docstring"
+        )
+
+
+def test_every_test_that_a_docstring_names_exists():
+    there = {file.name: file for file in TESTS.rglob("test_*.py")}
+    for path in modules().values():
+        for name in held_by(path):
+            file = there.get(Path(name).name)
+            assert file and file.as_posix().endswith(name), f"{path} names {name}"

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 
+import internals
+import models
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -31,18 +33,14 @@ def make_model(device: str, dtype: torch.dtype = torch.float32, layers: int = 4)
     return model.to(device)
 
 
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
 def set_gradients(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    for p in trainable(model):
+    for p in models.trainable(model):
         p.grad = torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
 
 
 def optimizer_for(model: nn.Module, **options) -> scalora.ScaLoRA:
-    inner = torch.optim.AdamW(trainable(model), lr=1e-3, fused=options.pop("fused", None))
+    inner = torch.optim.AdamW(models.trainable(model), lr=1e-3, fused=options.pop("fused", None))
     return scalora.ScaLoRA(inner, model, **{"rule": "exact", **options})
 
 
@@ -118,7 +116,7 @@ def test_four_bit_base_keeps_its_function_and_its_bytes():
         pairs = lora_pairs(model, "default")
         weights = [pair.effective_weight() for pair in pairs]
         cuts = [0.0 if pair.carry is None else float(pair.carry.cut) for pair in pairs]
-        optimizer._rebaser.rebase(optimizer.inner, seed)
+        internals.rebase(optimizer, seed)
         for pair, weight, cut in zip(pairs, weights, cuts, strict=True):
             cut_now = pair.scaling * (float(pair.carry.cut) - cut) ** 0.5
             moved = (pair.effective_weight() - weight).norm()
@@ -158,7 +156,7 @@ def test_rebasing_preserves_the_function(dtype):
         optimizer.step()
     set_gradients(model, 4)
     before = [pair.effective_weight() for pair in lora_pairs(model, "default")]
-    optimizer._rebaser.rebase(optimizer.inner, optimizer.rebase_count)
+    internals.rebase(optimizer, optimizer.rebase_count)
     unit = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
     for pair, weight in zip(lora_pairs(model, "default"), before, strict=True):
         atol = unit * weight.abs().max().item()
@@ -172,7 +170,7 @@ def test_fused_inner_optimizer_leaves_a_non_finite_step_out():
         set_gradients(model, seed)
         optimizer.step()
     set_gradients(model, 3)
-    trainable(model)[0].grad.view(-1)[0] = torch.nan
+    models.trainable(model)[0].grad.view(-1)[0] = torch.nan
     before = [p.detach().clone() for p in model.parameters()]
     state = copy.deepcopy(optimizer.inner.state_dict()["state"])
     optimizer.step()
@@ -190,13 +188,13 @@ def test_non_finite_gradient_never_reaches_the_base():
     for seed in range(4):
         set_gradients(model, seed)
         if seed == 3:
-            trainable(model)[0].grad.view(-1)[0] = torch.inf
+            models.trainable(model)[0].grad.view(-1)[0] = torch.inf
         optimizer.step()
     assert all(pair.base_weight.isfinite().all() for pair in lora_pairs(model, "default"))
 
 
 def test_launches_do_not_grow_with_the_layers_of_one_shape():
-    from examples.benchmark.fold import kernels_added
+    from examples.benchmark.launches import kernels_added
 
     device = torch.device("cuda")
     assert kernels_added(8, device) == kernels_added(32, device)
@@ -224,7 +222,7 @@ def test_large_increments_fold_as_on_the_cpu_at_ragged_shapes():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_measuring_pass_never_waits_for_the_device(dtype, masked):
     model = make_model("cuda", dtype)
-    for parameter in trainable(model):
+    for parameter in models.trainable(model):
         torch.nn.init.normal_(parameter, std=0.1)
     x = torch.randn(8, 40, 96, device="cuda", dtype=dtype)
     mask = (torch.arange(40, device="cuda") < 30).expand(8, 40)

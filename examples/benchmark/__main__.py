@@ -45,11 +45,16 @@ def main() -> None:
     add_device_option(parser)
     parser.add_argument("--plot", type=Path, help="survival: draw its curves to this file")
     parser.add_argument("--steps", type=int, default=long_run.STEPS, help="long-run: of each row")
+    parser.add_argument(
+        "--blocks", type=int, default=step.BLOCKS, help="step, quantized: of ten rounds each"
+    )
     arguments = parser.parse_args()
     unknown = set(arguments.which) - set(BENCHMARKS)
     if unknown:
         parser.error(f"no benchmark named {', '.join(sorted(unknown))}")
     benchmarks = dict(BENCHMARKS)
+    for name, run in (("step", step.run), ("quantized", step.run_quantized)):
+        benchmarks[name] = partial(run, blocks=arguments.blocks)
     benchmarks["survival"] = partial(survival.run, plot=arguments.plot)
     benchmarks["long-run"] = partial(long_run.run, steps=arguments.steps)
     print(machine(arguments.device))

@@ -1,4 +1,4 @@
-"""The bytes of a Trainer's checkpoint, file by file."""
+"""Bytes of a Trainer's checkpoint, file by file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _IN_BFLOAT16 = ("bfloat16", "compensated")
 
 
 def run(device: torch.device) -> str:
-    """The demo's model and AdamW, random gradients: values do not change what is written."""
+    """Return the table for the demo's model; its gradients are random, which changes no size."""
     sizes = [_sizes(name, options, steps, device) for name, options, steps in _CASES]
     header = ["", *_FILES]
     rows = [

@@ -1,4 +1,4 @@
-"""Bytes that FSDP2 and ScaLoRA move in a step: measured in two processes, and planned for 70B."""
+"""Bytes that FSDP2 and ScaLoRA move per step, measured in two processes and planned for 70B."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from scalora.options import RebasingOptions
 _PROCESSES = 2
 _RANK, _INTERVAL = 4, 8
 _COLUMNS = 8 * _RANK  # of a carry
-_MEASURED = ("training", "with carries", "a step", "a re-basing", "exact", "exact, carry")
+_MEASURED = ("training", "with carries", "step", "re-basing", "exact", "exact, carry")
 _PLANNED = (8, 64, 512)
 
 
 class ReceivedBytes(TorchDispatchMode):
-    """Counts what this process receives in collectives while it is entered.
+    """Counter of the bytes that this process receives in collectives while it is entered.
 
     Args:
         processes: of a collective; with replicas these are the processes of one, side by side.
@@ -78,12 +78,12 @@ class ReceivedBytes(TorchDispatchMode):
 
 
 def _passes(name: str) -> bool:
-    """Whether an operation of the collectives' libraries moves nothing itself."""
+    """Return whether an operation of the collectives' libraries moves nothing itself."""
     return "wait" in name or "_wrap_tensor" in name
 
 
 def small_model() -> nn.Module:
-    """A Llama whose widths two processes can halve, with an adapter on every linear layer."""
+    """Return a Llama whose widths two processes can halve, LoRA on every linear layer."""
     config = LlamaConfig(
         vocab_size=32,
         hidden_size=64,
@@ -98,7 +98,7 @@ def small_model() -> nn.Module:
 
 
 def small_plan(processes: int) -> Plan:
-    """What `small_model` moves, read off its parameters."""
+    """Return the plan of `small_model`, read off its parameters."""
     shapes = {name: p.shape for name, p in small_model().named_parameters()}
     frozen = {name: shape for name, shape in shapes.items() if "lora_" not in name}
     blocks = [(n, s) for n, s in frozen.items() if ".layers." in n]
@@ -114,12 +114,12 @@ def small_plan(processes: int) -> Plan:
 
 
 def planned(plan: Plan) -> dict[str, float]:
-    """By the formula, what `measured` measures."""
+    """Return the formula's bytes for everything that `measured` measures."""
     return {
         "training": plan.training(),
         "with carries": plan.training() + plan.carrying(_COLUMNS),
-        "a step": plan.every_step(calibrating=True),
-        "a re-basing": plan.every_step(calibrating=True) + plan.rebasing_of_P(),
+        "step": plan.every_step(calibrating=True),
+        "re-basing": plan.every_step(calibrating=True) + plan.rebasing_of_P(),
         "exact": plan.every_step(calibrating=False) + plan.rebasing(with_direction=False),
         "exact, carry": plan.every_step(calibrating=False)
         + plan.rebasing(with_direction=False, dense=False),
@@ -127,7 +127,7 @@ def planned(plan: Plan) -> dict[str, float]:
 
 
 def measured(processes: int, replicas: int = 1) -> tuple[dict[str, float], int]:
-    """Bytes this process receives, and elements of the largest tensor of ScaLoRA's.
+    """Return the bytes this process receives, and the elements of ScaLoRA's largest tensor.
 
     Args:
         processes: that the model is sharded over.
@@ -163,14 +163,14 @@ def measured(processes: int, replicas: int = 1) -> tuple[dict[str, float], int]:
             elif rule == "exact":
                 found["exact"] = stepping.total
             elif step == _INTERVAL:
-                found["a re-basing"] = stepping.total
+                found["re-basing"] = stepping.total
             else:
-                found["training"], found["a step"] = training.total, stepping.total
+                found["training"], found["step"] = training.total, stepping.total
     return found, largest
 
 
 def run(device: torch.device) -> str:
-    """Two tables: what two processes on this machine received, and the plan for 70B."""
+    """Return two tables: bytes that two processes here received, and the plan for 70B."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(
             _process, args=(folder,), nprocs=_PROCESSES, start_method="spawn"
@@ -194,7 +194,7 @@ def _process(rank: int, folder: str) -> None:
 def _comparison(found: Mapping[str, float]) -> str:
     formula = planned(small_plan(_PROCESSES))
     rows = [[name, f"{found[name]:.0f}", f"{formula[name]:.0f}"] for name in _MEASURED]
-    return markdown([f"{_PROCESSES} processes, bytes", "measured", "formula"], rows)
+    return markdown([f"{_PROCESSES} processes, bytes per step", "measured", "formula"], rows)
 
 
 def _plan() -> str:
@@ -222,7 +222,7 @@ def _plan() -> str:
     header = [
         "70B, processes",
         "FSDP2 GB",
-        "a re-basing MB",
+        "MB per re-basing",
         "default MB",
         "share",
         "exact GB",

@@ -1,4 +1,4 @@
-"""The demo's model and a batch of its size, with random weights and tokens."""
+"""Demo's model and a batch of its size, with random weights and tokens."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _BATCH, _TOKENS = 32, 32
 
 
 def demo_model(device: torch.device) -> PeftModel:
-    """MiniLM-L6 with LoRA of r = 8 on all linear layers."""
+    """Return MiniLM-L6 with LoRA of r = 8 on all linear layers."""
     base = _base()
     adapter = LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules="all-linear")
     return get_peft_model(base, adapter).to(device)
 
 
 def quantized_demo_model(device: torch.device) -> PeftModel:
-    """The same encoder in NF4, double quantization, computing in float32, for QLoRA.
+    """Return the same encoder in NF4, double quantization, computing in float32, for QLoRA.
 
     The two layers of the head are not quantized, and are frozen.
     """
@@ -52,7 +52,7 @@ def _base() -> BertForSequenceClassification:
 
 
 def demo_batch(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids (32, 32) and labels (32,)."""
+    """Return token ids (32, 32) and labels (32,)."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1000, 30000, (_BATCH, _TOKENS), generator=generator)
     return ids.to(device), (ids.sum(1) % 2).to(device)

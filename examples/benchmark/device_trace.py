@@ -11,89 +11,30 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
 from unittest import mock
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
-import miub.monitor
-import scalora
+import miub.forward_pass
+from examples.benchmark.cases import INNER, KINDS, Case, measured_steps
 from examples.benchmark.fake_device import FakeDevice, fake_device
+from examples.benchmark.llama import LAYERS_PER_BLOCK, llama, with_lora
 from examples.benchmark.machine import machine
 from examples.benchmark.table import markdown
 from miub import MIUBMonitor
 from scalora.rebasing.held_lipschitz import ArrivingFlag
 
-DEPTHS = (1, 8, 32)  # decoder blocks of 7 LoRA layers each; Llama-8B has 32
-_RANK = 8
+DEPTHS = (1, 8, 32)  # decoder blocks; a Llama-8B has 32
 _TOKENS = 1024
-# The second step calibrates, the fifth does nothing but step, and the sixth re-bases for the second
-# time: all that is made only once has been made by then.
-_INTERVAL = _CALIBRATION = 3
-_STEPS = {5: "ordinary", 2: "calibrating", 6: "re-basing"}
 # What ScaLoRA may add to the inner optimizer's operations: rule and kind of step.
 TARGETS = {("auto", "ordinary"): 12, ("auto", "re-basing"): 80, ("exact", "re-basing"): 400}
 
 Operations = dict[str, Counter[str]]
 """Kind of step -> name of an operation -> how many."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """An inner optimizer and how it is wrapped.
-
-    Attributes:
-        inner: a name in `INNER`.
-        rule, accumulator, rounding: `scalora.ScaLoRA`'s; without a rule the inner steps alone.
-    """
-
-    inner: str = "AdamW foreach"
-    rule: str | None = None
-    accumulator: str = ""
-    rounding: str = ""
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments of `scalora.ScaLoRA`."""
-        chosen: dict[str, Any] = {
-            "rule": self.rule,
-            "accumulator": self.accumulator,
-            "rounding": self.rounding,
-        }
-        if self.rule != "none":
-            chosen["interval"] = _INTERVAL
-        if self.rule == "auto":
-            chosen["calibration"] = _CALIBRATION
-        return {name: value for name, value in chosen.items() if value}
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """Kinds of step that it takes."""
-        if self.rule in (None, "none"):
-            return ("ordinary",)
-        return ("ordinary", "calibrating", "re-basing")[:: 1 if self.rule == "auto" else 2]
-
-
-def _adamw_8bit(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    from bitsandbytes.optim import AdamW8bit
-
-    return AdamW8bit(parameters, lr=1e-3)
-
-
-INNER: dict[str, Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]] = {
-    "AdamW foreach": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, foreach=True),
-    "AdamW fused": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, fused=True),
-    "AdamW 8-bit": _adamw_8bit,
-}
-
-# These wait for the device themselves: after every parameter.
-_OWN_WAITS = {"AdamW 8-bit": "bitsandbytes.optim.optimizer.sync_gpu"}
 
 CASES = [
     Case(rule="none"),
@@ -111,26 +52,11 @@ def step_operations(device: FakeDevice, model: nn.Module, case: Case) -> Operati
     """Return what the steps of each kind launch.
 
     Raises:
-        DeviceWaitError: a step waits for the device; the first may, which allocates.
+        DeviceWaitError: a step waits for the device.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = INNER[case.inner](parameters)
-    if case.rule is not None:
-        optimizer = scalora.ScaLoRA(optimizer, model, **case.options)
-    for parameter in parameters:
-        parameter.grad = torch.empty_like(parameter)
-    found = {}
-    own = _OWN_WAITS.get(case.inner)
     # What the device tells the host of itself has long arrived, in a run.
-    arrived = mock.patch.object(ArrivingFlag, "__bool__", lambda flag: True)
-    with warnings.catch_warnings(), mock.patch(own) if own else nullcontext(), arrived:
-        warnings.filterwarnings("ignore", message="save_pretrained writes the adapter alone")
-        optimizer.step()
-        for step in range(2, max(_STEPS) + 1):
-            operations = device.operations(optimizer.step)
-            if step in _STEPS:
-                found[_STEPS[step]] = operations
-    return {kind: found[kind] for kind in case.kinds}
+    with mock.patch.object(ArrivingFlag, "__bool__", lambda flag: True):
+        return measured_steps(device.operations, model, case)
 
 
 def measuring_operations(device: FakeDevice, model: nn.Module) -> Counter[str]:
@@ -146,38 +72,20 @@ def measuring_operations(device: FakeDevice, model: nn.Module) -> Counter[str]:
         model(input_ids=ids, attention_mask=mask, use_cache=False)
 
     # It measures outside of the modes that are entered, this one among them.
-    stay = mock.patch.object(miub.monitor, "_disable_current_modes", nullcontext)
+    stay = mock.patch.object(miub.forward_pass, "_disable_current_modes", nullcontext)
     with stay, torch.no_grad():
         plain = device.operations(forward)
         with MIUBMonitor(model, every=1):
             return device.operations(forward) - plain
 
 
-def llama(blocks: int) -> PeftModel:
-    """Return a Llama-8B of some blocks in bfloat16, LoRA of r = 8 on all its linear layers.
-
-    The vocabulary is small: nothing is adapted there.
-    """
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=blocks,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        dtype=torch.bfloat16,
-    )
-    # PEFT moves new factors to where they are already, which torch cannot do with fake ones.
+def fake_llama(blocks: int) -> PeftModel:
+    """Return a Llama-8B of some blocks with LoRA, within `fake_device`."""
+    cuda = torch.device("cuda")
+    # PEFT moves new factors to the base's device, which torch cannot do with fake ones.
     unmoved = mock.patch.object(nn.Module, "to", lambda self, *args, **kwargs: self)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("cuda"), unmoved:
-            base = LlamaForCausalLM(config)
-            adapter = LoraConfig(r=_RANK, target_modules="all-linear")
-            return get_peft_model(base, adapter, autocast_adapter_dtype=False)
-    finally:
-        torch.set_default_dtype(default)
+    with cuda, unmoved:
+        return with_lora(llama(blocks, cuda))
 
 
 def added(device: FakeDevice, blocks: int, case: Case, alone: Counter[str]) -> Operations:
@@ -189,15 +97,17 @@ def added(device: FakeDevice, blocks: int, case: Case, alone: Counter[str]) -> O
         case: with a rule.
         alone: what the inner optimizer launches by itself; `step_operations` counts it.
     """
-    found = step_operations(device, llama(blocks), case)
-    return {kind: operations - alone for kind, operations in found.items()}
+    found = step_operations(device, fake_llama(blocks), case)
+    for operations in found.values():
+        operations.subtract(alone)
+    return found
 
 
 def run(depths: Sequence[int] = DEPTHS) -> str:
     """Return the tables; a cell has one number if it is the same at every depth."""
     with fake_device() as device:
         alone = {
-            (inner, blocks): step_operations(device, llama(blocks), Case(inner))["ordinary"]
+            (inner, blocks): step_operations(device, fake_llama(blocks), Case(inner))["ordinary"]
             for inner in INNER
             for blocks in depths
         }
@@ -205,17 +115,20 @@ def run(depths: Sequence[int] = DEPTHS) -> str:
             _row(case, [added(device, n, case, alone[case.inner, n]) for n in depths])
             for case in CASES
         ]
-        measuring = [measuring_operations(device, llama(n)).total() / (7 * n) for n in depths]
+        measuring = [
+            measuring_operations(device, fake_llama(n)).total() / (LAYERS_PER_BLOCK * n)
+            for n in depths
+        ]
     counts = {
         inner: _cell([str(alone[inner, blocks].total()) for blocks in depths]) for inner in INNER
     }
     names = " / ".join(map(str, depths))
-    header = ["rule", "accumulator", "rounding", "optimizer", *_STEPS.values(), "folds"]
+    header = ["rule", "accumulator", "rounding", "optimizer", *KINDS, "folds"]
     targets = [f"{rule}, {kind}: {most}" for (rule, kind), most in TARGETS.items()]
     each = _cell([f"{n:.0f}" for n in measuring])
     notes = [
-        f"Operations that ScaLoRA adds per step, {names} blocks of 7 LoRA layers; one number: the",
-        "same for all.  One on a list of tensors is a kernel for every 30 to 110 of them.",
+        f"Operations that ScaLoRA adds per step, {names} blocks of {LAYERS_PER_BLOCK} LoRA layers;",
+        "one number: the same for all.  One on a list of tensors is a kernel for every 30 to 110.",
         f"Targets: {'; '.join(targets)}; folds: one per shape of weight, of which there are 4.",
         f"A pass that the MIUB monitor measures in: {each} operations per LoRA layer.",
     ]
@@ -236,7 +149,7 @@ def _row(case: Case, found: Sequence[Operations]) -> list[str]:
         return _cell([str(c.total() if operation is None else c[operation]) for c in counts])
 
     names = [str(case.rule), case.accumulator, case.rounding, case.inner]
-    return [*names, *map(cell, _STEPS.values()), cell("re-basing", "fold_")]
+    return [*names, *map(cell, KINDS), cell("re-basing", "fold_")]
 
 
 def _cell(values: Sequence[str]) -> str:

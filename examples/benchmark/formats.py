@@ -21,7 +21,7 @@ _SMALLEST_SCALE = 1e-38  # an all-zero block must not divide by zero
 
 
 class Rounded(NamedTuple):
-    """A weight as it is stored.
+    """Weight as it is stored.
 
     Attributes:
         codes: (m, n), integers: which level.
@@ -35,10 +35,10 @@ class Rounded(NamedTuple):
 
 
 class Format(Protocol):
-    """How weights are stored."""
+    """Number format in which weights are stored."""
 
     def nearest(self, weight: Tensor, before: Rounded | None = None) -> Rounded:
-        """Every element of ``weight`` (m, n), float32, to the level closest to it.
+        """Round every element of ``weight`` (m, n), float32, to the level closest to it.
 
         Args:
             weight: what to store.
@@ -48,10 +48,10 @@ class Format(Protocol):
     def stochastic(
         self, weight: Tensor, before: Rounded | None = None, *, generator: torch.Generator
     ) -> Rounded:
-        """Every element to one of the two levels around it, so that the expectation is right."""
+        """Round every element to one of the two levels around it, unbiased."""
 
     def half_cells(self, stored: Rounded, increment: Tensor) -> Tensor:
-        """Half the way from each element to its neighbour on the increment's side: (m, n).
+        """Return half the way from each element to its neighbour on the increment's side: (m, n).
 
         Rounding to nearest undoes an increment below it, as long as the scale stays the same.
         """
@@ -99,7 +99,7 @@ class CodeBook:
         return (gap * (stored.scale / self.levels[-1]) / 2).view_as(increment)
 
     def _positions(self, weight: Tensor, before: Rounded | None) -> tuple[Tensor, Tensor]:
-        """Scales (blocks, 1), and the elements in units of the levels (blocks, block)."""
+        """Return scales (blocks, 1), and the elements in units of the levels (blocks, block)."""
         blocks = weight.reshape(-1, self.block or weight.shape[-1])
         scale = blocks.abs().amax(-1, keepdim=True).clamp(min=_SMALLEST_SCALE)
         if self.hold and before is not None:
@@ -138,7 +138,7 @@ class BFloat16:
 
 
 def formats(device: torch.device) -> dict[str, Format]:
-    """Name -> format; bitsandbytes' own levels.
+    """Return the formats by name, with bitsandbytes' own levels.
 
     Raises:
         ImportError: bitsandbytes is not installed.
@@ -164,7 +164,7 @@ def _as_stored(weight: Tensor) -> Rounded:
 
 
 def _double_quantized(scale: Tensor) -> Tensor:
-    """What is left of the scales (blocks, 1) after bitsandbytes has rounded them to 8 bits."""
+    """Return the scales (blocks, 1) as bitsandbytes rounds them to 8 bits."""
     from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
 
     offset = scale.mean()

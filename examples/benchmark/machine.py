@@ -1,4 +1,4 @@
-"""The machine that a table is from."""
+"""Name of the machine that a table is from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import transformers
 
 
 def machine(device: torch.device) -> str:
-    """What the figures were measured on and with."""
+    """Return the hardware and the versions that figures were measured with."""
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     else:

@@ -14,6 +14,7 @@ from torch import nn
 
 from examples.benchmark.peers import PEERS, MakeOptimizer, adamw, rebasing
 from examples.benchmark.table import markdown
+from scalora.options import RebasingOptions
 
 _BLOCKS, _RANK = 80, 2
 _WARM_UP, _ROUNDS = 3, 30
@@ -28,12 +29,13 @@ _SHAPES = {
     "down_proj": (16, 32),
 }
 _FOR_GOOD = 10**9  # steps
+_AFTERWARDS, _REBASING = "default, afterwards", "default, afterwards, re-basing"
 _MAKERS: dict[str, MakeOptimizer] = {
     "AdamW alone": adamw,
     "rule='none'": rebasing(rule="none"),
     "default, while it calibrates": rebasing(calibration=_FOR_GOOD, interval=_FOR_GOOD),
-    "default, afterwards": rebasing(calibration=1, interval=_FOR_GOOD),
-    "default, afterwards, re-basing": rebasing(calibration=1, interval=1),
+    _AFTERWARDS: rebasing(calibration=1, interval=_FOR_GOOD),
+    _REBASING: rebasing(calibration=1, interval=1),
     "exact": rebasing(rule="exact"),
     **PEERS,
 }
@@ -59,18 +61,25 @@ def run(device: torch.device) -> str:
     for turn in range(_WARM_UP + _ROUNDS):
         names = list(contestants)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            seconds = _timed_step(contestants[name], generator)
+            taken = _timed_step(contestants[name], generator)
             if turn >= _WARM_UP:
-                contestants[name].seconds.append(seconds)
-    alone = contestants["AdamW alone"].seconds
+                contestants[name].seconds.append(taken)
+    seconds = {name: contestant.seconds for name, contestant in contestants.items()}
+    interval = RebasingOptions().interval_steps
+    seconds[f"{_AFTERWARDS}, one in {interval} re-bases"] = [
+        ((interval - 1) * plain + rebased) / interval
+        for plain, rebased in zip(
+            sorted(seconds[_AFTERWARDS]), sorted(seconds[_REBASING]), strict=True
+        )
+    ]
     rows = [
         [
             name,
-            f"{1e3 * min(contestant.seconds):.1f}",
-            f"{1e3 * statistics.median(contestant.seconds):.1f}",
-            f"{min(contestant.seconds) / min(alone):.2f}",
+            f"{1e3 * min(times):.1f}",
+            f"{1e3 * statistics.median(times):.1f}",
+            f"{min(times) / min(seconds['AdamW alone']):.2f}",
         ]
-        for name, contestant in contestants.items()
+        for name, times in sorted(seconds.items(), key=lambda item: min(item[1]))
     ]
     note = (
         f"{_BLOCKS * len(_SHAPES)} layers, {2 * _BLOCKS * len(_SHAPES)} factors.\n"

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 
 import scalora
 from scalora.ablation.methods.reflora import Precondition
@@ -64,7 +65,9 @@ def second_adapter(model: PeftModel, foreach: bool | None = None) -> torch.optim
     first = model.peft_config["default"]
     second = LoraConfig(r=first.r, lora_alpha=first.lora_alpha, target_modules=first.target_modules)
     model.add_adapter(_SECOND, second)
-    model.base_model.set_adapter(["default", _SECOND])
+    for module in model.modules():  # of a head that is trained whole, one copy alone can be active
+        if isinstance(module, LoraLayer):
+            module.set_adapter(["default", _SECOND])
     return adamw(model, foreach)
 
 

@@ -20,7 +20,7 @@ Rounding = Callable[[Tensor, Rounded | None], Rounded]
 
 
 class Sums(NamedTuple):
-    """How C, what was stored, compares with D, what was to be stored; layers add up.
+    """Comparison of C, what was stored, with D, what was to be stored; sums over layers.
 
     Attributes:
         kept: <C, D>.
@@ -34,22 +34,21 @@ class Sums(NamedTuple):
 
     @property
     def survived(self) -> float:
-        """Share of D that is there, along its own direction."""
+        """Return the share of D that is there, along its own direction."""
         return self.kept / self.energy
 
     @property
     def relative_error(self) -> float:
-        """|C - D| / |D|: 1 is as far off as storing nothing."""
+        """Return |C - D| / |D|: 1 is as far off as storing nothing."""
         return (self.error / self.energy) ** 0.5
 
 
 class Typical(NamedTuple):
-    """Increments on their own, each into the store as it was at the start: medians.
+    """Medians of increments on their own, each into the store as it was at the start.
 
     Attributes:
         codes: share of the base's codes that one changes.
-        survived: as of `Sums`.
-        relative_error: likewise.
+        survived, relative_error: of `Sums`.
     """
 
     codes: float
@@ -58,11 +57,11 @@ class Typical(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of the increments in one kind of store, all layers together.
+    """Survival of the increments in one kind of store, all layers together.
 
     Attributes:
-        one: of one increment.
-        curve: re-basings so far -> of the sum of their increments.
+        one: survival of one increment.
+        curve: re-basings so far -> survival of the sum of their increments.
         norm: |W + C| / |W| at the end, W the pretrained weight.
     """
 
@@ -78,14 +77,14 @@ class Store(Protocol):
         """Take in ``up @ down``, (m, r) times (r, n)."""
 
     def change(self) -> Tensor:
-        """The sum of what was taken in, as it is stored: (m, n), float64."""
+        """Return the sum of what was taken in, as it is stored: (m, n), float64."""
 
     def changed_codes(self) -> int:
-        """Of the base."""
+        """Return how many of the base's codes have changed."""
 
 
 class RequantizedBase:
-    """The base weight itself: dequantized, increased and quantized again every time."""
+    """The base weight itself, which is dequantized, increased and quantized again every time."""
 
     def __init__(self, start: Rounded, rounding: Rounding) -> None:
         self._start = self._now = start
@@ -141,7 +140,7 @@ def outcome(store: Callable[[Tensor], Store], layers: Sequence[Increments]) -> O
 def typical(
     store: Callable[[Tensor], Store], layers: Sequence[Increments], size: float = 1
 ) -> Typical:
-    """One increment times ``size``; medians over a few re-basings and all layers."""
+    """Return medians over a few re-basings and all layers of one increment times ``size``."""
     each = []
     for layer in layers:
         for t in marks(layer)[::-2]:
@@ -154,7 +153,7 @@ def typical(
 
 
 def marks(layer: Increments) -> range:
-    """Evenly spaced re-basings, counted from 1, the last one among them."""
+    """Return evenly spaced re-basings, counted from 1, the last one among them."""
     count = len(layer.up)
     step = max(1, count // _POINTS)
     return range(count % step + step, count + 1, step)

@@ -1,4 +1,4 @@
-"""What one process receives from the others in a step of FSDP2, as a formula: bytes.
+"""Bytes that one process receives from the others per step of FSDP2, as a formula.
 
 A gathering of a tensor spread over p processes receives p - 1 parts of ``ceil(rows / p)`` rows: a
 factor of fewer rows than processes is padded to one row each.  A sum over p processes, as a ring
@@ -19,7 +19,7 @@ _WORD, _WIDE = 4, 8  # bytes of a float32: of flags and of sums; of a float64: o
 
 @dataclass(frozen=True)
 class Plan:
-    """A model, its adapter and how many processes share it.
+    """A model, its adapter, and the number of processes that share it.
 
     Attributes:
         adapted: (m, n) of every weight with an adapter, all of them in blocks.
@@ -42,20 +42,20 @@ class Plan:
     gathered_factor_bytes: int = 2
 
     def gathered(self, rows: int, columns: int, item: int) -> int:
-        """Of one gathering of a (rows, columns) tensor."""
+        """Return the bytes of one gathering of a (rows, columns) tensor."""
         return (self.processes - 1) * -(-rows // self.processes) * columns * item
 
     def summed(self, count: int, item: int = _WORD) -> float:
-        """Of one sum over processes."""
+        """Return the bytes of one sum over processes."""
         return 2 * (self.processes - 1) / self.processes * count * item
 
     def adapter(self, item: int) -> int:
-        """Of gathering all factors once, or of giving out the sums of their gradients."""
+        """Return the bytes of gathering all factors, or of scattering their gradients' sums."""
         r = self.rank
         return sum(self.gathered(m, r, item) + self.gathered(r, n, item) for m, n in self.adapted)
 
     def training(self) -> int:
-        """FSDP2's own: weights for the forward and the backward pass, gradients of the factors."""
+        """Return FSDP2's own bytes: weights for forward and backward pass, gradients of factors."""
         item = self.base_bytes
         blocks = sum(self.gathered(*shape, item) for shape in (*self.adapted, *self.block_rest))
         root = sum(self.gathered(*shape, item) for shape in self.root)
@@ -63,20 +63,20 @@ class Plan:
         return 2 * (blocks + factors) + root + self.adapter(_WORD)
 
     def every_step(self, calibrating: bool) -> float:
-        """Whether a gradient overflowed, and the sums that calibration asks for."""
+        """Return the bytes of the overflow flag, and of the sums that calibration asks for."""
         return self.summed(1) + (self.summed(5) + self.summed(1) if calibrating else 0)
 
     def rebasing_of_P(self) -> float:
-        """Of a step with the default rule that folds into the base: Q is gathered for it."""
+        """Return the bytes of a re-basing of the default that folds: Q is gathered for it."""
         return sum(
             self.summed(1)  # whether all is finite
-            + self.turned(n, self.rank, self._least_rows, self.factor_bytes)
+            + self.rows_to_columns(n, self.rank, self._least_rows, self.factor_bytes)
             + self.gathered(n, self.rank, self.factor_bytes)
             for _, n in self.adapted
         )
 
     def rebasing(self, with_direction: bool, dense: bool = True) -> float:
-        """Of a step with ``rule="exact"``.
+        """Return the bytes of a re-basing with ``rule="exact"``.
 
         Of Q, its gradient and what is frozen of it every process gets some columns; of P, m long,
         nothing is moved but sums over m.
@@ -93,22 +93,22 @@ class Plan:
         return sum(
             models * small
             + self.summed(1)
-            + exchanges * self.turned(n, r, self._least_rows, item)
+            + exchanges * self.rows_to_columns(n, r, self._least_rows, item)
             + (self.gathered(n, r, item) if dense else 0)
             for _, n in self.adapted
         )
 
     @property
     def _least_rows(self) -> int:
-        """Rows of Q that the process with the fewest holds."""
+        """Return the rows of Q that the process with the fewest holds."""
         return self.rank // self.processes if self.rank % self.processes == 0 else 0
 
-    def turned(self, n: int, rows: int, held: int, item: int) -> int:
-        """Of exchanging ``rows`` rows for columns, where a process holds ``held`` of them."""
+    def rows_to_columns(self, n: int, rows: int, held: int, item: int) -> int:
+        """Return the bytes of exchanging rows for columns, where a process holds ``held`` rows."""
         return -(-n // self.processes) * (rows - held) * item
 
     def carrying(self, columns: int) -> int:
-        """Of the forward and the backward pass of carries with room for so many columns."""
+        """Return the bytes of forward and backward pass of carries with room for these columns."""
         item = self.gathered_factor_bytes
         return sum(
             2 * (self.gathered(m, columns, item) + self.gathered(n, columns, item))
@@ -117,7 +117,7 @@ class Plan:
 
 
 def llama_70b(processes: int, rank: int = 16) -> Plan:
-    """Llama 3 70B with an adapter on every linear layer of its 80 blocks, in bfloat16."""
+    """Return the plan of Llama 3 70B in bfloat16, an adapter on all linear layers of 80 blocks."""
     d, hidden, keys, vocabulary = 8192, 28672, 1024, 128256
     block = [(d, d), (keys, d), (keys, d), (d, d), (hidden, d), (hidden, d), (d, hidden)]
     return Plan(

@@ -1,4 +1,7 @@
-"""Estimators of mutual information: pure functions of samples, in nats."""
+"""Estimators of mutual information: pure functions of samples, in nats.
+
+Held by tests/miub/test_estimators.py.
+"""
 
 from collections.abc import Callable
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from miub.estimators.design import design_of
 from miub.estimators.positive_definite import jitter, logdet, squared_lengths
-from miub.estimators.regression import regress
+from miub.estimators.regression import regression_of
+from miub.estimators.ridge import fit_ridge
 from miub.estimators.samples import Samples
 
 _LOG_2PI = math.log(2 * math.pi)
@@ -38,15 +39,14 @@ class LinearGaussian:
 
     def log_density_pairs(self, v: Tensor) -> Tensor:
         """Return log q(v_i|u_j), (..., n_v, n), for v (..., n_v, d_v)."""
-        # Distances are of v and the means less a common origin, or they would cancel.
-        origin = self.means.mean(-2, keepdim=True)
-        factor = torch.linalg.cholesky_ex(self.covariance)[0]
-        left, right = (
-            torch.linalg.solve_triangular(factor, (x - origin).mT, upper=False).mT
-            for x in (v, self.means)
-        )
+        left, right = self._whitened(v)
         squares = left.square().sum(-1)[..., :, None] + right.square().sum(-1)[..., None, :]
         return self._log((squares - 2 * left @ right.mT).clamp_min(0))
+
+    def scores(self, v: Tensor) -> Tensor:
+        """Return log q(v_i|u_j), (..., n_v, n), up to a number of each v_i's own."""
+        left, right = self._whitened(v)
+        return (left @ right.mT).sub_(right.square().sum(-1)[..., None, :], alpha=0.5)
 
     def divergence(self, mean: Tensor, covariance: Tensor) -> Tensor:
         """Return the KL divergence (..., n) of q(.|u_i) from N(mean (..., 1, d_v), covariance).
@@ -58,6 +58,15 @@ class LinearGaussian:
         fixed = logdet(covariance) - logdet(self.covariance) - r
         fixed = fixed + trace.diagonal(dim1=-2, dim2=-1).sum(-1)
         return (fixed[..., None] + squared_lengths(self.means - mean, covariance)) / 2
+
+    def _whitened(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return v and the means in coordinates in which the covariance is the identity."""
+        # Less a common origin, or distances would cancel.
+        origin = self.means.mean(-2, keepdim=True)
+        factor = torch.linalg.cholesky_ex(self.covariance)[0]
+        both = torch.cat([v - origin, self.means - origin], -2)
+        whitened = torch.linalg.solve_triangular(factor.mT, both, upper=True, left=False)
+        return whitened[..., : v.shape[-2], :], whitened[..., v.shape[-2] :, :]
 
     def _log(self, squares: Tensor) -> Tensor:
         constant = logdet(self.covariance) + self.covariance.shape[-1] * _LOG_2PI
@@ -75,8 +84,9 @@ def fit_linear(
     """
     mean_u, mean_v = (x.mean(-2, keepdim=True) for x in (samples.u, samples.v))
     centred = replace(samples, u=samples.u - mean_u, v=samples.v - mean_v)
-    regression = regress(design_of(centred))
-    weight, carried = regression.ridge.weight(centred.u), regression.carried
+    ridge = fit_ridge(design_of(centred))
+    regression = regression_of(centred.margins, ridge.fit)
+    weight, carried = ridge.weight(centred.u), regression.carried
 
     def at(u: Tensor, generator: torch.Generator | None) -> LinearGaussian:
         means = mean_v + (u - mean_u) @ weight

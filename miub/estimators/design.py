@@ -9,13 +9,12 @@ from torch import Tensor
 
 from miub.estimators.positive_definite import add_outer_product
 from miub.estimators.samples import (
+    Margins,
     Samples,
-    centred_with_variance,
+    SideMoments,
+    both_sides,
+    centred,
     check_number,
-    energy,
-    larger_share,
-    prepare,
-    resolved,
     squares_of,
 )
 
@@ -31,44 +30,26 @@ class Design:
         u: (..., N, d_u) where it has fewer coordinates than samples; None: ``gram`` says all.
         gram: ``u^T u`` (..., d_u, d_u), or without u ``u u^T`` (..., N, N); the upper triangle may
             be left out.
-        energy: (..., 1, 1), the sum of all squares of u.
-        v: (..., N, d_v), centred.
-        noise_u, noise_v: (..., 1, 1), variance of the noise on each coordinate.
-        informative: (...), whether both sides vary.
-        heaviest: (...), the largest share that a sample has of all squares of u, or of v.
+        margins: the samples without u.
     """
 
     u: Tensor | None
     gram: Tensor
-    energy: Tensor
-    v: Tensor
-    noise_u: Tensor
-    noise_v: Tensor
-    informative: Tensor
-    heaviest: Tensor
+    margins: Margins
 
     @property
-    def n(self) -> int:
-        """The number of samples."""
-        return self.v.shape[-2]
+    def energy(self) -> Tensor:
+        """(..., 1, 1): the sum of all squares of u."""
+        return self.gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
 
 
 def design_of(samples: Samples) -> Design:
     """Return the inner products of samples that are held whole."""
-    u, v = samples.u, samples.v
+    u = samples.u
     n, d = u.shape[-2:]
     gram = u.new_zeros(*u.shape[:-2], min(n, d), min(n, d))
     add_outer_product(gram, u.mT if d < n else u)
-    return Design(
-        u if d < n else None,
-        gram,
-        energy(u),
-        v,
-        samples.noise_u,
-        samples.noise_v,
-        samples.informative,
-        samples.heaviest,
-    )
+    return Design(u if d < n else None, gram, samples.margins)
 
 
 def design_by_columns(
@@ -79,7 +60,8 @@ def design_by_columns(
     With as many coordinates as samples or more, u is never held whole.
 
     Args:
-        columns: from a first coordinate and an end to new tensors (N, end - first), float32.
+        columns: from a first coordinate and an end to a tensor (N, end - first), float32, that may
+            be overwritten.
         d: the number of coordinates.
         v: (N, d_v), float32.
         noise: tau.
@@ -88,28 +70,20 @@ def design_by_columns(
         ValueError: fewer than 8 samples, negative noise.
     """
     n = v.shape[-2]
-    if d < n:
-        return design_of(prepare(columns(0, d), v, noise))
     check_number(n, noise)
-    gram, squared_mean = v.new_zeros(n, n), v.new_zeros(1, 1)
-    step = max(1, _AT_ONCE // n)
+    fewer = d < n
+    gram, squared_mean = v.new_zeros(min(n, d), min(n, d)), v.new_zeros(1, 1)
+    step = d if fewer else max(1, _AT_ONCE // n)
     for start in range(0, d, step):
         x = columns(start, min(start + step, d))
         mean = x.mean(-2, keepdim=True)
         squared_mean += mean.square().sum(-1, keepdim=True) / d
-        add_outer_product(gram, x.sub_(mean))
-    squares = gram.diagonal()
-    total = squares.sum().view(1, 1)
-    variance_u = resolved(total / (n * d), squared_mean)
-    v, variance_v = centred_with_variance(v)
-    informative = ((variance_u > 0) & (variance_v > 0))[..., 0, 0]
-    return Design(
-        None,
-        gram,
-        total,
-        v,
-        noise * variance_u,
-        noise * variance_v,
-        informative,
-        larger_share(squares, squares_of(v)),
+        x.sub_(mean)
+        add_outer_product(gram, x.mT if fewer else x)
+    v, moments_v = centred(v)
+    moments_u = SideMoments.of(squares_of(x) if fewer else gram.diagonal(), d, squared_mean)
+    informative, heaviest = both_sides(moments_u, moments_v)
+    margins = Margins(
+        v, noise * moments_u.variance, noise * moments_v.variance, informative, heaviest
     )
+    return Design(x if fewer else None, gram, margins)

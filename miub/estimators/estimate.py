@@ -10,8 +10,7 @@ from typing import ParamSpec
 
 from torch import Tensor
 
-from miub.estimators.design import Design
-from miub.estimators.samples import Samples
+from miub.estimators.samples import Margins, Samples
 from scalora.warning import warn
 
 P = ParamSpec("P")
@@ -40,7 +39,7 @@ class Estimate:
     heaviest: Tensor | None = None
 
 
-def estimate_of(samples: Samples | Design, value: Tensor, stderr: Tensor, n: int) -> Estimate:
+def estimate_of(samples: Samples | Margins, value: Tensor, stderr: Tensor, n: int) -> Estimate:
     """Return an estimate: 0 where u or v is constant, and never negative.
 
     A bound stays one: mutual information is not negative, so the larger of an upper bound and 0 is

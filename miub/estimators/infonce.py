@@ -42,6 +42,6 @@ def _score(training: Samples, q: LinearGaussian, v: Tensor) -> tuple[Tensor, Ten
 
 def contrast(q: LinearGaussian, v: Tensor) -> tuple[Tensor, Tensor]:
     """Return the bound (...) and its terms (..., n), for v (..., n, d_v) outside of the fit."""
-    pairs = q.log_density_pairs(v)
+    pairs = q.scores(v)
     terms = pairs.diagonal(dim1=-2, dim2=-1) - pairs.logsumexp(-1) + math.log(v.shape[-2])
     return terms.mean(-1), terms

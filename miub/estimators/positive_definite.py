@@ -19,10 +19,11 @@ def add_outer_product(gram: Tensor, x: Tensor) -> None:
     lower triangle alone.
     """
     size = x.shape[-2]
+    gram, x = gram.view(-1, size, size), x.reshape(-1, size, x.shape[-1])
     step = max(_LEAST_BLOCK, -(-size // 4))
     for start in range(0, size, step):
         end = min(start + step, size)
-        gram[..., start:end, :end] += x[..., start:end, :] @ x[..., :end, :].mT
+        gram[:, start:end, :end].baddbmm_(x[:, start:end], x[:, :end].mT)
 
 
 def cholesky(gram: Tensor, penalty: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from miub.estimators.design import Design
 from miub.estimators.positive_definite import jitter
-from miub.estimators.ridge import PENALTIES, Ridge, fit_ridge
-from miub.estimators.samples import Samples
+from miub.estimators.ridge import PENALTIES, Fit, fit_ridge
+from miub.estimators.samples import Margins, Samples
 
 
 @dataclass(frozen=True)
@@ -19,16 +19,16 @@ class Regression:
     """A ridge regression of v on u, and the covariances that follow from it.
 
     Attributes:
-        design: the samples.
-        ridge: the fit.
+        margins: the samples without u.
+        fit: of v on u.
         covariance: (..., d_v, d_v), of v with its noise.
         conditional: (..., d_v, d_v), of v given u, both with their noise.
         carried: (..., d_v, d_v), the part of ``conditional`` that the noise on u brings.
         least: (..., d_v, d_v), the part of both that the noise on v brings.
     """
 
-    design: Design
-    ridge: Ridge
+    margins: Margins
+    fit: Fit
     covariance: Tensor
     conditional: Tensor
     carried: Tensor
@@ -37,12 +37,16 @@ class Regression:
 
 def regress(design: Design, penalties: Sequence[float] = PENALTIES) -> Regression:
     """Fit to centred samples, and take the moments; see `ridge.fit_ridge`."""
-    ridge = fit_ridge(design, penalties)
-    covariance, least = _covariance(design.v, design.noise_v)
-    carried = design.noise_u * ridge.squared_weight
-    residual = ridge.unbiased_residual
-    conditional = residual.mT @ residual / design.n + carried + least
-    return Regression(design, ridge, covariance, conditional, carried, least)
+    return regression_of(design.margins, fit_ridge(design, penalties).fit)
+
+
+def regression_of(margins: Margins, fit: Fit) -> Regression:
+    """Return the moments that follow from a fit."""
+    covariance, least = _covariance(margins.v, margins.noise_v)
+    carried = margins.noise_u * fit.squared_weight
+    residual = fit.unbiased_residual
+    conditional = residual.mT @ residual / margins.n + carried + least
+    return Regression(margins, fit, covariance, conditional, carried, least)
 
 
 def spread(samples: Samples) -> tuple[Tensor, Tensor]:

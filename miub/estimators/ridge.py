@@ -11,7 +11,6 @@ from torch import Tensor
 
 from miub.estimators.design import Design
 from miub.estimators.positive_definite import cholesky, inverse_of_triangle, jitter, logdet
-from miub.estimators.samples import energy
 
 # Penalties that are tried, over the total variance of u.  The first leaves the noise model's own.
 PENALTIES = (0.0, 1e-3, 1e-2, 10**-1.5, 1e-1, 10**-0.5, 1.0, 10**0.5, 10.0, 100.0)
@@ -22,27 +21,19 @@ _OWN_LEVERAGE_UP_TO = 512
 
 
 @dataclass(frozen=True)
-class Ridge:
-    """Ridge regression of v on u, both centred.
+class Fit:
+    """A ridge regression of v on u, both centred, as its samples see it.
 
     Attributes:
-        coefficients: the weights (..., d_u, d_v) where d_u < N; else (..., N, d_v), whose products
-            with the samples, ``u^T coefficients``, are the weights.
         squared_weight: (..., d_v, d_v), ``W^T W`` of the weights.
         residual: (..., N, d_v), the residuals of the samples it was fitted to.
         freedom: (..., N, 1), one minus each sample's leverage: the variance of its residual over
             that of the noise.
     """
 
-    coefficients: Tensor
     squared_weight: Tensor
     residual: Tensor
     freedom: Tensor
-
-    def weight(self, u: Tensor) -> Tensor:
-        """Return the weights (..., d_u, d_v), given the samples (..., N, d_u) of the fit."""
-        n, d = u.shape[-2:]
-        return self.coefficients if d < n else u.mT @ self.coefficients
 
     @property
     def unbiased_residual(self) -> Tensor:
@@ -61,6 +52,34 @@ class Ridge:
     def left_out_error(self) -> Tensor:
         """(..., N, d_v): each sample's error under the fit to all others."""
         return self.residual / self.freedom
+
+    def shrunk(self, factor: Tensor, v: Tensor) -> Fit:
+        """Return the fit with its weights times a factor (..., 1, 1)."""
+        whole = 1 - 1 / v.shape[-2]
+        return Fit(
+            factor.square() * self.squared_weight,
+            v - factor * (v - self.residual),
+            whole - factor * (whole - self.freedom),
+        )
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """A fit, with its weights.
+
+    Attributes:
+        coefficients: the weights (..., d_u, d_v) where d_u < N; else (..., N, d_v), whose products
+            with the samples, ``u^T coefficients``, are the weights.
+        fit: as its samples see it.
+    """
+
+    coefficients: Tensor
+    fit: Fit
+
+    def weight(self, u: Tensor) -> Tensor:
+        """Return the weights (..., d_u, d_v), given the samples (..., N, d_u) of the fit."""
+        n, d = u.shape[-2:]
+        return self.coefficients if d < n else u.mT @ self.coefficients
 
 
 def fit_ridge(design: Design, penalties: Sequence[float] = PENALTIES) -> Ridge:
@@ -81,11 +100,23 @@ def fit_ridge(design: Design, penalties: Sequence[float] = PENALTIES) -> Ridge:
 
     Cost: for each penalty min(N, d_u)^3 / 3, and N d_u^2 / 2 where d_u < N.
     """
-    own = design.n * design.noise_u + _least_penalty(design)
-    added = [penalty * design.energy / design.n for penalty in penalties]
+    ridge, v = fit_penalised(design, penalties), design.margins.v
+    factor = best_shrinkage(ridge.fit, v)
+    return Ridge(factor * ridge.coefficients, ridge.fit.shrunk(factor, v))
+
+
+def fit_penalised(design: Design, penalties: Sequence[float]) -> Ridge:
+    """Return `fit_ridge` with its penalty, before its weights are shrunk."""
+    margins = design.margins
+    own = margins.n * margins.noise_u + _least_penalty(design)
+    added = [penalty * design.energy / margins.n for penalty in penalties]
     chosen = added[0] if len(added) == 1 else _chosen(design, added, own)
-    fit = _fit(design, chosen + own)
-    return _shrunk(fit, design.v, _scores(fit, design.v).argmin(-1))
+    return _fit(design, chosen + own)
+
+
+def best_shrinkage(fit: Fit, v: Tensor) -> Tensor:
+    """Return the factor (..., 1, 1) in [0, 1] for the weights that leaving one out chooses."""
+    return (_scores(fit, v).argmin(-1).to(v.dtype) / (_SHRINKAGES - 1))[..., None, None]
 
 
 def _chosen(design: Design, added: Sequence[Tensor], own: Tensor) -> Tensor:
@@ -94,11 +125,12 @@ def _chosen(design: Design, added: Sequence[Tensor], own: Tensor) -> Tensor:
     Each is judged at its best shrinkage.  Beyond 512 samples in fewer dimensions by generalised
     cross-validation (Golub, Heath and Wahba 1979): every leverage is taken to be their mean.
     """
-    estimate = _fit if design.n <= _OWN_LEVERAGE_UP_TO else _fit_at_mean_leverage
-    best, chosen = design.v.new_full(added[0].shape, math.inf), added[0]
+    v = design.margins.v
+    estimate = _fit if v.shape[-2] <= _OWN_LEVERAGE_UP_TO else _fit_at_mean_leverage
+    best, chosen = v.new_full(added[0].shape, math.inf), added[0]
     # Not all at once, which would hold a factor of the Gram matrix for each.
     for penalty in added:
-        score = _scores(estimate(design, penalty + own), design.v).amin(-1)[..., None, None]
+        score = _scores(estimate(design, penalty + own).fit, v).amin(-1)[..., None, None]
         # Kept on the device: each leading index has a penalty of its own.
         better = score < best
         best, chosen = torch.where(better, score, best), torch.where(better, penalty, chosen)
@@ -111,7 +143,7 @@ def _least_penalty(design: Design) -> Tensor:
     return 4 * finfo.eps * design.energy + finfo.tiny
 
 
-def _scores(fit: Ridge, v: Tensor) -> Tensor:
+def _scores(fit: Fit, v: Tensor) -> Tensor:
     """(..., shrinkages): log determinant of the leave-one-out errors' covariance.
 
     It is taken together with d_v / N of v's own: with few samples for its dimension a sample
@@ -127,56 +159,45 @@ def _scores(fit: Ridge, v: Tensor) -> Tensor:
     return logdet(error + (r / n * spread + jitter(spread)).unsqueeze(-3))
 
 
-def _shrunk(fit: Ridge, v: Tensor, index: Tensor) -> Ridge:
-    """Return the fit with its weights times ``index / 20``."""
-    factor = (index.to(v.dtype) / (_SHRINKAGES - 1))[..., None, None]
-    whole = 1 - 1 / v.shape[-2]
-    return Ridge(
-        factor * fit.coefficients,
-        factor.square() * fit.squared_weight,
-        v - factor * (v - fit.residual),
-        whole - factor * (whole - fit.freedom),
-    )
-
-
 def _fit(design: Design, penalty: Tensor) -> Ridge:
     """Return the fit at one penalty (..., 1, 1), with the leverage of each sample."""
-    v = design.v
+    v = design.margins.v
     factor = cholesky(design.gram, penalty)
     if design.u is None:
         return _dual(v, inverse_of_triangle(factor), penalty)
     # From the right: the same numbers as the left-hand solve of u^T, in half the time.
     half = torch.linalg.solve_triangular(factor.mT, design.u, upper=True, left=False)
-    weight = torch.linalg.solve_triangular(factor.mT, half.mT @ v, upper=True)
-    leverage = torch.linalg.vector_norm(half, dim=-1, keepdim=True).square()
-    freedom = _freedom(1 - leverage, design.n)
-    return Ridge(weight, weight.mT @ weight, v - design.u @ weight, freedom)
+    # Its columns are contiguous: products and sums along them are several times as fast.
+    weight = torch.linalg.solve_triangular(factor.mT, (v.mT @ half).mT, upper=True)
+    freedom = _freedom(1 - half.square_().sum(-1, keepdim=True), v.shape[-2])
+    return Ridge(weight, Fit(weight.mT @ weight, _residual(v, design.u, weight), freedom))
 
 
 def _fit_at_mean_leverage(design: Design, penalty: Tensor) -> Ridge:
     """Return `_fit` with the mean of the samples' leverages, (..., 1, 1), where it costs less."""
     if design.u is None:
         return _fit(design, penalty)
-    u, v = design.u, design.v
+    u, v = design.u, design.margins.v
+    n, d = u.shape[-2:]
     inverse = inverse_of_triangle(cholesky(design.gram, penalty))
     weight = inverse.mT @ (inverse @ (u.mT @ v))
-    left = (penalty * energy(inverse)).clamp(0, u.shape[-1])
-    freedom = _freedom(1 - (u.shape[-1] - left) / design.n, design.n)
-    return Ridge(weight, weight.mT @ weight, v - u @ weight, freedom)
+    energy = torch.linalg.vector_norm(inverse, dim=(-2, -1), keepdim=True).square()
+    freedom = _freedom(1 - (d - (penalty * energy).clamp(0, d)) / n, n)
+    return Ridge(weight, Fit(weight.mT @ weight, _residual(v, u, weight), freedom))
+
+
+def _residual(v: Tensor, u: Tensor, weight: Tensor) -> Tensor:
+    return v - (weight.mT @ u.mT).mT
 
 
 def _dual(v: Tensor, inverse: Tensor, penalty: Tensor) -> Ridge:
     """Return the fit by the inverse (..., N, N) of the factor of ``u u^T + penalty I``."""
-    dual = inverse.mT @ (inverse @ v)
+    dual = ((v.mT @ inverse.mT) @ inverse).mT
     residual = penalty * dual
     squared_weight = dual.mT @ (v - residual)
-    freedom = penalty * torch.linalg.vector_norm(inverse, dim=-2).square().unsqueeze(-1)
-    return Ridge(
-        dual,
-        (squared_weight + squared_weight.mT) / 2,
-        residual,
-        _freedom(freedom, v.shape[-2]),
-    )
+    freedom = penalty * inverse.square_().sum(-2).unsqueeze(-1)
+    fit = Fit((squared_weight + squared_weight.mT) / 2, residual, _freedom(freedom, v.shape[-2]))
+    return Ridge(dual, fit)
 
 
 def _freedom(one_minus_leverage: Tensor, n: int) -> Tensor:

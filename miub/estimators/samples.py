@@ -22,6 +22,7 @@ class Samples:
         noise_u: (..., 1, 1), variance of the noise on each coordinate of u.
         noise_v: (..., 1, 1), likewise of v.
         informative: (...), whether both sides vary.  A constant is independent of everything.
+        heaviest: (...), the largest share that one sample has of all squares of u, or of v.
     """
 
     u: Tensor
@@ -29,6 +30,7 @@ class Samples:
     noise_u: Tensor
     noise_v: Tensor
     informative: Tensor
+    heaviest: Tensor
 
     @property
     def n(self) -> int:
@@ -36,13 +38,36 @@ class Samples:
         return self.u.shape[-2]
 
     @property
-    def heaviest(self) -> Tensor:
-        """(...): the largest share that a sample has of all squares of u, or of v; NaN is 0."""
-        return larger_share(squares_of(self.u), squares_of(self.v))
+    def margins(self) -> Margins:
+        """The samples without u."""
+        return Margins(self.v, self.noise_u, self.noise_v, self.informative, self.heaviest)
 
     def part(self, start: int, end: int) -> Samples:
         """Return the samples from ``start`` to ``end`` under the same noise, not centred again."""
         return replace(self, u=self.u[..., start:end, :], v=self.v[..., start:end, :])
+
+
+@dataclass(frozen=True)
+class Margins:
+    """The samples without u, and their noise: what the moments of a regression need beside its fit.
+
+    Attributes:
+        v: (..., N, d_v), centred.
+        noise_u, noise_v: (..., 1, 1), variance of the noise on each coordinate.
+        informative: (...), whether both sides vary.
+        heaviest: (...), the largest share that one sample has of all squares of u, or of v.
+    """
+
+    v: Tensor
+    noise_u: Tensor
+    noise_v: Tensor
+    informative: Tensor
+    heaviest: Tensor
+
+    @property
+    def n(self) -> int:
+        """The number of samples."""
+        return self.v.shape[-2]
 
 
 def prepare(u: Tensor, v: Tensor, noise: float) -> Samples:
@@ -69,10 +94,11 @@ def prepare(u: Tensor, v: Tensor, noise: float) -> Samples:
         raise ValueError(f"u is on {u.device} and v on {v.device}; move one.")
     check_number(u.shape[-2], noise)
     dtype = torch.promote_types(torch.promote_types(u.dtype, v.dtype), torch.float32)
-    u, variance_u = centred_with_variance(u.detach().to(dtype))
-    v, variance_v = centred_with_variance(v.detach().to(dtype))
-    informative = ((variance_u > 0) & (variance_v > 0))[..., 0, 0]
-    return Samples(u, v, noise * variance_u, noise * variance_v, informative)
+    (u, moments_u), (v, moments_v) = (centred(x.detach().to(dtype)) for x in (u, v))
+    informative, heaviest = both_sides(moments_u, moments_v)
+    return Samples(
+        u, v, noise * moments_u.variance, noise * moments_v.variance, informative, heaviest
+    )
 
 
 def check_number(n: int, noise: float) -> None:
@@ -87,35 +113,49 @@ def _kind(x: object) -> str:
     return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
 
 
+@dataclass(frozen=True)
+class SideMoments:
+    """Second moments of one side, centred.
+
+    Attributes:
+        squares: (..., N), the squared length of each sample.
+        variance: (..., 1, 1), the mean variance of the coordinates; zero where the arithmetic
+            cannot tell it from rounding of their mean.
+    """
+
+    squares: Tensor
+    variance: Tensor
+
+    @classmethod
+    def of(cls, squares: Tensor, d: int, squared_mean: Tensor) -> SideMoments:
+        """Return those of d coordinates, whose squared means have the mean (..., 1, 1)."""
+        variance = squares.sum(-1)[..., None, None] / (squares.shape[-1] * d)
+        resolution = 4 * torch.finfo(squares.dtype).eps ** 2 * squared_mean
+        # Negated, so that what is not a number stays: it must not pass for a constant.
+        return cls(squares, variance * ~(variance <= resolution))
+
+
+def centred(x: Tensor) -> tuple[Tensor, SideMoments]:
+    """Return x (..., N, d) centred, and its moments."""
+    mean = x.mean(-2, keepdim=True)
+    x = x - mean
+    squared_mean = mean.square().mean(-1, keepdim=True)
+    return x, SideMoments.of(squares_of(x), x.shape[-1], squared_mean)
+
+
 def squares_of(x: Tensor) -> Tensor:
     """Return the squared lengths (..., N) of samples (..., N, d)."""
     return torch.linalg.vector_norm(x, dim=-1).square()
 
 
-def larger_share(squares_u: Tensor, squares_v: Tensor) -> Tensor:
-    """Return the largest share (...) that one of N samples has of the sum of either's squares."""
-    shares = (squares.amax(-1) / squares.sum(-1) for squares in (squares_u, squares_v))
-    return torch.maximum(*shares).nan_to_num(0)
+def both_sides(u: SideMoments, v: SideMoments) -> tuple[Tensor, Tensor]:
+    """Return whether both sides vary (...), and the larger of their samples' largest shares (...).
 
-
-def energy(x: Tensor) -> Tensor:
-    """Return the sum (..., 1, 1) of all squares of x (..., N, d)."""
-    return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).square()
-
-
-def centred_with_variance(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x (..., N, d) centred, and the mean variance (..., 1, 1) of its coordinates."""
-    n, d = x.shape[-2:]
-    mean = x.mean(-2, keepdim=True)
-    x = x - mean
-    return x, resolved(energy(x) / (n * d), mean.square().mean(-1, keepdim=True))
-
-
-def resolved(variance: Tensor, squared_mean: Tensor) -> Tensor:
-    """Return a variance, or zero where the arithmetic cannot tell it from rounding of the mean."""
-    resolution = 4 * torch.finfo(variance.dtype).eps ** 2 * squared_mean
-    # Negated, so that what is not a number stays: it must not pass for a constant.
-    return variance * ~(variance <= resolution)
+    The share of a sample is that of all squares of its side; NaN is 0.
+    """
+    informative = ((u.variance > 0) & (v.variance > 0))[..., 0, 0]
+    shares = (side.squares.amax(-1) / side.squares.sum(-1) for side in (u, v))
+    return informative, torch.maximum(*shares).nan_to_num(0)
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def tempered_moments(regression: Regression, order: float) -> Estimate:
     """Return `tempered` from the moments of a regression."""
     if not 0 < order <= 1:
         raise ValueError(f"order must be in (0, 1], got {order}.")
-    design, S, R = regression.design, regression.covariance, regression.conditional
+    margins, S, R = regression.margins, regression.covariance, regression.conditional
     mixed = (1 - order) * R + order * S
     inverse = torch.linalg.inv_ex(mixed)[0]
     trace = (inverse * S).sum((-2, -1))
@@ -79,10 +79,10 @@ def tempered_moments(regression: Regression, order: float) -> Estimate:
     by_mixed = inverse / (2 * order) - inverse @ S @ inverse / 2
     by_R = (1 - order) * by_mixed - torch.linalg.inv_ex(R)[0] / (2 * order)
     by_S = order * by_mixed + inverse / 2
-    v, residual = design.v, regression.ridge.unbiased_residual
+    v, residual = margins.v, regression.fit.unbiased_residual
     influence = ((v @ by_S) * v).sum(-1) + ((residual @ by_R) * residual).sum(-1)
-    stderr = influence.std(-1) / design.n**0.5
-    return estimate_of(design, value, stderr, design.n)
+    stderr = influence.std(-1) / margins.n**0.5
+    return estimate_of(margins, value, stderr, margins.n)
 
 
 @warns_of_heavy_tails

@@ -1,5 +1,7 @@
 """Methods side by side on one task: does re-basing help, where, and which rule.
 
+Held by tests/ablation/test_ablation_runs.py and test_ablate_command.py.
+
 ``scalora ablate`` is the command. A task of one's own is a subclass of
 `scalora.ablation.Task`.
 """

@@ -1,4 +1,7 @@
-"""Engines that run jobs: this process, local processes, or a cluster."""
+"""Engines that run jobs: this process, local processes, or a cluster.
+
+Held by tests/ablation/test_ablation_runs.py and test_ablation_runs_cluster.py.
+"""
 
 from __future__ import annotations
 

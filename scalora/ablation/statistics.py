@@ -1,4 +1,7 @@
-"""Statistics of runs, as pure functions of numbers and records."""
+"""Statistics of runs, as pure functions of numbers and records.
+
+Held by tests/ablation/test_ablation_statistics.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The task of an ablation: one small class."""
+"""The task of an ablation: one small class.
+
+Held by tests/ablation/test_ablation_tasks.py.
+"""
 
 from __future__ import annotations
 

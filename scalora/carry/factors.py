@@ -1,4 +1,7 @@
-"""The algebra of a carry: a low-rank sum ``up @ down`` that is recompressed when it is full."""
+"""The algebra of a carry: a low-rank sum ``up @ down`` that is recompressed when it is full.
+
+Held by tests/carry/test_carry.py.
+"""
 
 from __future__ import annotations
 

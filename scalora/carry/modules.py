@@ -1,5 +1,7 @@
 """The forward pass: an adapter's two modules, each computing with the carry's columns as well.
 
+Held by tests/carry/test_carry.py and test_carry_transforms.py.
+
 One product over the adapter's and the carry's columns together costs less than two
 (docs/quantized.md has the measurement), and whatever calls the adapter's modules (dropout, DoRA)
 sees both.

@@ -1,4 +1,7 @@
-"""A carry in fewer bits than the adapter: what rounding cuts stays in the adapter."""
+"""A carry in fewer bits than the adapter: what rounding cuts stays in the adapter.
+
+Held by tests/carry/test_carry_rounding.py.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,8 @@ def frozen(P: Tensor, increment: Tensor, dtype: torch.dtype, rows: Rows = HERE) 
         P~ = P - up = (1 - t) P + a ,      Q~ = Q + t / (1 - t) b     (`absorbed`)
 
     keep ``P~ Q~ + up down = P Q`` but for ``a b / (1 - t)``, the product of two roundings: in
-    float16 that is less than float32's own rounding of ``P Q`` (docs/quantized.md, "Rounding").
+    float16 that is less than float32's own rounding of ``P Q`` (docs/mathematics.md, "Where the
+    increment goes").
 
     Args:
         P: (..., m, r), the rows held here.

@@ -1,4 +1,7 @@
-"""Addition of low-rank increments to dense base weights, in place."""
+"""Addition of low-rank increments to dense base weights, in place.
+
+Held by tests/fold/test_fold.py.
+"""
 
 from __future__ import annotations
 

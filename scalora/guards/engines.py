@@ -1,4 +1,7 @@
-"""Models that wrappers and engines have made into what cannot be re-based."""
+"""Models that wrappers and engines have made into what cannot be re-based.
+
+Held by tests/sharding/test_deepspeed.py and tests/sharding/test_sharded_training.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""All guards of a step, in one call."""
+"""All guards of a step, in one call.
+
+Held by tests/guards/test_situations.py.
+"""
 
 from __future__ import annotations
 

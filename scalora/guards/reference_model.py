@@ -1,4 +1,7 @@
-"""Training that looks at the base of its adapter, as at the reference model of DPO."""
+"""Training that looks at the base of its adapter, as at the reference model of DPO.
+
+Held by tests/integrations/test_stack_trl_references.py.
+"""
 
 from __future__ import annotations
 

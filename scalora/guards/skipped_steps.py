@@ -1,4 +1,7 @@
-"""Steps that are left out: dummy steps, and steps whose gradients are not finite or missing."""
+"""Steps that are left out: dummy steps, and steps whose gradients are not finite or missing.
+
+Held by tests/guards/test_situations.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Layers that are no longer those that an optimizer was made for, or its state was saved with."""
+"""Layers that are no longer those that an optimizer was made for, or its state was saved with.
+
+Held by tests/guards/test_situations.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The optimizer in the spelling of PEFT's own factories."""
+"""The optimizer in the spelling of PEFT's own factories.
+
+Held by tests/optimizer/test_optimizer.py.
+"""
 
 # Annotations are not strings here: `help` shows the values that an option takes.
 import inspect

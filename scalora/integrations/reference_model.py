@@ -1,5 +1,7 @@
 """TRL's trainers whose reference model is the trained model with its adapter switched off.
 
+Held by tests/integrations/test_stack_trl.py and test_stack_trl_references.py.
+
 They learn from preferences or rewards, and compare a PEFT model with its own base.  Increments must
 stay out of that base.
 """

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from transformers import (
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -73,6 +70,7 @@ class ScaLoRACallback(TrainerCallback):
             model, or its teacher is an average of the adapter's parameters.
     """
 
+    restores_rebasing = True  # what `scalora.resuming.in_file` looks for
     # What `help` shows: type checkers read the options from RebasingKeywords instead.
     __signature__ = inspect.Signature(
         [
@@ -124,6 +122,8 @@ class ScaLoRACallback(TrainerCallback):
         if state.global_step > 0:
             self._resume(self._checkpoint(args, state))
         say(opening(self.optimizer, state.global_step, state.max_steps), args)
+        if self._logs is not None:  # of a run that was interrupted
+            self._logs.detach()
         self._logs = ProgressLogs(self.optimizer)
         self._logs.attach()
 
@@ -206,7 +206,7 @@ class ScaLoRACallback(TrainerCallback):
         self._complete(folder)
         self._completed = folder.name
         assert self.optimizer is not None
-        self.optimizer.state_is_in_file = _InFile()  # the optimizer's own is still to be written
+        self.optimizer.state_is_in_file = True  # the optimizer's own is still to be written
 
     def _complete(self, folder: Path) -> None:
         assert self.optimizer is not None
@@ -294,49 +294,6 @@ def _saved_checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
         return folder
     written = [path / TRAINER_STATE_NAME for path in Path(args.output_dir).glob(f"*/{folder.name}")]
     return max(filter(Path.is_file, written), key=lambda path: path.stat().st_mtime_ns).parent
-
-
-class _InFile:
-    """Entry of ``optimizer.pt`` which says that the rest of the state is in the file beside it.
-
-    It is pickled as the name of a function that torch calls when it reads the file.  Where this
-    package was not imported, torch refuses to, and names the function.
-    """
-
-    def __reduce__(self) -> tuple[Any, tuple[()]]:
-        return resumed_with_scalora_callback, ()
-
-
-def resumed_with_scalora_callback() -> bool:
-    """Return True; its name is in ``optimizer.pt``, and it is called whenever that is read.
-
-    Raises:
-        ValueError: a Trainer without `ScaLoRACallback` reads it, to resume.
-    """
-    trainer = _resuming_trainer()
-    if trainer is not None and not any(
-        isinstance(callback, ScaLoRACallback) for callback in trainer.callback_handler.callbacks
-    ):
-        raise ValueError(
-            "this checkpoint was written with a scalora.ScaLoRACallback, and the Trainer that "
-            "resumes from it has none: what had been frozen beside the adapter would be missing, "
-            "and training would go on as plain LoRA. Pass "
-            "callbacks=[scalora.ScaLoRACallback(...)] with the same options; or begin anew from "
-            "the model that `scalora export` makes of the checkpoint."
-        )
-    return True
-
-
-torch.serialization.add_safe_globals([resumed_with_scalora_callback])
-
-
-def _resuming_trainer() -> Trainer | None:
-    """Return the Trainer that is reading an optimizer's state further up the stack, if one is."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code.co_name != "_load_optimizer_and_scheduler":
-        frame = frame.f_back
-    caller = None if frame is None else frame.f_locals.get("self")
-    return caller if isinstance(caller, Trainer) else None
 
 
 def _is_of_scalora(path: Path) -> bool:

@@ -1,5 +1,7 @@
 """bitsandbytes' optimizers: which are known, and how they keep their state.
 
+Held by tests/moments/test_bitsandbytes_states.py.
+
 A parameter has ``state1`` and, for some, ``state2``: float32, or uint8 codes with a map of levels
 ``qmap`` and one ``absmax`` a block (`scalora.moments.blockwise`).  Tensors of fewer than
 ``min_8bit_size`` elements, 4096 by default, are float32 also in the 8-bit optimizers.  ``step`` is

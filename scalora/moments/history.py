@@ -1,4 +1,7 @@
-"""One factor of a batch with its whole history: gradients and state, moved to new coordinates."""
+"""One factor of a batch with its whole history: gradients and state, moved to new coordinates.
+
+Held by tests/moments/test_bitsandbytes_states.py.
+"""
 
 from __future__ import annotations
 

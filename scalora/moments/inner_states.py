@@ -1,4 +1,7 @@
-"""The inner optimizer's state of a batch: read for the coming direction, carried across."""
+"""The inner optimizer's state of a batch: read for the coming direction, carried across.
+
+Held by tests/moments/test_bitsandbytes_states.py.
+"""
 
 from __future__ import annotations
 

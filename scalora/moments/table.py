@@ -1,4 +1,7 @@
-"""The optimizer classes that are known, each with its `Moments`; and why others cannot be."""
+"""The optimizer classes that are known, each with its `Moments`; and why others cannot be.
+
+Held by tests/moments/test_moments.py and tests/optimizer/test_torch_optimizers.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Carrying optimizer state across a re-basing, exactly."""
+"""Carrying optimizer state across a re-basing, exactly.
+
+Held by tests/moments/test_moments.py and tests/moments/test_blockwise.py.
+"""
 
 from __future__ import annotations
 

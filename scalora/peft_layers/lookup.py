@@ -1,5 +1,7 @@
 """The tensors of many layers, looked up once and again only where a module holds others.
 
+Held by tests/guards/test_situations.py.
+
 Finding a factor through PEFT's modules takes about a microsecond.  That is nothing for one layer
 and a tenth of an optimizer's step for hundreds of them.
 """

@@ -1,5 +1,7 @@
 """Pictures: one style, and figures of numbers.
 
+Held by tests/plotting/test_plotting.py.
+
 A leaf of the package: it knows numbers, names and matplotlib, and nothing of models. Matplotlib is
 imported when the first figure is made.
 """

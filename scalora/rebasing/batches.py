@@ -1,4 +1,7 @@
-"""Layers whose tensors can be stacked, so that one call serves all of them."""
+"""Layers whose tensors can be stacked, so that one call serves all of them.
+
+Held by tests/peft_layers/test_layers.py and tests/rebasing/test_bitsandbytes_training.py.
+"""
 
 from __future__ import annotations
 

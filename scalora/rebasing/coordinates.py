@@ -1,5 +1,7 @@
 """Layers in new coordinates, computed and not yet written: factors, history and increments.
 
+Held by tests/peft_layers/test_layers.py and tests/moments/test_moments.py.
+
 With ``P~ = P diag(alpha)`` and ``Q~ = Q diag(beta)`` gradients and moments of P move with beta and
 those of Q with alpha, and the weight takes in ``P Q^T - P~ Q~^T`` (docs/mathematics.md, re-basing).
 A layer in which anything is not finite, before or after, keeps all it has.

@@ -1,4 +1,7 @@
-"""The rules that scale both factors by the optimum of the coming step: exact, paper and others."""
+"""The rules that scale both factors by the optimum of the coming step: exact, paper and others.
+
+Held by tests/optimizer/test_optimizer.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""One re-basing of all LoRA layers: batch, scale, fold, carry the moments; all or nothing."""
+"""One re-basing of all LoRA layers: batch, scale, fold, carry the moments; all or nothing.
+
+Held by tests/optimizer/test_optimizer.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What re-basing has done to every layer, as numbers for a log and as a table."""
+"""What re-basing has done to every layer, as numbers for a log and as a table.
+
+Held by tests/rebasing/test_sketch.py and tests/rebasing/test_carry_training.py.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,8 @@ class LayerReport:
         cut: the energy (squared Frobenius norm) of all that was cut from the carry, relative to
             that of what the layer has learned, carry and adapter together.
         bytes: of the carry; of a sharded layer's, of what this process keeps.
-        frozen_columns: columns frozen so far, r per re-basing.
+        frozen_columns: columns frozen so far, r per re-basing; NaN after resuming from a state
+            that does not say.
         effective_rank: of the whole change so far (`SketchedChange.effective_rank`); NaN for
             sharded layers.
         frozen_norm: Frobenius norm of the sum of all that was frozen, from its sketch, within about
@@ -55,7 +59,7 @@ class LayerReport:
     capacity: int
     cut: float
     bytes: int
-    frozen_columns: int
+    frozen_columns: float
     effective_rank: float
     frozen_norm: float
     trainable_norm: float
@@ -109,7 +113,7 @@ class RebasingReport:
                 row.layer,
                 row.accumulator,
                 str(row.rank),
-                str(row.frozen_columns),
+                _shown(row.frozen_columns, "g"),
                 _shown(row.effective_rank, ".1f"),
                 _shown(row.frozen_norm, ".3g"),
                 _shown(row.trainable_norm, ".3g"),
@@ -156,7 +160,7 @@ def rebasing_report(
                 capacity=0 if carry is None else carry.capacity,
                 cut=0.0 if carry is None else float(_relative_cut(pair, carry)),
                 bytes=0 if carry is None else carry.up.nbytes + carry.down.nbytes,
-                frozen_columns=frozen.columns.get(pair.name, 0),
+                frozen_columns=frozen.columns.get(pair.name, 0) if frozen.knows_columns else nan,
                 effective_rank=nan if change is None else change.effective_rank,
                 frozen_norm=nan if change is None else float(change.frozen.norm()),
                 trainable_norm=nan if change is None else float(change.trainable.norm()),
@@ -189,11 +193,11 @@ def _age(pair: LoRAPair, rebaser: Rebaser, optimizer: torch.optim.Optimizer) -> 
     P, moments = pair.P_parameter, rebaser.moments
     if moments.direction is None or sharding.is_sharded(P):
         return nan
-    index, group = next(
-        (i, group)
-        for i, group in enumerate(optimizer.param_groups)
-        if any(p is P for p in group["params"])
-    )
+    groups = optimizer.param_groups
+    index = next((i for i, g in enumerate(groups) if any(p is P for p in g["params"])), None)
+    if index is None:
+        return nan
+    group = groups[index]
     # Without gradients, as after `zero_grad`: the direction that the moments alone give.
     grad = widened(torch.zeros_like(P) if P.grad is None else P.grad)
     state = stacked_states(optimizer, moments, [P])

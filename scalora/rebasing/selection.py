@@ -1,4 +1,7 @@
-"""Which LoRA layers are re-based, where their increments go, and why the others are not."""
+"""Which LoRA layers are re-based, where their increments go, and why the others are not.
+
+Held by tests/peft_layers/test_layers.py and tests/rebasing/test_carry_training.py.
+"""
 
 from __future__ import annotations
 

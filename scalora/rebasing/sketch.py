@@ -76,11 +76,13 @@ class FrozenSketches:
 
     Attributes:
         columns: layer name -> columns frozen so far; a re-basing freezes the r of its layer.
+        knows_columns: whether those are all: a state was loaded with them, or none had to be.
     """
 
     def __init__(self, places: Mapping[LoRAPair, str]) -> None:
         self.places = places
         self.columns: dict[str, int] = {}
+        self.knows_columns = True
         self._frozen: dict[str, Tensor] = {}  # none before the first re-basing
         self._stacks: dict[tuple[str, ...], Tensor] = {}  # of layers that are added together
         self._is_known = True
@@ -166,9 +168,8 @@ class FrozenSketches:
         return [*self._frozen.values(), *self._projections.values()]
 
     def state(self) -> dict[str, Any] | None:
-        """Return what `load` needs to go on; None where what was frozen is not known."""
-        names = {pair.name for pair in self._dense()} & self.columns.keys()
-        if not self._is_known or not names <= self._frozen.keys():
+        """Return what `load` needs to go on; None where not even the columns are known."""
+        if not self.knows_columns:
             return None
         sketches = {name: sketch.clone() for name, sketch in self._frozen.items()}
         return {"columns": dict(self.columns), "sketches": sketches}
@@ -179,10 +180,10 @@ class FrozenSketches:
         sketches = state["sketches"] if state is not None else {}
         self._frozen = {name: sketch.detach().clone() for name, sketch in sketches.items()}
         self._stacks = {}
-        self._is_known = state is not None or rebase_count == 0
-
-    def _dense(self) -> list[LoRAPair]:
-        return [pair for pair, place in self.places.items() if place == "dense"]
+        self.knows_columns = state is not None or rebase_count == 0
+        # Of sharded layers there are no sketches.
+        dense = {pair.name for pair, place in self.places.items() if place == "dense"}
+        self._is_known = self.knows_columns and dense & self.columns.keys() <= self._frozen.keys()
 
     @torch.no_grad()
     def _trainable(self, pairs: Sequence[LoRAPair]) -> dict[str, Tensor]:
@@ -213,11 +214,14 @@ class FrozenSketches:
         """Return ``scale`` times Psi (side 0) or Omega (side 1), (k, dimension), of every run."""
         key = dimension, side, device, scale
         if key not in self._projections:
+            # The same whatever torch's default dtype and device are.
+            like: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
             if dimension <= SKETCH_SIZE:
-                made = torch.eye(dimension)
+                made = torch.eye(dimension, **like)
             else:
-                generator = torch.Generator().manual_seed(2 * dimension + side)
-                made = torch.randn(SKETCH_SIZE, dimension, generator=generator) / SKETCH_SIZE**0.5
+                generator = torch.Generator("cpu").manual_seed(2 * dimension + side)
+                made = torch.randn(SKETCH_SIZE, dimension, generator=generator, **like)
+                made /= SKETCH_SIZE**0.5
             self._projections[key] = to_device(scale * made, device)
         return self._projections[key]
 

@@ -1,5 +1,7 @@
 """A state of re-basing as tensors, JSON and a checksum of both: never pickled.
 
+Held by tests/resuming/test_state_encoding.py.
+
 In this form it is written to ``scalora.safetensors``, and travels in a distributed checkpoint,
 which keeps single values of a parameter group.
 """

@@ -1,4 +1,7 @@
-"""How far a run has come: what a resumed one takes up besides weights and the inner optimizer."""
+"""How far a run has come: what a resumed one takes up besides weights and the inner optimizer.
+
+Held by tests/resuming/test_training_state.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What two runs must agree on for one to continue the other."""
+"""What two runs must agree on for one to continue the other.
+
+Held by tests/resuming/test_training_state.py.
+"""
 
 from __future__ import annotations
 

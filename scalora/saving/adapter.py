@@ -1,4 +1,7 @@
-"""Everything that was learned, written as one ordinary PEFT adapter."""
+"""Everything that was learned, written as one ordinary PEFT adapter.
+
+Held by tests/saving/test_saving.py and tests/saving/test_quantized_saving.py.
+"""
 
 from __future__ import annotations
 

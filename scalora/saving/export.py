@@ -1,4 +1,7 @@
-"""A checkpoint of training as an ordinary adapter, or as a plain merged model."""
+"""A checkpoint of training as an ordinary adapter, or as a plain merged model.
+
+Held by tests/cli/test_export.py and test_export_refusals.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The trained model, written as a plain transformers model without an adapter."""
+"""The trained model, written as a plain transformers model without an adapter.
+
+Held by tests/saving/test_merged_ties.py.
+"""
 
 from __future__ import annotations
 

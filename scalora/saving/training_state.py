@@ -1,4 +1,7 @@
-"""Saving and loading what a run has beside its adapter and inner optimizer's state."""
+"""Saving and loading what a run has beside its adapter and inner optimizer's state.
+
+Held by tests/resuming/test_training_state.py.
+"""
 
 from __future__ import annotations
 

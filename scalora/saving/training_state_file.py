@@ -1,4 +1,7 @@
-"""The file ``scalora.safetensors``, which completes a checkpoint: its content and its checks."""
+"""The file ``scalora.safetensors``, which completes a checkpoint: its content and its checks.
+
+Held by tests/resuming/test_training_state.py and test_base_left_out.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""``optimal_scaling``: what a re-basing computes, for tensors that belong to no model."""
+"""``optimal_scaling``: what a re-basing computes, for tensors that belong to no model.
+
+Held by tests/scaling/test_scaling.py.
+"""
 
 from __future__ import annotations
 

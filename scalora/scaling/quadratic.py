@@ -1,5 +1,7 @@
 """The quadratic model of one re-based step, built from four thin matrices.
 
+Held by tests/scaling/test_scaling.py.
+
 One step of the inner optimizer on the re-based pair moves the weight, to first order in the
 learning rates, by ``D(x) = -sum_i x_i M_i`` with the 2r rank-one matrices
 ``M_j = s P_j U_Q,j^T`` and ``M_{r+j} = s U_P,j Q_j^T``.  Minimising ``|D* - D(x)|^2`` with the

@@ -1,4 +1,7 @@
-"""From the quadratic model to column scalings: the rules, their magnitude, and the safe cases."""
+"""From the quadratic model to column scalings: the rules, their magnitude, and the safe cases.
+
+Held by tests/scaling/test_scaling.py.
+"""
 
 from __future__ import annotations
 

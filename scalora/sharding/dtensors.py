@@ -1,5 +1,7 @@
 """Sharded parameters: the DTensors of FSDP2's ``fully_shard``, which only this module knows.
 
+Held by tests/sharding/test_sharded_training.py and test_sharded_carry.py.
+
 Each process holds some rows (axis 0) of a parameter, of its gradient and of its moments.  For P
 (m, r) these are rows of the weight.  For Q, stored as (r, n), they are some of the r rows;
 `own_columns` exchanges them for some of the n columns.  Small matrices are summed over the
@@ -88,12 +90,12 @@ class SharedRows(Rows):
         return self.gathered(part.unsqueeze(0), 0, self.processes)
 
     def gathered(self, part: Tensor, axis: int, count: int) -> Tensor:
-        """All ``count`` rows, on every process, from the rows along ``axis`` that each holds."""
+        """Return all ``count`` rows along ``axis``, of which ``part`` has the ones held here."""
         shape = torch.Size((*part.shape[:axis], count, *part.shape[axis + 1 :]))
         return self._redistributed(part, Shard(axis), shape)
 
     def rows_to_columns(self, part: Tensor, held: Sequence[int]) -> Tensor:
-        """Deal out the columns instead of the rows: see `Rows.rows_to_columns`."""
+        """Exchange rows held here for columns held here: see `Rows.rows_to_columns`."""
         layers, here, columns = part.shape
         shares = [share.stop - share.start for share in self.slices(columns)]
         own = shares[self.index]

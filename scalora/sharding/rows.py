@@ -1,5 +1,7 @@
 """The rows of a tall matrix, which this process holds or several processes divide.
 
+Held by tests/sharding/test_sharded_training.py and test_sharded_carry.py.
+
 The mathematics asks a `Rows` for what it needs of all rows (a sum, a maximum) and never asks how
 many processes there are.  `scalora.sharding.dtensors.SharedRows` is the case of several.
 """
@@ -43,15 +45,15 @@ class Rows:
         return part.unsqueeze(0)
 
     def gathered(self, part: Tensor, axis: int, count: int) -> Tensor:
-        """All ``count`` rows, on every process, from the rows along ``axis`` that each holds."""
+        """Return all ``count`` rows along ``axis``, of which ``part`` has the ones held here."""
         return part
 
     def rows_to_columns(self, part: Tensor, held: Sequence[int]) -> Tensor:
-        """Deal out the columns instead of the rows.
+        """Exchange rows held here for columns held here.
 
         Args:
             part: (layers, rows held here, n).
-            held: how many rows each process holds.
+            held: number of rows that each process holds.
 
         Returns:
             (layers, all rows, columns held here), the rows in the order of the processes.

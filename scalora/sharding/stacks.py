@@ -1,4 +1,7 @@
-"""Tensors of many layers stacked into one, so that one call serves all of them."""
+"""Tensors of many layers stacked into one, so that one call serves all of them.
+
+Held by tests/peft_layers/test_layers.py and tests/sharding/test_sharded_training.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Steps counted by how far they go: one at half the highest learning rate is half a step."""
+"""Steps counted by how far they go: one at half the highest learning rate is half a step.
+
+Held by tests/scaling/test_memory.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Learning rates of parameter groups, read without waiting for a device."""
+"""Learning rates of parameter groups, read without waiting for a device.
+
+Held by tests/step_length/test_learning_rates.py.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The decoder of an encoder-decoder model, and what pads its input.
 
-Held by tests/miub/test_miub_encoder_decoder.py.
+Held by tests/miub/test_encoder_decoder_masks.py.
 """
 
 from __future__ import annotations

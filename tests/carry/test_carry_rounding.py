@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import internals
 import models
 import pytest
 import torch
@@ -91,8 +92,8 @@ def test_re_basing_into_a_narrow_carry_keeps_the_weights_to_float32s_rounding() 
     model = perceptron(torch.float32)
     optimizer = optimizer_of(model, carry_rank=ALL, **DEFAULT)
     for pair in pairs(model):
-        optimizer._rebaser._carry_accumulator.carry_of(pair)  # an empty one
-    rebase, errors = optimizer._rebaser.rebase, []
+        internals.carry_of(optimizer, pair)  # an empty one
+    rebase, errors = internals.rebaser(optimizer).rebase, []
 
     def watched(*args: object) -> None:
         learned = [pair.P_parameter.norm() * pair.Q_parameter.norm() for pair in pairs(model)]
@@ -101,7 +102,7 @@ def test_re_basing_into_a_narrow_carry_keeps_the_weights_to_float32s_rounding() 
         for pair, old, size in zip(pairs(model), before, learned, strict=True):
             errors.append(float((exact_weight(pair) - old).norm() / (pair.scaling * size)))
 
-    optimizer._rebaser.rebase = watched
+    internals.rebaser(optimizer).rebase = watched
     train(model, optimizer, [batch.float() for batch in batches(50)])
     assert len(errors) == 20 and max(errors) < 2.0**-23
     for pair in pairs(model):
@@ -119,7 +120,7 @@ def test_what_a_compression_rounds_is_counted_with_what_it_cuts() -> None:
     carry = first.carry
     assert carry is not None and carry.columns == 8 and carry.cut == 0
     whole = carry.up.double() @ carry.down.double()
-    optimizer._rebaser._carry_accumulator.make_room([first], 2)
+    internals.make_room(optimizer, first, 2)
     missing = (whole - carry.up.double() @ carry.down.double()).square().sum()
     assert carry.columns == 6 and missing > 0
     torch.testing.assert_close(carry.cut.double(), missing, rtol=1e-3, atol=0)

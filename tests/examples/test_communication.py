@@ -38,12 +38,12 @@ def received_with_replicas(rank: int) -> dict[str, float]:
 def test_rebasing_moves_nothing_between_replicas(tmp_path: Path) -> None:
     found = run_processes(received_with_replicas, tmp_path, 2 * PROCESSES)
     formula = planned(small_plan(PROCESSES))
-    for name in ("a step", "a re-basing", "exact", "exact, carry"):
+    for name in ("step", "re-basing", "exact", "exact, carry"):
         assert max(counts[name] for counts in found) == formula[name], name
 
 
 class Factors(nn.Module):
-    """Of six layers: three shapes, of rows that two processes share unevenly or not at all."""
+    """Six factors of three shapes, whose rows two processes share unevenly or not at all."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Factors(nn.Module):
 
 
 def calibrated(model: Factors) -> StepCalibration:
-    """After three steps, the last of them not yet looked at."""
+    """Return the calibration after three steps, of which the last is not yet observed."""
     calibration, parameters = StepCalibration(100), list(model.parameters())
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
@@ -66,7 +66,7 @@ def calibrated(model: Factors) -> StepCalibration:
 
 
 def saved(rank: int) -> tuple[int, dict[str, Tensor], dict[str, Tensor]]:
-    """Collectives, what is saved of a sharded model's calibration, and of one that is not."""
+    """Return collectives, and the saved calibration of a sharded model and of one that is not."""
     model, whole = Factors(), Factors()
     expected = calibrated(whole).saved(list(whole.parameters()))
     fully_shard(model)

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from examples.benchmark.cases import Case
 from examples.benchmark.device_trace import (
-    Case,
     Operations,
     added,
-    llama,
+    fake_llama,
     measuring_operations,
     step_operations,
 )
@@ -50,7 +50,7 @@ def device() -> Iterator[FakeDevice]:
 
 
 def operations_added(device: FakeDevice, blocks: int, case: Case) -> Operations:
-    alone = step_operations(device, llama(blocks), Case(case.inner))["ordinary"]
+    alone = step_operations(device, fake_llama(blocks), Case(case.inner))["ordinary"]
     return added(device, blocks, case, alone)
 
 
@@ -63,6 +63,21 @@ def test_what_a_step_adds_does_not_grow_with_the_depth(device: FakeDevice, case:
     assert found["ordinary"].total() > 0
 
 
+MOST = {
+    ("none", "ordinary"): 10,
+    ("auto", "ordinary"): 31,
+    ("auto", "calibrating"): 83,
+    ("auto", "re-basing"): 146,
+}
+"""Rule and kind of step -> the operations of docs/measurements.md; targets are fewer."""
+
+
+@pytest.mark.parametrize("rule", ["none", "auto"])
+def test_no_step_launches_more_than_the_page_says(device: FakeDevice, rule: str) -> None:
+    for kind, operations in operations_added(device, 1, Case(rule=rule)).items():
+        assert operations.total() <= MOST[rule, kind]
+
+
 @pytest.mark.parametrize("case", DENSE, ids=str)
 def test_a_rebasing_folds_once_per_shape_and_no_other_step_folds(
     device: FakeDevice, case: Case
@@ -72,7 +87,7 @@ def test_a_rebasing_folds_once_per_shape_and_no_other_step_folds(
 
 
 def test_a_measuring_pass_adds_as_much_for_every_block(device: FakeDevice) -> None:
-    one, two, three = (measuring_operations(device, llama(n)).total() for n in (1, 2, 3))
+    one, two, three = (measuring_operations(device, fake_llama(n)).total() for n in (1, 2, 3))
     assert three - two == two - one > 0
 
 

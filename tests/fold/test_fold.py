@@ -144,7 +144,7 @@ def test_stochastic_rounding_accumulates_a_thousand_small_increments_without_bia
     standard_error = error.std() / error.numel() ** 0.5
     assert error.mean().abs() < 4 * standard_error
     assert standard_error < 0.05 * (true - start).mean()  # the mean says something
-    # And its spread is what theory.md predicts: variance |increment| * spacing a fold.
+    # Its variance is |increment| * spacing per fold, by the two neighbours and their probabilities.
     spacing = torch.from_numpy(_spacing(start.numpy(), torch.bfloat16))
     predicted = ((true - start).abs() * spacing).mean().sqrt()
     assert error.square().mean().sqrt() < 1.3 * predicted

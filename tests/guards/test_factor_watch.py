@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import internals
 import models
 import pytest
 import torch
+import training
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
@@ -28,9 +30,7 @@ accumulators = pytest.mark.parametrize("accumulator", ["dense", "carry"])
 def make(accumulator: str, steps: int = 6, **options: Any) -> tuple[Any, scalora.ScaLoRA]:
     torch.manual_seed(0)
     model = models.with_lora(models.Perceptron(), target_modules=["first", "second"])
-    inner = torch.optim.AdamW(models.trainable(model), lr=1e-2)
-    options = {"rule": "exact", "accumulator": accumulator, **options}
-    optimizer = scalora.ScaLoRA(inner, model, **options)
+    optimizer = training.optimizer_of(model, accumulator=accumulator, **options)
     models.train(model, optimizer, INPUTS, steps)
     return model, optimizer
 
@@ -268,7 +268,7 @@ def converted(model: Any, optimizer: scalora.ScaLoRA) -> None:
 
 
 def by_a_second_scalora(model: Any, optimizer: scalora.ScaLoRA) -> None:
-    second = scalora.ScaLoRA(torch.optim.AdamW(models.trainable(model)), model, rule="exact")
+    second = training.optimizer_of(model, lr=1e-3)
     models.train(model, second, INPUTS, 3)
 
 
@@ -307,15 +307,14 @@ def test_every_kind_of_inner_optimizer_says_nothing(
 ) -> None:
     torch.manual_seed(0)
     model = models.with_lora(models.Perceptron(), target_modules=["first", "second"])
-    inner = torch.optim.AdamW(models.trainable(model), lr=1e-2, **options)
-    optimizer = scalora.ScaLoRA(inner, model, rule="exact", accumulator=accumulator)
+    optimizer = training.optimizer_of(model, adamw=options, accumulator=accumulator)
     with nothing_said():
         models.train(model, optimizer, INPUTS, 4)
 
 
 def late(optimizer: scalora.ScaLoRA) -> None:
     """Let the watch defer what it finds, as it does where a look would wait for the device."""
-    watch: Any = optimizer._guard._factor_watch
+    watch: Any = internals.factor_watch(optimizer)
     watch._worst, watch._arrived = torch.zeros(()), torch.zeros(())
 
 

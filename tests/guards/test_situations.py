@@ -10,6 +10,7 @@ from typing import Any
 import models
 import pytest
 import torch
+import training
 from torch import Tensor, nn
 
 import scalora
@@ -30,8 +31,8 @@ def make(options: dict[str, Any], steps: int = 5) -> tuple[Any, scalora.ScaLoRA]
     torch.manual_seed(0)
     model = models.with_lora(models.Perceptron(), target_modules=["first", "second"])
     # In float16 the default eps is 0.
-    inner = torch.optim.AdamW(models.trainable(model), lr=1e-2, weight_decay=0, eps=1e-4)
-    optimizer = scalora.ScaLoRA(inner, model, **options)
+    adamw = {"weight_decay": 0, "eps": 1e-4}
+    optimizer = training.optimizer_of(model, adamw=adamw, **{"rule": "auto", **options})
     models.train(model, optimizer, INPUTS, steps)
     optimizer.zero_grad()
     return model, optimizer
@@ -121,8 +122,8 @@ class Experts(nn.Module):
 def test_expert_that_no_token_reaches_stands_still(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model = models.with_lora(Experts(), target_modules=["first", "second"])
-    inner = torch.optim.AdamW(models.trainable(model), lr=1e-2, weight_decay=0)
-    optimizer = scalora.ScaLoRA(inner, model, **options)
+    options = {"rule": "auto", **options}
+    optimizer = training.optimizer_of(model, adamw={"weight_decay": 0}, **options)
     for step in range(4 * INTERVAL):
         chosen = model.get_base_model().chosen = ("first", "second")[step // 2 % 2]
         before = weights(optimizer)
@@ -221,8 +222,7 @@ def test_layers_that_are_not_the_optimizers_any_more_are_refused(
 @kinds
 def test_second_optimizer_takes_over_and_the_first_is_refused(options: dict[str, Any]) -> None:
     model, first = make(options)
-    inner = torch.optim.AdamW(models.trainable(model), lr=1e-2)
-    second = scalora.ScaLoRA(inner, model, **options)
+    second = training.optimizer_of(model, **{"rule": "auto", **options})
     backward(model)
     before = models.bits(model)
     with pytest.raises(ValueError, match="another ScaLoRA, made later, re-bases 'first' too"):
@@ -330,6 +330,5 @@ def test_optimizer_copied_alone_trains_a_model_of_its_own(options: dict[str, Any
 def test_model_copied_alone_is_trained_by_a_new_optimizer(options: dict[str, Any]) -> None:
     model, optimizer = make(options)
     twin = copy.deepcopy(model)
-    inner = torch.optim.AdamW(models.trainable(twin), lr=1e-2)
-    trains_on(twin, scalora.ScaLoRA(inner, twin, **options))
+    trains_on(twin, training.optimizer_of(twin, **{"rule": "auto", **options}))
     trains_on(model, optimizer)

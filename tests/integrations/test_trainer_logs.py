@@ -104,3 +104,26 @@ def test_run_without_a_rule_is_plain_lora_and_says_so(tmp_path, capsys):
 def test_log_level_silences_the_lines(tmp_path, capsys):
     make_trainer(tmp_path, max_steps=2, log_level="error").train()
     assert "ScaLoRA: " not in capsys.readouterr().out
+
+
+class Interrupts(TrainerCallback):
+    """Interrupts the first run, as a user of a notebook does."""
+
+    def __init__(self) -> None:
+        self.done = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2 and not self.done:
+            self.done = True
+            raise KeyboardInterrupt
+
+
+def test_run_after_an_interrupted_one_logs_once_and_leaves_nothing_behind(tmp_path):
+    trainer = make_trainer(tmp_path, callback=scalora.ScaLoRACallback(interval=1), max_steps=3)
+    before = [*trainer.callback_handler.callbacks, interrupts := Interrupts()]
+    trainer.add_callback(interrupts)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train()
+    assert trainer.state.log_history[0].keys() >= NUMBERS
+    assert trainer.callback_handler.callbacks == before

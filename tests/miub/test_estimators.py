@@ -20,8 +20,18 @@ from examples.benchmark.miub.distributions import (
     student,
     student_information,
 )
-from miub.estimators import ESTIMATORS, club, gaussian, infonce, l1out, ranked, tempered, vub
-from miub.estimators.bracket import bracket
+from miub.estimators import (
+    ESTIMATORS,
+    Estimate,
+    club,
+    gaussian,
+    infonce,
+    l1out,
+    ranked,
+    tempered,
+    vub,
+)
+from miub.estimators.bracket import bracket, fit_bracket
 from miub.estimators.conditional import fit_linear
 from miub.estimators.design import Design, design_by_columns, design_of
 from miub.estimators.positive_definite import add_outer_product, cholesky, inverse_of_triangle
@@ -46,6 +56,12 @@ def pair(n: int, d: int, r: int, seed: int = 0, dtype=torch.float64):
 
 def design(u, v, noise=0.0) -> Design:
     return design_of(prepare(u, v, noise))
+
+
+def bracketed(samples: Design, **options):
+    """The bounds of one fit."""
+    upper, lower = bracket([fit_bracket(samples, **options)])
+    return tuple(Estimate(e.value[0], e.stderr[0], e.n, e.heaviest[0]) for e in (upper, lower))
 
 
 def repeated(sampler, count: int, n: int, seed: int = 0):
@@ -73,7 +89,7 @@ def test_the_fit_is_ridge_regression_and_its_left_out_errors_are_those_of_refitt
     u, v = pair(n, d, r, seed)
     samples = prepare(u, v, 0.05)
     ridge = fit_ridge(design_of(samples), penalties=(0.3,))
-    found = ridge.weight(samples.u)
+    found, fit = ridge.weight(samples.u), ridge.fit
     eps = 4 * torch.finfo(u.dtype).eps
     a = u - u.mean(0)
     penalty = (0.3 / n + eps) * a.square().sum() + n * samples.noise_u.item()
@@ -81,15 +97,15 @@ def test_the_fit_is_ridge_regression_and_its_left_out_errors_are_those_of_refitt
     size = weight.square().sum()
     shrinkage = ((found * weight).sum() / size).item()
     torch.testing.assert_close(found, shrinkage * weight, atol=1e-9, rtol=1e-7)
-    torch.testing.assert_close(ridge.squared_weight, found.T @ found, atol=1e-9, rtol=1e-7)
+    torch.testing.assert_close(fit.squared_weight, found.T @ found, atol=1e-9, rtol=1e-7)
     assert round(shrinkage * 20) == pytest.approx(shrinkage * 20, abs=1e-6)
     fitted = v.mean(0) + shrinkage * (u @ weight + intercept - v.mean(0))
-    torch.testing.assert_close(ridge.residual, v - fitted, atol=1e-9, rtol=1e-7)
+    torch.testing.assert_close(fit.residual, v - fitted, atol=1e-9, rtol=1e-7)
     # Without shrinkage and with the others' means: leaving one out by hand.
     hat = torch.linalg.solve(a.T @ a + penalty * torch.eye(d, dtype=u.dtype), a.T)
     leverage = (a * hat.T).sum(1)
     torch.testing.assert_close(
-        ridge.freedom[:, 0],
+        fit.freedom[:, 0],
         (1 - 1 / n) - shrinkage * leverage,
         atol=1e-9,
         rtol=1e-7,
@@ -100,7 +116,7 @@ def test_the_fit_is_ridge_regression_and_its_left_out_errors_are_those_of_refitt
             others_u, others_v = u[kept], v[kept]
             w = reference_penalised_about_own_mean(others_u, others_v, penalty)
             error = v[i] - (others_v.mean(0) + (u[i] - others_u.mean(0)) @ w)
-            torch.testing.assert_close(ridge.left_out_error[i], error, atol=1e-8, rtol=1e-6)
+            torch.testing.assert_close(fit.left_out_error[i], error, atol=1e-8, rtol=1e-6)
 
 
 def reference_penalised_about_own_mean(u, v, penalty):
@@ -111,11 +127,13 @@ def test_primal_and_dual_agree_where_samples_and_coordinates_are_about_as_many()
     u, v = pair(30, 29, 2)
     wide = torch.cat([u, torch.zeros(30, 2, dtype=u.dtype)], 1)
     narrow, dual = (fit_ridge(design(x, v), penalties=(0.1,)) for x in (u, wide))
-    torch.testing.assert_close(narrow.residual, dual.residual, atol=1e-8, rtol=1e-6)
-    torch.testing.assert_close(narrow.freedom, dual.freedom, atol=1e-8, rtol=1e-6)
+    torch.testing.assert_close(narrow.fit.residual, dual.fit.residual, atol=1e-8, rtol=1e-6)
+    torch.testing.assert_close(narrow.fit.freedom, dual.fit.freedom, atol=1e-8, rtol=1e-6)
     weight = dual.weight(prepare(wide, v, 0.0).u)
     torch.testing.assert_close(narrow.coefficients, weight[:29], atol=1e-8, rtol=1e-6)
-    torch.testing.assert_close(narrow.squared_weight, dual.squared_weight, atol=1e-8, rtol=1e-6)
+    torch.testing.assert_close(
+        narrow.fit.squared_weight, dual.fit.squared_weight, atol=1e-8, rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize(("n", "d"), [(24, 24), (24, 300), (600, 700), (40, 9)])
@@ -134,15 +152,30 @@ def test_a_design_that_is_read_by_columns_is_the_one_of_whole_samples(n, d, monk
     assert d < n or max(read) <= 100
     torch.testing.assert_close(found.gram.tril(), expected.gram.tril())
     assert (found.u is None) == (d >= n)
-    for name in ("energy", "v", "noise_u", "noise_v", "informative", "heaviest"):
-        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+    torch.testing.assert_close(found.energy, expected.energy)
+    for name, value in vars(expected.margins).items():
+        torch.testing.assert_close(getattr(found.margins, name), value)
+
+
+def test_fits_that_are_evaluated_together_are_those_alone():
+    pairs = [design(*pair(40, d, 2, seed), noise=0.05) for seed, d in enumerate((3, 50, 7))]
+    fits = [fit_bracket(samples, (0.0, 0.1)) for samples in pairs]
+    upper, lower = bracket(fits)
+    alone = [bracket([fit]) for fit in fits]
+    torch.testing.assert_close(upper.value, torch.cat([one.value for one, _ in alone]))
+    torch.testing.assert_close(upper.stderr, torch.cat([one.stderr for one, _ in alone]))
+    torch.testing.assert_close(upper.heaviest, torch.cat([one.heaviest for one, _ in alone]))
+    # The noise that is drawn for the lower bound is each fit's own.
+    torch.testing.assert_close(
+        lower.value, torch.cat([one.value for _, one in alone]), atol=0.2, rtol=0
+    )
 
 
 def test_a_constant_read_by_columns_shares_nothing():
     _, v = pair(24, 3, 2, dtype=torch.float32)
     constant = design_by_columns(lambda start, end: torch.full((24, end - start), 3.7), 40, v, 0.0)
-    assert not constant.informative
-    assert bracket(constant)[0].value == 0
+    assert not constant.margins.informative
+    assert bracketed(constant)[0].value == 0
 
 
 @pytest.mark.parametrize("size", [1, 63, 64, 65, 200, 513])
@@ -161,11 +194,11 @@ def test_triangles_are_inverted_and_grams_are_products(size):
 
 def test_the_mean_leverage_is_the_mean_of_the_leverages_and_the_fit_is_the_same():
     samples = design(*pair(60, 7, 2), 0.05)
-    penalty = 3 * torch.ones(1, 1, dtype=samples.v.dtype)
+    penalty = 3 * torch.ones(1, 1, dtype=samples.gram.dtype)
     own, mean = _fit(samples, penalty), _fit_at_mean_leverage(samples, penalty)
     torch.testing.assert_close(own.coefficients, mean.coefficients)
-    torch.testing.assert_close(own.residual, mean.residual)
-    torch.testing.assert_close(own.freedom.mean(), mean.freedom.squeeze())
+    torch.testing.assert_close(own.fit.residual, mean.fit.residual)
+    torch.testing.assert_close(own.fit.freedom.mean(), mean.fit.freedom.squeeze())
 
 
 @pytest.mark.parametrize("n", [512, 513, 4096])
@@ -186,7 +219,7 @@ def test_the_penalty_is_the_one_that_predicts_samples_that_were_left_out_best(n)
             error.append(v[out] - intercept - u[out] @ weight)
         losses.append(torch.logdet(torch.cov(torch.cat(error).T)).item())
     alone = [fit_ridge(design(u, v), (penalty,)) for penalty in penalties]
-    distances = [(whole.residual - fit.residual).norm().item() for fit in alone]
+    distances = [(whole.fit.residual - one.fit.residual).norm().item() for one in alone]
     best = distances.index(min(distances))
     assert distances[best] < 1e-9
     assert abs(best - losses.index(min(losses))) <= 1
@@ -247,7 +280,7 @@ def test_a_variational_estimator_is_the_loop_over_its_definition(name):
     values = []
     for train, test in ((slice(0, half), slice(half, 40)), (slice(half, 40), slice(0, half))):
         zero = torch.zeros(1, 1, dtype=u.dtype)
-        part = Samples(u[train], v[train], zero, zero, torch.tensor(True))
+        part = Samples(u[train], v[train], zero, zero, torch.tensor(True), torch.zeros(()))
         q = fit_linear(part)(u[test], None)
         density = [
             [log_normal(v[test][i], q.means[j], q.covariance) for j in range(half)]
@@ -306,11 +339,11 @@ def test_a_layers_paths_are_answered_also_with_more_outputs_than_tokens(inputs, 
 
 def test_the_bracket_is_the_tempered_bound_over_a_lower_one():
     u, v = repeated(correlated(4, 2.0), 30, 256)
-    upper, lower = bracket(design(u, v))
+    upper, lower = bracketed(design(u, v))
     assert torch.equal(upper.value, tempered(u, v).value)
     assert (lower.value <= 2 + 2 * lower.stderr).float().mean() > 0.95
     assert lower.value.mean() > 1.5
-    independent = bracket(design(*repeated(correlated(4, 0.0), 30, 256)))[1]
+    independent = bracketed(design(*repeated(correlated(4, 0.0), 30, 256)))[1]
     assert independent.value.mean() < 0.01
     assert (lower.value <= math.log(256)).all()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import resource
 import subprocess
 import sys
 import warnings
@@ -14,9 +15,10 @@ import torch
 from models import bert, gpt2, token_ids, train, trainable, with_lora
 from transformers import BertForSequenceClassification, BertTokenizerFast
 
+import miub
 import scalora
-from miub import MIUBMonitor, MIUBReport
-from miub.cli import main
+from miub import MIUBMonitor, MIUBReport, estimators
+from miub.cli import command, main
 
 
 @pytest.fixture
@@ -71,11 +73,48 @@ def test_the_command_line_says_what_is_wrong_with_its_input(trained, capsys):
     assert "absent.txt" in capsys.readouterr().err
 
 
+# A command line that is answered without one of these libraries takes no time.
+ANSWERED = """
+import runpy, sys
+try:
+    runpy.run_module("miub", run_name="__main__")
+except SystemExit as stopped:
+    assert stopped.code == 0
+heavy = {"torch", "transformers", "peft", "accelerate", "numpy"} & sys.modules.keys()
+assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"), [("--help", "--adapter"), ("--version", f"miub {scalora.__version__}")]
+)
+def test_help_and_version_are_answered_at_once_and_without_other_libraries(argument, said):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    line = [sys.executable, "-c", ANSWERED, argument]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0 and done.stderr == ""
+    assert said in done.stdout
+    assert (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime) < 1  # seconds
+
+
+def test_the_version_is_scaloras_and_every_public_name_is_there():
+    assert miub.__version__ == scalora.__version__
+    assert set(miub.__all__) <= set(dir(miub))
+    assert all(hasattr(miub, name) for name in miub.__all__)
+    with pytest.raises(AttributeError, match="'miub' has no attribute 'Monitor'"):
+        miub.Monitor  # noqa: B018
+
+
+def test_every_estimator_can_be_asked_for():
+    assert list(command.ESTIMATORS) == sorted(estimators.ESTIMATORS)
+
+
 @pytest.mark.slow
 def test_python_m_miub_runs(trained):
-    command = [sys.executable, "-m", "miub", *arguments(trained)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "all layers" in done.stdout
+    line = [sys.executable, "-m", "miub", *arguments(trained)]
+    done = subprocess.run(line, capture_output=True, text=True, check=True)
+    assert "all layers" in done.stdout and done.stderr == ""
 
 
 def test_a_causal_language_model_without_a_padding_token_is_measured(tmp_path, trained, capsys):
@@ -88,9 +127,9 @@ def test_a_causal_language_model_without_a_padding_token_is_measured(tmp_path, t
     with_lora(base, target_modules=["c_attn"], task_type="CAUSAL_LM").save_pretrained(
         tmp_path / "gpt2-adapter"
     )
-    command = arguments(trained)
-    command[1], command[3] = str(tmp_path / "gpt2"), str(tmp_path / "gpt2-adapter")
-    assert main(command) == 0
+    line = arguments(trained)
+    line[1], line[3] = str(tmp_path / "gpt2"), str(tmp_path / "gpt2-adapter")
+    assert main(line) == 0
     assert "transformer.h.0.attn.c_attn" in capsys.readouterr().out
 
 
@@ -119,11 +158,11 @@ def checkpoint_of(folder, accumulator):
 @pytest.mark.parametrize("accumulator", ["dense", "carry"])
 def test_the_command_line_measures_the_whole_of_a_checkpoint(trained, accumulator, capsys):
     checkpoint, expected = checkpoint_of(trained, accumulator)
-    command = arguments(trained, "--batches", "1", "--json", str(trained / "miub.json"))
-    command[3] = str(checkpoint)
+    line = arguments(trained, "--batches", "1", "--json", str(trained / "miub.json"))
+    line[3] = str(checkpoint)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*ScaLoRA")
-        assert main(command) == 0
+        assert main(line) == 0
     rows = MIUBReport.from_json(trained / "miub.json")
     assert {row.layer for row in rows} == set(expected)
     for row in rows:
@@ -133,7 +172,7 @@ def test_the_command_line_measures_the_whole_of_a_checkpoint(trained, accumulato
 def test_the_command_line_refuses_an_adapter_without_its_carry(trained, capsys):
     checkpoint, _ = checkpoint_of(trained, "carry")
     (checkpoint / "scalora.safetensors").unlink()
-    command = arguments(trained)
-    command[3] = str(checkpoint)
-    assert main(command) == 2
+    line = arguments(trained)
+    line[3] = str(checkpoint)
+    assert main(line) == 2
     assert "carry belongs" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import math
 import warnings
 from functools import partial
 
+import internals
 import pytest
 import torch
 from measuring import collector, encoder, measured, wake
@@ -32,7 +33,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 import scalora
 from examples.benchmark.miub.cost import peak_of_a_layer
 from miub import MIUBMonitor, estimators
-from miub.estimators.bracket import bracket
+from miub.estimators.bracket import bracket, fit_bracket
 from miub.estimators.design import design_of
 from miub.estimators.samples import prepare
 
@@ -65,7 +66,7 @@ def test_a_layers_value_is_the_estimators_on_its_two_paths():
     contribution = lora.scaling["default"] * lora.lora_B["default"](lora.lora_A["default"](inputs))
     basis = torch.linalg.qr(lora.lora_B["default"].weight)[0]
     samples = prepare(output, contribution @ basis, 0.01)
-    upper, lower = bracket(design_of(samples), penalties=(0.0,))
+    upper, lower = bracket([fit_bracket(design_of(samples), penalties=(0.0,))])
     row = report["second"]
     assert row.value == pytest.approx(upper.value.item(), rel=1e-3)
     assert row.stderr == pytest.approx(upper.stderr.item(), rel=1e-2)
@@ -348,7 +349,7 @@ def test_a_layer_whose_mask_turns_out_to_have_too_few_tokens_is_left_out_of_the_
     monitor = MIUBMonitor(model, every=1)
     with monitor, torch.no_grad():
         model(vectors(64, 12))
-    monitor._pending[0].numbers[3] = 15
+    internals.pending(monitor)[0].numbers[3] = 15
     with pytest.warns(UserWarning, match="'first' had 15 tokens"):
         report = monitor.report()
     assert report.layers == ["second"]
@@ -488,7 +489,7 @@ def test_only_scalars_are_held_after_a_measurement():
     monitor = MIUBMonitor(model, every=1)
     with monitor, torch.no_grad():
         model(input_ids=token_ids(8, 12))
-    held = [m.numbers for m in monitor._pending]
+    held = [m.numbers for m in internals.pending(monitor)]
     assert held
     assert all(numbers.shape == (5,) and not numbers.requires_grad for numbers in held)
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import internals
 import numpy as np
 import peft
 import pytest
@@ -330,7 +331,7 @@ def test_a_rebasing_carries_states_and_gradients_into_the_new_coordinates(
     before = {id(p): p.detach().clone() for p in _adapter(model)}
 
     inner.param_groups[0]["lr"] = 0.1
-    wrapped._rebaser.rebase(inner, 0)
+    internals.rebase(wrapped)
 
     for parameter, history in zip(_adapter(model), histories, strict=True):
         name = names[id(parameter)]
@@ -366,7 +367,7 @@ def test_rebasing_while_training_does_not_change_the_function(case: OptimizerCas
     wrapped.zero_grad()
     _loss(model, 5, torch.float32).backward()
     before = model(x).detach()
-    wrapped._rebaser.rebase(wrapped.inner, 0)
+    internals.rebase(wrapped)
     torch.testing.assert_close(model(x).detach(), before, rtol=0, atol=2e-5)
     scaled = torch.cat([torch.cat(pair) for pair in wrapped.last_scaling.values()])
     assert torch.any(scaled != 1)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 import warnings
 
 import accelerate
+import internals
+import models
 import pytest
 import torch
 from failing import FailAt
@@ -35,12 +38,8 @@ def make_model(dtype: torch.dtype = torch.float32, *, from_zero: bool = False) -
     return get_peft_model(base.to(dtype), config)
 
 
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
 def adamw(model: nn.Module, lr: float = 1e-2, **arguments) -> torch.optim.AdamW:
-    return torch.optim.AdamW(trainable(model), lr=lr, **arguments)
+    return torch.optim.AdamW(models.trainable(model), lr=lr, **arguments)
 
 
 def rebasing(inner: torch.optim.Optimizer, model: nn.Module, **options) -> scalora.ScaLoRA:
@@ -58,26 +57,11 @@ def backward(model: nn.Module, seed: int) -> torch.Tensor:
     return loss.detach()
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
-    losses = []
-    for seed in steps:
-        optimizer.zero_grad()
-        losses.append(backward(model, seed).item())
-        optimizer.step()
-    return losses
-
-
-def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+train = functools.partial(models.train_by, backward)
 
 
 def effective(model: nn.Module) -> dict[str, torch.Tensor]:
     return {pair.name: pair.effective_weight().double() for pair in lora_pairs(model, "default")}
-
-
-def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
-    for name in left:
-        assert torch.equal(left[name], right[name]), name
 
 
 # The swap
@@ -107,7 +91,7 @@ def test_rule_none_is_the_inner_optimizer_to_the_bit():
     one, other = make_model(), make_model()
     train(one, adamw(one), range(10))
     train(other, rebasing(adamw(other), other, rule="none"), range(10))
-    assert_same(snapshot(one), snapshot(other))
+    models.assert_same(models.parameters(one), models.parameters(other))
 
 
 def test_parameters_of_no_lora_layer_step_as_the_inner_optimizer_alone():
@@ -115,7 +99,7 @@ def test_parameters_of_no_lora_layer_step_as_the_inner_optimizer_alone():
     plain, wrapped = adamw(one), rebasing(adamw(other), other)
     for seed in range(8):
         backward(one, seed)
-        for a, b in zip(trainable(one), trainable(other), strict=True):
+        for a, b in zip(models.trainable(one), models.trainable(other), strict=True):
             b.grad = a.grad.clone()
         plain.step()
         wrapped.step()
@@ -163,7 +147,7 @@ def test_first_step_finds_nothing_to_scale(rule):
 @pytest.mark.parametrize("from_zero", [False, True])
 @pytest.mark.parametrize(
     "make",
-    [lambda m: adamw(m, weight_decay=0.0), lambda m: torch.optim.SGD(trainable(m), lr=0.5)],
+    [lambda m: adamw(m, weight_decay=0.0), lambda m: torch.optim.SGD(models.trainable(m), lr=0.5)],
     ids=["AdamW", "SGD"],
 )
 def test_first_rebasing_makes_the_coming_step_as_long_as_plain_loras(make, from_zero, rule):
@@ -183,7 +167,7 @@ def test_first_rebasing_makes_the_coming_step_as_long_as_plain_loras(make, from_
     step_Q = plain_pair.Q_parameter.detach() - old_Q
     expected = (step_P @ old_Q + old_P @ step_Q).norm().item()
 
-    optimizer._rebaser.rebase(optimizer.inner, 0)
+    internals.rebase(optimizer)
     new_P, new_Q = P.detach().clone(), Q.detach().clone()
     optimizer.inner.step()
     taken = ((P - new_P) @ new_Q + new_P @ (Q - new_Q)).norm().item()
@@ -279,9 +263,9 @@ def test_zero_learning_rate_leaves_every_layer_alone():
     train(model, optimizer, range(3))
     for group in optimizer.param_groups:
         group["lr"] = 0.0
-    before = snapshot(model)
+    before = models.parameters(model)
     train(model, optimizer, range(3, 4))
-    assert_same(before, snapshot(model))
+    models.assert_same(before, models.parameters(model))
 
 
 # Mixed precision and accelerate
@@ -297,11 +281,11 @@ def test_grad_scaler_skips_and_goes_on():
         x = torch.randn(8, 12, generator=generator)
         loss = model(x).square().mean()
         scaler.scale(loss * (torch.inf if step == 3 else 1.0)).backward()
-        before = snapshot(model)
+        before = models.parameters(model)
         scaler.step(optimizer)
         scaler.update()
         if step == 3:
-            assert_same(before, snapshot(model))
+            models.assert_same(before, models.parameters(model))
     assert optimizer.rebase_count == 5
     assert all(p.isfinite().all() for p in model.parameters())
 
@@ -354,7 +338,7 @@ def test_half_precision_resumes_to_the_same_bits():
     resumed = rebasing(adamw(second), second)
     resumed.load_state_dict(optimizer.state_dict())
     run(second, resumed, range(4, 8))
-    assert_same(snapshot(whole), snapshot(second))
+    models.assert_same(models.parameters(whole), models.parameters(second))
 
 
 def test_plain_optimizer_state_begins_rebasing_anew():
@@ -395,10 +379,10 @@ def test_state_on_another_base_is_refused_at_the_first_step():
     fresh = make_model()
     resumed = rebasing(adamw(fresh), fresh)
     resumed.load_state_dict(optimizer.state_dict())
-    before = snapshot(fresh)
+    before = models.parameters(fresh)
     with pytest.raises(ValueError, match="base weight of '0'"):
         train(fresh, resumed, range(3, 4))
-    assert_same(before, snapshot(fresh))
+    models.assert_same(before, models.parameters(fresh))
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
@@ -409,7 +393,7 @@ def test_a_copy_goes_on_by_itself(clone):
     torch.optim.lr_scheduler.ConstantLR(optimizer)  # it replaces optimizer.step
     other_model, other = clone((model, optimizer))
     assert train(other_model, other, range(4, 7)) == train(model, optimizer, range(4, 7))
-    assert_same(snapshot(model), snapshot(other_model))
+    models.assert_same(models.parameters(model), models.parameters(other_model))
 
 
 def test_equal_seeds_round_equally_and_others_do_not():
@@ -437,12 +421,12 @@ def test_new_optimizer_on_a_rebased_model_saves_the_base_it_found(tmp_path):
     resumed_model.load_state_dict(adapter, strict=False)
     resumed = rebasing(adamw(resumed_model), resumed_model, interval=100)
     scalora.load_training_state(resumed, tmp_path)
-    assert_same(snapshot(model), snapshot(resumed_model))
+    models.assert_same(models.parameters(model), models.parameters(resumed_model))
 
 
 def test_two_peft_models_in_one_module_keep_their_layers_apart():
     towers = nn.ModuleDict({"query": make_model(), "passage": make_model()})
-    optimizer = rebasing(torch.optim.SGD(trainable(towers), lr=0.1), towers)
+    optimizer = rebasing(torch.optim.SGD(models.trainable(towers), lr=0.1), towers)
     names = [pair.name for pair in optimizer.rebased_pairs]
     assert len(names) == 4
     assert len(set(names)) == 4
@@ -460,12 +444,12 @@ def test_non_finite_gradient_changes_nothing_and_training_goes_on(value, where):
     backward(model, 3)
     [*_, parameter] = [p for n, p in model.named_parameters() if where in n and p.requires_grad]
     parameter.grad.view(-1)[0] = value
-    before, state = snapshot(model), copy.deepcopy(optimizer.inner.state_dict()["state"])
+    before, state = models.parameters(model), copy.deepcopy(optimizer.inner.state_dict()["state"])
     with pytest.warns(UserWarning, match="not finite"):
         optimizer.step()
-    assert_same(before, snapshot(model))
+    models.assert_same(before, models.parameters(model))
     for index, moments in optimizer.inner.state_dict()["state"].items():
-        assert_same(state[index], moments)
+        models.assert_same(state[index], moments)
     assert optimizer.skipped_steps == 1
     losses = train(model, optimizer, range(4, 8))
     assert all(loss == loss for loss in losses)
@@ -474,14 +458,14 @@ def test_non_finite_gradient_changes_nothing_and_training_goes_on(value, where):
 
 def test_zero_gradients_do_no_harm():
     model = make_model()
-    optimizer = rebasing(torch.optim.SGD(trainable(model), lr=0.1), model)
+    optimizer = rebasing(torch.optim.SGD(models.trainable(model), lr=0.1), model)
     train(model, optimizer, range(3))
     backward(model, 3)
-    for p in trainable(model):
+    for p in models.trainable(model):
         p.grad.zero_()
-    before = snapshot(model)
+    before = models.parameters(model)
     optimizer.step()
-    assert_same(before, snapshot(model))
+    models.assert_same(before, models.parameters(model))
 
 
 def test_layer_without_a_gradient_is_left_alone():
@@ -493,9 +477,9 @@ def test_layer_without_a_gradient_is_left_alone():
     for name, p in model.named_parameters():
         if ".2.lora_" in name:
             p.grad = None
-    before = snapshot(model)
+    before = models.parameters(model)
     optimizer.step()
-    after = snapshot(model)
+    after = models.parameters(model)
     assert set(optimizer.last_scaling) == {"0"}
     for name in before:
         if ".2." in name:
@@ -516,7 +500,7 @@ def coordinates(model: nn.Module, optimizer: scalora.ScaLoRA) -> dict[str, list[
 
 def adamw8bit(model: nn.Module) -> torch.optim.Optimizer:
     optim = pytest.importorskip("bitsandbytes").optim
-    return optim.AdamW8bit(trainable(model), lr=1e-2, min_8bit_size=1)
+    return optim.AdamW8bit(models.trainable(model), lr=1e-2, min_8bit_size=1)
 
 
 @pytest.mark.parametrize(
@@ -544,7 +528,7 @@ def test_failure_at_any_operation_leaves_every_layer_whole(dtype, error, inner):
     old = coordinates(*template)
     model, optimizer = copy_with_gradients(*template)
     with FailAt(-1, error) as counter:
-        optimizer._rebaser.rebase(optimizer.inner, optimizer.rebase_count)
+        internals.rebase(optimizer, optimizer.rebase_count)
     new = coordinates(model, optimizer)
     assert any(not torch.equal(a, b) for a, b in zip(old["0"], new["0"], strict=True))
 
@@ -554,7 +538,7 @@ def test_failure_at_any_operation_leaves_every_layer_whole(dtype, error, inner):
     for k in [*range(1, writing, 25), *range(writing, counter.count + 1)]:
         model, optimizer = copy_with_gradients(*template)
         with pytest.raises(error), FailAt(k, error):
-            optimizer._rebaser.rebase(optimizer.inner, optimizer.rebase_count)
+            internals.rebase(optimizer, optimizer.rebase_count)
         for name, tensors in coordinates(model, optimizer).items():
             is_old = all(torch.equal(a, b) for a, b in zip(tensors, old[name], strict=True))
             is_new = all(torch.equal(a, b) for a, b in zip(tensors, new[name], strict=True))
@@ -600,18 +584,18 @@ class Unknown(torch.optim.SGD):
 def test_unknown_optimizer_is_refused_by_name_and_can_be_registered():
     model = make_model()
     with pytest.raises(TypeError, match=r"Unknown.*register_moments"):
-        scalora.ScaLoRA(Unknown(trainable(model), lr=0.1), model)
+        scalora.ScaLoRA(Unknown(models.trainable(model), lr=0.1), model)
 
     class Registered(torch.optim.SGD):
         pass
 
     scalora.register_moments(Registered, {"momentum_buffer": 1}, direction_degree=1)
     optimizer = scalora.ScaLoRA(
-        Registered(trainable(model), lr=0.1, momentum=0.9), model, rule="exact"
+        Registered(models.trainable(model), lr=0.1, momentum=0.9), model, rule="exact"
     )
     train(model, optimizer, range(3))
     with pytest.raises(ValueError, match="direction"):
-        scalora.ScaLoRA(Registered(trainable(model), lr=0.1), model, rule="direction")
+        scalora.ScaLoRA(Registered(models.trainable(model), lr=0.1), model, rule="direction")
 
 
 def test_state_of_unknown_degree_is_refused_and_nothing_changed():
@@ -619,12 +603,12 @@ def test_state_of_unknown_degree_is_refused_and_nothing_changed():
     optimizer = rebasing(adamw(model), model)
     train(model, optimizer, range(2))
     backward(model, 2)
-    for p in trainable(model):
+    for p in models.trainable(model):
         optimizer.state[p]["drift"] = torch.zeros_like(p)
-    before = snapshot(model)
+    before = models.parameters(model)
     with pytest.raises(TypeError, match="'drift'"):
         optimizer.step()
-    assert_same(before, snapshot(model))
+    models.assert_same(before, models.parameters(model))
 
 
 @pytest.mark.parametrize(
@@ -680,8 +664,22 @@ def test_wrong_arguments_are_refused():
 
 def test_repr_says_what_auto_became() -> None:
     model = make_model()
-    optimizer = scalora.ScaLoRA(torch.optim.AdamW(trainable(model)), model)
+    optimizer = scalora.ScaLoRA(torch.optim.AdamW(models.trainable(model)), model)
     found = repr(optimizer)
     for part in ("rule='leak'", "interval=10", "memory=100.0", "calibration=100"):
         assert part in found
     assert found.endswith("layers: 2 dense)")
+
+
+def test_step_that_is_skipped_ends_a_state_that_is_in_a_file() -> None:
+    """Saved elsewhere after it, the state is whole."""
+    model = make_model()
+    optimizer = rebasing(adamw(model), model)
+    backward(model, 0)
+    optimizer.step()
+    optimizer.state_is_in_file = True
+    assert optimizer.state_dict()["scalora"].keys() >= {"in_file"}
+    next(p for p in trainable(model) if p.grad is not None).grad.fill_(torch.inf)
+    with pytest.warns(UserWarning, match="this step was skipped"):
+        optimizer.step()
+    assert optimizer.state_dict()["scalora"].keys() >= {"layers", "steps"}

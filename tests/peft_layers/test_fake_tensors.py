@@ -36,7 +36,7 @@ def test_layers_are_rebased_wherever_real_ones_are() -> None:
         assert why_no_carry(pair) is None
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer = scalora.ScaLoRA(inner, model)
-    assert list(optimizer._rebaser.places.values()) == ["dense", "carry", "carry"]  # two are tied
+    assert list(optimizer.places.values()) == ["dense", "carry", "carry"]  # two are tied
 
 
 def test_storage_is_told_apart() -> None:

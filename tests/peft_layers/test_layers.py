@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import internals
 import models
 import pytest
 import torch
@@ -26,7 +27,7 @@ import scalora
 
 def _rebase_alone(optimizer: scalora.ScaLoRA) -> None:
     """Re-base on the gradients that are there, without the inner optimizer's step."""
-    optimizer._rebaser.rebase(optimizer.inner, optimizer.rebase_count)
+    internals.rebase(optimizer, optimizer.rebase_count)
 
 
 def _trained(case: Case, dtype: torch.dtype, **options: Any) -> tuple[Any, scalora.ScaLoRA, Tensor]:
@@ -282,7 +283,7 @@ def test_half_precision_base_takes_the_change_to_a_unit_in_the_last_place(
         stored = lora.get_base_layer().weight.detach().flatten(1).double()
         if (
             rounding == "compensated"
-            and (residual := optimizer._rebaser.memory[layer].residual) is not None
+            and (residual := internals.rebaser(optimizer).memory[layer].residual) is not None
         ):
             stored = stored + residual
         transposed = layer == "tokens" or lora.__dict__.get("fan_in_fan_out", False)

@@ -12,6 +12,7 @@ from typing import Any
 import models
 import pytest
 import torch
+import training
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from training import rebase
@@ -190,8 +191,7 @@ def one_step(model: Any, optimizer: scalora.ScaLoRA) -> None:
 def dense(**options: Any) -> tuple[Any, scalora.ScaLoRA]:
     torch.manual_seed(0)
     model = models.with_lora(models.Perceptron(), target_modules=["first", "second"])
-    inner = torch.optim.AdamW(models.trainable(model), lr=1e-2)
-    return model, scalora.ScaLoRA(inner, model, interval=3, **options)
+    return model, training.optimizer_of(model, interval=3, **{"rule": "auto", **options})
 
 
 @pytest.mark.parametrize("clone", [lambda pair: pair, copy.deepcopy], ids=["itself", "a copy"])

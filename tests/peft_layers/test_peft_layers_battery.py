@@ -17,6 +17,7 @@ from typing import Any
 import models
 import pytest
 import torch
+import training
 from layer_cases import CASES, Case
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
@@ -237,8 +238,7 @@ def test_run_resumes_to_the_same_bits(name: str, accumulator: Any) -> None:
     for one in (model, other):
         # bitsandbytes packs 4 bits to evaluate on a CPU, and takes it back where they are saved.
         one.state_dict()
-    inner = torch.optim.AdamW(models.trainable(other), lr=1e-2)
-    resumed = scalora.ScaLoRA(inner, other, rule="exact", accumulator=accumulator)
+    resumed = training.optimizer_of(other, accumulator=accumulator)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     expected = models.train(model, optimizer, run.inputs, 3)
     assert models.train(other, resumed, run.inputs, 3) == expected

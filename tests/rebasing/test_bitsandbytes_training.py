@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from typing import Any
 
+import internals
+import models
 import numpy as np
 import pytest
 import reference
@@ -37,12 +40,10 @@ def equal_model() -> nn.Module:
     return get_peft_model(base, config)
 
 
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
 def wrapped(name: str, model: nn.Module, **options: Any) -> scalora.ScaLoRA:
-    return scalora.ScaLoRA(create(name, trainable(model)), model, **{"rule": "exact", **options})
+    return scalora.ScaLoRA(
+        create(name, models.trainable(model)), model, **{"rule": "exact", **options}
+    )
 
 
 def batches_of(optimizer: scalora.ScaLoRA) -> list[LayerBatch]:
@@ -62,28 +63,16 @@ def backward(model: nn.Module, seed: int) -> Tensor:
     return loss.detach()
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
-    losses = []
-    for seed in steps:
-        optimizer.zero_grad()
-        losses.append(backward(model, seed).item())
-        optimizer.step()
-    return losses
+train = functools.partial(models.train_by, backward)
 
 
 def everything(model: nn.Module, optimizer: scalora.ScaLoRA) -> dict[str, Tensor]:
     """A copy of every tensor that training changes."""
-    found = {name: p.detach().clone() for name, p in model.named_parameters()}
+    found = models.parameters(model)
     for name, p in model.named_parameters():
         for key, value in optimizer.state.get(p, {}).items():
             found[f"{name} {key}"] = torch.as_tensor(value).clone()
     return found
-
-
-def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    assert left.keys() == right.keys()
-    for name in left:
-        assert torch.equal(left[name], right[name]), name
 
 
 @pytest.mark.parametrize("name", [*BITS_32, *BITS_8])
@@ -103,7 +92,7 @@ def test_training_rebases_and_lowers_the_loss(name: str) -> None:
     backward(model, 30)
     x = torch.randn(16, 512)
     before = model(x).detach()
-    optimizer._rebaser.rebase(optimizer.inner, 0)
+    internals.rebase(optimizer)
     scaled = torch.cat([torch.cat(pair) for pair in optimizer.last_scaling.values()])
     assert torch.any(scaled != 1)
     torch.testing.assert_close(model(x).detach(), before, rtol=0, atol=1e-5)
@@ -120,8 +109,8 @@ def test_a_rebasing_carries_every_state_with_the_other_factors_scaling(
     optimizer.zero_grad()
     backward(model, 3)
     moments = moments_of(optimizer.inner)
-    old = {p: stacked_states(optimizer.inner, moments, [p]) for p in trainable(model)}
-    optimizer._rebaser.rebase(optimizer.inner, 0)
+    old = {p: stacked_states(optimizer.inner, moments, [p]) for p in models.trainable(model)}
+    internals.rebase(optimizer)
     for pair in optimizer.rebased_pairs:
         alpha, beta = optimizer.last_scaling[pair.name]
         assert torch.any(alpha != 1) and torch.any(beta != 1) != (rule == "leak")
@@ -167,10 +156,10 @@ def test_non_finite_gradient_changes_nothing_and_training_goes_on(value: float) 
     before = everything(model, optimizer)
     optimizer.zero_grad()
     backward(model, 4)
-    trainable(model)[0].grad[0, 0] = value
+    models.trainable(model)[0].grad[0, 0] = value
     with pytest.warns(UserWarning, match="not finite"):
         optimizer.step()
-    assert_same(everything(model, optimizer), before)
+    models.assert_same(everything(model, optimizer), before)
     assert np.isfinite(train(model, optimizer, range(5, 8))).all()
 
 
@@ -184,7 +173,7 @@ def test_of_two_layers_in_a_batch_the_finite_one_is_rebased_alone() -> None:
     model.base_model.model[2].lora_B["default"].weight.grad[5, 5] = torch.nan
     assert len(batches_of(optimizer)) == 1
     before = everything(model, optimizer)
-    optimizer._rebaser.rebase(optimizer.inner, 5)
+    internals.rebase(optimizer, 5)
     after = everything(model, optimizer)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     prefix = "base_model.model"
@@ -205,7 +194,7 @@ def test_a_state_that_is_not_finite_stays_and_keeps_its_layer(absmax: float) -> 
     first, second = optimizer.rebased_pairs
     optimizer.state[first.P_parameter]["absmax2"][3] = absmax
     before = everything(model, optimizer)
-    optimizer._rebaser.rebase(optimizer.inner, 4)
+    internals.rebase(optimizer, 4)
     after = everything(model, optimizer)
     for name in before:
         if ".0." in name:
@@ -230,20 +219,20 @@ def test_state_dict_resumes_to_the_same_bits(name: str) -> None:
     resumed.load_state_dict(saved["optimizer"])
     second.load_state_dict(saved["model"])
     assert train(second, resumed, range(4, 8)) == expected[4:]
-    assert_same(everything(second, resumed), everything(whole, complete))
+    models.assert_same(everything(second, resumed), everything(whole, complete))
 
 
 def test_a_state_that_is_not_known_is_refused_and_nothing_changed() -> None:
     model = mixed_model()
     optimizer = wrapped("AdamW8bit", model)
     train(model, optimizer, range(2))
-    first = next(p for p in trainable(model))
+    first = next(p for p in models.trainable(model))
     optimizer.state[first]["unorm_vec"] = torch.zeros(1)
     before = everything(model, optimizer)
     backward(model, 2)
     with pytest.raises(TypeError, match="AdamW8bit keeps a state 'unorm_vec'"):
         optimizer.step()
-    assert_same(everything(model, optimizer), before)
+    models.assert_same(everything(model, optimizer), before)
 
 
 # On a GPU: paged states, no waiting
@@ -255,7 +244,7 @@ def to_cuda(make: Any) -> nn.Module:
 
 def rebased(model: nn.Module, optimizer: scalora.ScaLoRA) -> dict[str, dict[str, Tensor]]:
     """States by layer and factor, on the CPU, after a re-basing without a step."""
-    optimizer._rebaser.rebase(optimizer.inner, 0)
+    internals.rebase(optimizer)
     moments = moments_of(optimizer.inner)
     return {
         f"{pair.name} {factor}": {
@@ -268,7 +257,7 @@ def rebased(model: nn.Module, optimizer: scalora.ScaLoRA) -> dict[str, dict[str,
 
 def set_gradients(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    for p in trainable(model):
+    for p in models.trainable(model):
         p.grad = torch.randn(p.shape, generator=generator).to(p.device)
 
 
@@ -285,7 +274,7 @@ def test_gpu_a_rebasing_never_waits(name: str, rule: str) -> None:
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        optimizer._rebaser.rebase(optimizer.inner, 3)
+        internals.rebase(optimizer, 3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -6,6 +6,7 @@ import copy
 import warnings
 from typing import Any
 
+import internals
 import models
 import pytest
 import torch
@@ -108,7 +109,7 @@ def test_re_basing_into_a_carry_does_not_change_the_function(
         optimizer.zero_grad()
         models.loss(model, batch).backward()
         before, weights = models.answers(model, batch), effective(model)
-        optimizer._rebaser.rebase(optimizer.inner, 0)
+        internals.rebase(optimizer)
         torch.testing.assert_close(models.answers(model, batch), before, rtol=0, atol=atol)
         for name, weight in effective(model).items():
             # The carry is in float32 where the adapter is not: its sum does not round to bfloat16.
@@ -139,7 +140,7 @@ def test_tied_weights_are_re_based_beside_each_other_and_stay_tied() -> None:
         optimizer.zero_grad()
         models.loss(model, inputs).backward()
         before = models.answers(model, inputs)
-        optimizer._rebaser.rebase(optimizer.inner, 0)
+        internals.rebase(optimizer)
         torch.testing.assert_close(models.answers(model, inputs), before, rtol=0, atol=1e-12)
         optimizer.inner.step()
     assert torch.equal(embeddings, start)
@@ -277,7 +278,7 @@ def test_failure_at_any_operation_keeps_every_layer_whole(
     twin, twin_optimizer = copied()
     old = coordinates(twin, twin_optimizer)
     with FailAt(-1, error) as counter:
-        twin_optimizer._rebaser.rebase(twin_optimizer.inner, 0)
+        internals.rebase(twin_optimizer)
     new = coordinates(twin, twin_optimizer)
     columns = {pair.name: pair.carry.columns for pair in pairs(twin)}
     # What a compression cuts is little here, and all that may differ.
@@ -289,7 +290,7 @@ def test_failure_at_any_operation_keeps_every_layer_whole(
             continue
         broken, broken_optimizer = copied()
         with pytest.raises(error), FailAt(k, error):
-            broken_optimizer._rebaser.rebase(broken_optimizer.inner, 0)
+            internals.rebase(broken_optimizer)
         for pair in pairs(broken):
             carry = pair.carry
             assert (carry.up[:, carry.columns :] == 0).all(), k
@@ -321,7 +322,7 @@ def test_non_finite_gradient_of_a_layer_adds_nothing_to_its_carry() -> None:
     first, second = pairs(model)
     first.P_parameter.grad[0, 0] = torch.nan
     before = [(p.effective_weight(), p.P_parameter.clone()) for p in (first, second)]
-    optimizer._rebaser.rebase(optimizer.inner, 0)
+    internals.rebase(optimizer)
     assert torch.equal(first.P_parameter, before[0][1])
     assert not torch.equal(second.P_parameter, before[1][1])
     for pair, (weight, _) in zip((first, second), before, strict=True):

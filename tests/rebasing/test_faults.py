@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import internals
 import models
 import pytest
 import torch
+import training
 from failing import FailAt
 from torch import Tensor
 
@@ -46,8 +48,8 @@ class Case:
             target_modules=["first", "second"],
         ).to(self.dtype)
         # Without decay a parameter is written once a step.
-        inner = torch.optim.AdamW(models.trainable(model), lr=1e-2, weight_decay=0)
-        optimizer = scalora.ScaLoRA(inner, model, **self.options)
+        options = {"rule": "auto", **self.options}
+        optimizer = training.optimizer_of(model, adamw={"weight_decay": 0}, **options)
         models.train(model, optimizer, self.inputs, self.steps)
         optimizer.zero_grad()
         models.loss(model, self.inputs).backward()
@@ -184,10 +186,10 @@ def test_failure_at_any_operation_of_a_step_leaves_the_effective_weight_whole(
             assert optimizer.rebase_count == template[1].rebase_count + 1, where
             assert "save_pretrained" in vars(model), where
         if k % 50 == 0:  # and it can go on
-            steps = optimizer._run.steps
+            steps = internals.run_state(optimizer).steps
             losses = models.train(model, optimizer, case.inputs, 2)
             assert all(map(math.isfinite, losses))
-            assert optimizer._run.steps == steps + 2
+            assert internals.run_state(optimizer).steps == steps + 2
     assert left >= {"nothing", "all"}
 
 
@@ -253,7 +255,8 @@ def test_rebasing_that_failed_is_tried_again_with_its_step() -> None:
         model, optimizer = copied(template)
         with pytest.raises(torch.OutOfMemoryError), FailAt(k, torch.OutOfMemoryError):
             optimizer.step()
-        count, taken = optimizer.rebase_count, optimizer._run.steps > template[1]._run.steps
+        count = optimizer.rebase_count
+        taken = internals.run_state(optimizer).steps > internals.run_state(template[1]).steps
         found.add((count, taken))
         if taken:  # re-based, and failed in the inner step: the next is due an interval later
             models.train(model, optimizer, case.inputs, INTERVAL - 1)

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import internals
 import models
 import pytest
 import torch
+import training
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.lora.aqlm import AqlmLoraLinear
 from peft.tuners.lora.awq import AwqLoraLinear
@@ -147,7 +149,7 @@ def test_rebasing_keeps_the_function(backend: Backend, dora: bool, pretrained: P
     models.loss(tuned.model, models.token_ids(6, 9)).backward()
     before = logits(tuned.model)
     factors = [pair.P_parameter.detach().clone() for pair in tuned.optimizer.rebased_pairs]
-    tuned.optimizer._rebaser.rebase(tuned.optimizer.inner, STEPS + 1)
+    internals.rebase(tuned.optimizer, STEPS + 1)
     torch.testing.assert_close(logits(tuned.model), before, rtol=0, atol=1e-5)
     for pair, old in zip(tuned.optimizer.rebased_pairs, factors, strict=True):
         assert (pair.P_parameter - old).abs().max() > 1e-3 * old.abs().max(), pair.name
@@ -231,16 +233,14 @@ def test_peft_layers_whose_library_is_not_here_are_rebased(kind: Any, tmp_path: 
 
     rebased, inputs = model(), models.vectors(16, 12)
     codes = {name: tensor.clone() for name, tensor in rebased.named_buffers()}
-    optimizer = scalora.ScaLoRA(
-        torch.optim.AdamW(models.trainable(rebased), lr=1e-2), rebased, rule="exact"
-    )
+    optimizer = training.optimizer_of(rebased)
     models.train(rebased, optimizer, inputs, steps=STEPS)
     assert [row.accumulator for row in optimizer.report()] == ["carry", "carry"]
     assert all(row.columns > 0 for row in optimizer.report())
     before = models.outputs(rebased, inputs).detach()
     optimizer.zero_grad()
     models.loss(rebased, inputs).backward()
-    optimizer._rebaser.rebase(optimizer.inner, STEPS + 1)
+    internals.rebase(optimizer, STEPS + 1)
     torch.testing.assert_close(models.outputs(rebased, inputs), before, rtol=0, atol=1e-5)
     for name, tensor in rebased.named_buffers():
         assert torch.equal(tensor, codes[name]), name
@@ -249,7 +249,7 @@ def test_peft_layers_whose_library_is_not_here_are_rebased(kind: Any, tmp_path: 
             pair.effective_weight()
     scalora.save_training_state(optimizer, tmp_path)
     twin = model()
-    again = scalora.ScaLoRA(torch.optim.AdamW(models.trainable(twin), lr=1e-2), twin, rule="exact")
+    again = training.optimizer_of(twin)
     twin.load_state_dict(rebased.state_dict())
     scalora.load_training_state(again, tmp_path)
     torch.testing.assert_close(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import internals
 import models
 import pytest
 import torch
@@ -74,12 +76,8 @@ def text(count: int, seed: int = 0) -> list[Tensor]:
     return list(torch.randint(0, 64, (count, 4, 16), generator=generator))
 
 
-def loss(model: Any, ids: Tensor) -> Tensor:
-    return model(input_ids=ids, labels=ids).loss
-
-
-def train(model: Any, optimizer: scalora.ScaLoRA, batches: list[Tensor]) -> list[float]:
-    return [models.train(model, optimizer, ids, 1, loss)[0] for ids in batches]
+loss = models.language_loss
+train = functools.partial(models.train_on, loss=loss)
 
 
 def scalora_of(model: Any, cls: Any = torch.optim.AdamW, **options: Any) -> scalora.ScaLoRA:
@@ -127,7 +125,7 @@ def test_effective_weight_is_the_same_before_and_after_a_re_basing(folder: Path,
         weights = {pair.name: pair.effective_weight() for pair in pairs(model)}
         codes = base_bytes(model)
         columns = [0 if pair.carry is None else pair.carry.columns for pair in pairs(model)]
-        optimizer._rebaser.rebase(optimizer.inner, 0)
+        internals.rebase(optimizer)
         for pair in pairs(model):
             after = pair.effective_weight()
             assert after.dtype == torch.float32
@@ -229,7 +227,7 @@ def test_dora_on_a_quantized_base_keeps_its_function(folder: Path) -> None:
     optimizer.zero_grad()
     loss(model, ids).backward()
     before = model(input_ids=ids).logits
-    optimizer._rebaser.rebase(optimizer.inner, 0)
+    internals.rebase(optimizer)
     torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=0, atol=2e-5)
     assert all(pair.carry.columns > 4 for pair in pairs(model))
 
@@ -305,7 +303,7 @@ def test_the_default_keeps_the_function_of_a_quantized_base(folder: Path, name: 
     codes = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     ids = text(1, seed=3)[0]
     before = model(input_ids=ids).logits
-    optimizer._rebaser.rebase(optimizer.inner, 1)
+    internals.rebase(optimizer, 1)
     torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=0, atol=2e-5)
     for pair in pairs(model):
         assert pair.carry.columns == pair.rank

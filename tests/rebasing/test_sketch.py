@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import models
 import pytest
 import torch
+import training
 from torch import Tensor, nn
 
 import scalora
@@ -20,8 +21,15 @@ INPUTS = models.vectors(6, 12)
 def make(accumulator: str, base: Callable[[], nn.Module] = models.Perceptron, **config: Any) -> Any:
     torch.manual_seed(0)
     model = models.with_lora(base(), **{"target_modules": ["first", "second"], **config})
-    inner = torch.optim.AdamW(models.trainable(model), lr=3e-2)
-    return model, scalora.ScaLoRA(inner, model, interval=2, accumulator=accumulator)
+    options = {"rule": "auto", "interval": 2, "accumulator": accumulator}
+    return model, training.optimizer_of(model, lr=3e-2, **options)
+
+
+@pytest.fixture
+def default_dtype() -> Iterator[Callable[[torch.dtype], None]]:
+    before = torch.get_default_dtype()
+    yield torch.set_default_dtype
+    torch.set_default_dtype(before)
 
 
 def pretrained(model: Any) -> dict[str, Tensor]:
@@ -107,9 +115,55 @@ def test_state_that_does_not_say_what_was_frozen_gives_no_rank_in_place_of_a_wro
     optimizer.load_state_dict(state)
     models.train(model, optimizer, INPUTS, 4)
     assert optimizer.progress().keys() == {"rebased", "step_factor"}
-    assert all(row.effective_rank != row.effective_rank for row in optimizer.report())
+    for row in optimizer.report():
+        assert row.effective_rank != row.effective_rank
+        assert row.frozen_columns != row.frozen_columns
     assert "rank so far" in str(optimizer.report())
     assert optimizer.rebasing_state()["frozen"] is None
+
+
+def test_columns_are_counted_on_where_there_are_no_sketches() -> None:
+    """As in the state of a sharded model."""
+    model, optimizer = make("dense")
+    models.train(model, optimizer, INPUTS, 5)
+    state = optimizer.state_dict()
+    state["scalora"]["frozen"]["sketches"] = {}
+    optimizer.load_state_dict(state)
+    models.train(model, optimizer, INPUTS, 3)
+    pairs = optimizer.rebased_pairs
+    assert [row.frozen_columns for row in optimizer.report()] == [4 * pair.rank for pair in pairs]
+    assert optimizer.progress().keys() == {"rebased", "step_factor"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_steps_and_reports_do_not_depend_on_the_default_dtype(
+    dtype: torch.dtype, default_dtype: Callable[[torch.dtype], None]
+) -> None:
+    found = []
+    for changed in (False, True):
+        model, optimizer = make("dense")
+        if changed:
+            default_dtype(dtype)
+        models.train(model, optimizer, INPUTS, 5)
+        found.append(optimizer.progress())
+    assert found[0] == found[1]
+
+
+def test_steps_do_not_depend_on_the_default_device() -> None:
+    model, optimizer = make("dense")
+    torch.set_default_device("meta")
+    try:
+        models.train(model, optimizer, INPUTS, 3, lambda model, x: model(x).square().mean())
+    finally:
+        torch.set_default_device(None)
+    assert optimizer.progress()["rank"] > 0
+
+
+def test_report_of_an_adapter_that_is_not_stepped_any_more_has_no_age() -> None:
+    model, optimizer = make("dense")
+    models.train(model, optimizer, INPUTS, 3)
+    optimizer.param_groups[0]["params"] = []
+    assert all(row.age != row.age for row in optimizer.report())
 
 
 def test_age_is_the_number_of_steps_that_a_column_is_made_of() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import models
 import pytest
 import torch
+import training
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -41,8 +42,7 @@ def run() -> tuple[Any, scalora.ScaLoRA]:
 
 
 def optimizer_of(model: Any, **options: Any) -> scalora.ScaLoRA:
-    inner = torch.optim.AdamW(models.trainable(model), lr=1e-2)
-    return scalora.ScaLoRA(inner, model, **{"interval": INTERVAL, **options})
+    return training.optimizer_of(model, **{"rule": "auto", "interval": INTERVAL, **options})
 
 
 def save(model: Any, optimizer: scalora.ScaLoRA, folder: Path, **options: Any) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
+import training
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -41,8 +42,7 @@ def make(kind: str = "calibrating") -> tuple[Any, scalora.ScaLoRA]:
     torch.manual_seed(0)
     dtype = torch.bfloat16 if kind == "compensated" else torch.float32
     model = models.with_lora(models.Perceptron().to(dtype), target_modules=["first", "second"])
-    inner = torch.optim.AdamW(models.trainable(model), lr=1e-2)
-    return model, scalora.ScaLoRA(inner, model, **KINDS[kind])
+    return model, training.optimizer_of(model, **{"rule": "auto", **KINDS[kind]})
 
 
 def train(model: Any, optimizer: scalora.ScaLoRA, steps: int) -> list[float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import models
@@ -12,9 +12,22 @@ from torch import Tensor, nn
 import scalora
 
 
-def optimizer_of(model: nn.Module, *, lr: float = 1e-2, **options: Any) -> scalora.ScaLoRA:
-    """Return a new optimizer, by whose rule every layer is re-based at every step unless told."""
-    inner = torch.optim.AdamW(models.trainable(model), lr=lr)
+def optimizer_of(
+    model: nn.Module,
+    *,
+    lr: float | Tensor = 1e-2,
+    adamw: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> scalora.ScaLoRA:
+    """Return a new optimizer, by whose rule every layer is re-based at every step unless told.
+
+    Args:
+        model: has the adapter that is trained.
+        lr: AdamW's learning rate.
+        adamw: other arguments of AdamW.
+        options: arguments of ScaLoRA; ``rule="exact"`` where they say nothing of it.
+    """
+    inner = torch.optim.AdamW(models.trainable(model), lr=lr, **(adamw or {}))
     return scalora.ScaLoRA(inner, model, **{"rule": "exact", **options})
 
 

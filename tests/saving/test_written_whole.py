@@ -14,6 +14,7 @@ from typing import Any
 import models
 import pytest
 import torch
+import training
 from peft import PeftModel
 from training import rebase
 from transformers import BertForSequenceClassification, PreTrainedModel
@@ -221,7 +222,7 @@ def test_folder_is_written_where_folders_cannot_be_forced_to_disk(
     write(tmp_path / "saved")
     assert content(tmp_path / "saved") == NEW
     assert refused
-    optimizer = scalora.ScaLoRA(torch.optim.AdamW(models.trainable(model)), model)
+    optimizer = training.optimizer_of(model)
     assert scalora.save_training_state(optimizer, tmp_path).is_file()
 
 

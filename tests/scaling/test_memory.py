@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import warnings
 from typing import Any
 
+import internals
 import models
 import numpy as np
 import pytest
 import reference
 import torch
+import training
 from hypothesis import given
 from hypothesis import strategies as st
 from layer_cases import CASES, TOLERANCE, Case
@@ -38,9 +41,8 @@ def perceptron(dtype: torch.dtype = torch.float32, **config: Any) -> Any:
 
 
 def scalora_of(model: Any, *, lr: float | Tensor = 1e-2, **options: Any) -> scalora.ScaLoRA:
-    inner = torch.optim.AdamW(models.trainable(model), lr=lr, weight_decay=0.0)
     options = {"rule": "leak", "interval": 2, "memory": 10, **options}
-    return scalora.ScaLoRA(inner, model, **options)
+    return training.optimizer_of(model, lr=lr, adamw={"weight_decay": 0.0}, **options)
 
 
 def backward(model: nn.Module, step: int) -> float:
@@ -50,13 +52,7 @@ def backward(model: nn.Module, step: int) -> float:
     return loss.item()
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
-    losses = []
-    for step in steps:
-        optimizer.zero_grad()
-        losses.append(backward(model, step))
-        optimizer.step()
-    return losses
+train = functools.partial(models.train_by, backward)
 
 
 def alphas(optimizer: scalora.ScaLoRA) -> dict[str, Tensor]:
@@ -203,9 +199,7 @@ def test_interval_follows_the_memory(memory: Any, interval: int) -> None:
 
 
 def test_other_rules_rebase_at_every_step_by_default() -> None:
-    inner_model = perceptron()
-    inner = torch.optim.AdamW(models.trainable(inner_model))
-    assert scalora.ScaLoRA(inner, inner_model, rule="exact").options.interval_steps == 1
+    assert training.optimizer_of(perceptron(), rule="exact").options.interval_steps == 1
 
 
 def test_age_bounds_the_columns_at_the_memory() -> None:
@@ -232,7 +226,7 @@ def test_function_is_preserved_on_every_kind_of_layer(case: Case, rule: str) -> 
     models.loss(model, inputs).backward()
     before = models.answers(model, inputs)
     bases = {n: models.layer(model, n).get_base_layer().weight.clone() for n in case.layers}
-    optimizer._rebaser.rebase(optimizer.inner, 1)
+    internals.rebase(optimizer, 1)
     torch.testing.assert_close(
         models.answers(model, inputs), before, rtol=0, atol=TOLERANCE[torch.float32]
     )
@@ -251,7 +245,7 @@ def test_function_is_preserved_beside_a_carry(rule: str) -> None:
         optimizer.zero_grad()
         backward(model, step)
         before = model(inputs)
-        optimizer._rebaser.rebase(optimizer.inner, step)
+        internals.rebase(optimizer, step)
         torch.testing.assert_close(model(inputs), before, rtol=0, atol=1e-5)
         optimizer.step()
 
@@ -265,7 +259,7 @@ def test_half_precision_factors_lose_nothing_to_the_carry(dtype: torch.dtype) ->
     optimizer.zero_grad()
     backward(model, 4)
     before = [pair.effective_weight() for pair in optimizer.rebased_pairs]
-    optimizer._rebaser.rebase(optimizer.inner, 1)
+    internals.rebase(optimizer, 1)
     for pair, old in zip(optimizer.rebased_pairs, before, strict=True):
         assert pair.carry is not None and pair.carry.columns == R
         torch.testing.assert_close(pair.effective_weight(), old, rtol=0, atol=1e-6)
@@ -282,7 +276,7 @@ def test_Q_stays_and_P_is_scaled(rule: str) -> None:
         (p.P_parameter.detach().clone(), p.Q_parameter.detach().clone(), p.effective_weight())
         for p in optimizer.rebased_pairs
     ]
-    optimizer._rebaser.rebase(optimizer.inner, 1)
+    internals.rebase(optimizer, 1)
     for pair, (P, Q, weight) in zip(optimizer.rebased_pairs, old, strict=True):
         alpha, beta = optimizer.last_scaling[pair.name]
         assert (alpha < 1).any() and (beta == 1).all()
@@ -302,7 +296,7 @@ def test_moments_of_Q_move_with_alpha_and_those_of_P_stay(case: OptimizerCase) -
     moments = moments_of(inner)
     old = {p: stacked_states(inner, moments, [p]) for p in models.trainable(model)}
     gradients = {p: p.grad.clone() for p in models.trainable(model) if p.grad is not None}
-    optimizer._rebaser.rebase(inner, 1)
+    internals.rebase(optimizer, 1)
     for pair in optimizer.rebased_pairs:
         alpha = optimizer.last_scaling[pair.name][0]
         P, Q = pair.P_parameter, pair.Q_parameter
@@ -363,7 +357,7 @@ def test_non_finite_factor_keeps_its_base_and_the_other_layers_go_on() -> None:
     bases = [pair.base_weight.clone() for pair in (first, second)]
     with torch.no_grad():
         first.Q_parameter[0, 0] = torch.inf
-    optimizer._rebaser.rebase(optimizer.inner, 1)
+    internals.rebase(optimizer, 1)
     assert torch.equal(first.base_weight, bases[0])
     assert not torch.equal(second.base_weight, bases[1])
     assert (alphas(optimizer)["first"] == 1).all() and (alphas(optimizer)["second"] < 1).all()
@@ -417,8 +411,7 @@ def test_state_of_another_memory_is_refused() -> None:
 
 def test_run_of_60_steps_rebases_at_the_defaults() -> None:
     model = perceptron()
-    inner = torch.optim.AdamW(models.trainable(model), lr=1e-3)
-    optimizer = scalora.ScaLoRA(inner, model)
+    optimizer = training.optimizer_of(model, lr=1e-3, rule="auto")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         train(model, optimizer, range(60))

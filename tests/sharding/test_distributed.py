@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import internals
 import pytest
 import torch
 import torch.distributed as dist
@@ -49,7 +50,7 @@ def watched(rank: int) -> tuple[float, int, float]:
     x = torch.randn(100, 12, generator=torch.Generator().manual_seed(rank))
     with monitor:
         parallel(x)
-    own = monitor._records
+    own = internals.own_records(monitor)
     row = monitor.report()["0"]
     return row.value, row.tokens, own[0][1].value
 

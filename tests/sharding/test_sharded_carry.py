@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from models import trainable, with_lora
 from processes import run_processes
-from sharded_runs import Run, batch, begin, rebasing_options, train
+from sharded_runs import Run, batch, begin, rebasing_options, train, whole
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -22,6 +22,7 @@ from torch.distributed.fsdp import fully_shard
 import miub
 import scalora
 from scalora.carry import compress
+from scalora.peft_layers import LoRAPair
 from scalora.rebasing.accumulators import carry
 from scalora.sharding.dtensors import rows_of
 
@@ -267,3 +268,43 @@ def test_a_carry_is_compressed_in_pieces_as_in_the_whole(tmp_path: Path) -> None
             expected = compress(*products(m, n, columns), keep)
             torch.testing.assert_close(up @ down, expected.up @ expected.down, rtol=1e-9, atol=1e-9)
             torch.testing.assert_close(cut, expected.cut, rtol=1e-9, atol=1e-9)
+
+
+NARROW = Run(
+    dtype=torch.float32,
+    options={"accumulator": "carry", "carry_rank": 12, "interval": 2, "memory": 4},
+)
+
+
+def narrow_run(rank: int) -> tuple[list[float], set[torch.dtype], list[float]]:
+    """Losses, what carries are kept in, and by how much a re-basing moved what was learned."""
+    model, optimizer = begin(NARROW, sharded=True)
+    losses = train(NARROW, model, optimizer, range(6), rank, dist.get_world_size())
+    pairs = optimizer.rebased_pairs
+    before = [whole_weight(pair) for pair in pairs]
+    optimizer._rebaser.rebase(optimizer.inner, optimizer.rebase_count)
+    moved = [
+        float((whole_weight(pair) - old).norm() / old.norm())
+        for pair, old in zip(pairs, before, strict=True)
+    ]
+    losses += train(NARROW, model, optimizer, range(6, 24), rank, dist.get_world_size())
+    return losses, {pair.carry.dtype for pair in pairs if pair.carry is not None}, moved
+
+
+def whole_weight(pair: LoRAPair) -> Tensor:
+    """(m, n): what the layer learned beside its base, summed in float64."""
+    P, Q = (whole(p.detach()).double() for p in (pair.P_parameter, pair.Q_parameter))
+    carry = pair.carry
+    assert carry is not None
+    return P @ Q + carry.whole_up(torch.float64) @ carry.whole_down(torch.float64)
+
+
+def test_processes_round_a_carry_alike_and_keep_what_rounding_cuts(tmp_path: Path) -> None:
+    model, optimizer = begin(NARROW, sharded=False)
+    expected = train(NARROW, model, optimizer, range(6))
+    optimizer._rebaser.rebase(optimizer.inner, optimizer.rebase_count)
+    expected += train(NARROW, model, optimizer, range(6, 24))
+    for losses, dtypes, moved in run_processes(narrow_run, tmp_path, 2):
+        assert losses == pytest.approx(expected, rel=1e-5)
+        assert dtypes == {torch.float16}
+        assert max(moved) < 2.0**-23

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from itertools import pairwise
 from typing import Any
 
+import internals
 import models
 import pytest
 import torch
+import training
 from peft import LoraConfig, get_peft_model
 from reference import OPTIMIZERS, OptimizerCase
 from torch import Tensor, nn
@@ -32,9 +35,7 @@ def make_model(dtype: torch.dtype = torch.float32) -> Any:
 
 
 def calibrated(model: Any, lr: float | Tensor = RATE, **options: Any) -> scalora.ScaLoRA:
-    inner = torch.optim.AdamW(models.trainable(model), lr=lr)
-    options = {"rule": "leak", "calibration": WINDOW, **options}
-    return scalora.ScaLoRA(inner, model, **options)
+    return training.optimizer_of(model, lr=lr, **{"rule": "leak", "calibration": WINDOW, **options})
 
 
 def backward(model: nn.Module, seed: int, scale: float = 1.0) -> float:
@@ -45,27 +46,12 @@ def backward(model: nn.Module, seed: int, scale: float = 1.0) -> float:
     return loss.item()
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
-    losses = []
-    for seed in steps:
-        optimizer.zero_grad()
-        losses.append(backward(model, seed))
-        optimizer.step()
-    return losses
+train = functools.partial(models.train_by, backward)
 
 
 def factor_of(optimizer: scalora.ScaLoRA) -> float:
     assert optimizer.step_factor is not None
     return optimizer.step_factor.item()
-
-
-def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    for name in left:
-        assert torch.equal(left[name], right[name]), name
 
 
 # The length that is found
@@ -184,7 +170,7 @@ def test_a_step_is_scaled_by_the_factor_in_the_parameters_own_dtype(dtype: torch
     twin, plain = copy.deepcopy((model, optimizer))
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         q.grad = None if p.grad is None else p.grad.clone()
-    before = snapshot(model)
+    before = models.parameters(model)
     optimizer.step()
     plain.inner.step()
     assert factor_of(optimizer) != 1
@@ -298,7 +284,7 @@ def test_after_the_window_the_factor_is_held_and_a_schedule_keeps_its_shape() ->
         train(model, optimizer, range(3))
         assert factor_of(optimizer) == held
     # Nothing but the numbers is kept: no copy of the newest step.
-    assert sum(t.numel() for t in optimizer._run.calibration.kept_tensors()) == 5
+    assert sum(t.numel() for t in internals.run_state(optimizer).calibration.kept_tensors()) == 5
 
 
 def test_the_window_begins_anew_while_the_learning_rate_rises() -> None:
@@ -374,7 +360,7 @@ def test_calibration_0_is_no_calibration_to_the_bit(rule: str) -> None:
     )
     train(model, optimizer, range(12))
     train(other, plain, range(12))
-    assert_same(snapshot(model), snapshot(other))
+    models.assert_same(models.parameters(model), models.parameters(other))
     assert optimizer.step_factor is None
 
 
@@ -409,14 +395,14 @@ def test_a_gradient_that_is_not_finite_teaches_nothing() -> None:
     model = make_model()
     optimizer = calibrated(model)
     train(model, optimizer, range(4))
-    before, state = factor_of(optimizer), snapshot(model)
+    before, state = factor_of(optimizer), models.parameters(model)
     optimizer.zero_grad()
     backward(model, 4)
     optimizer.rebased_pairs[0].P_parameter.grad[0, 0] = torch.nan
     with pytest.warns(UserWarning, match="not finite"):
         optimizer.step()
     assert factor_of(optimizer) == before
-    assert_same(state, snapshot(model))
+    models.assert_same(state, models.parameters(model))
     assert all(loss == loss for loss in train(model, optimizer, range(5, 9)))
 
 
@@ -455,11 +441,11 @@ def test_a_step_without_any_gradient_changes_nothing() -> None:
     model = make_model()
     optimizer = calibrated(model)
     train(model, optimizer, range(12))
-    before, state = factor_of(optimizer), snapshot(model)
+    before, state = factor_of(optimizer), models.parameters(model)
     optimizer.zero_grad()
     optimizer.step()
     assert factor_of(optimizer) == before
-    assert_same(state, snapshot(model))
+    models.assert_same(state, models.parameters(model))
     train(model, optimizer, range(12, 16))
     assert factor_of(optimizer) != before
 
@@ -473,20 +459,20 @@ def test_a_step_that_raises_leaves_the_parameters_and_can_be_taken_again(
         train(model, optimizer, range(4))
         optimizer.zero_grad()
         backward(model, 4)
-        before = snapshot(model)
+        before = models.parameters(model)
         for _ in range(fails):
             with monkeypatch.context() as patch:
                 patch.setattr(optimizer.inner, "step", _fail)
                 with pytest.raises(RuntimeError, match="injected"):
                     optimizer.step()
-            assert_same(before, snapshot(model))
+            models.assert_same(before, models.parameters(model))
         optimizer.step()
         train(model, optimizer, range(5, 3 * WINDOW))
-        return snapshot(model), factor_of(optimizer)
+        return models.parameters(model), factor_of(optimizer)
 
     (once, factor), (again, same) = stepped(0), stepped(2)
     assert factor == same
-    assert_same(once, again)
+    models.assert_same(once, again)
 
 
 def _fail() -> None:
@@ -532,7 +518,7 @@ def test_held_factor_moves_every_optimizer_by_as_much_as_a_scaled_step(case: Opt
         optimizer.step_factor.fill_(1.75)
         train(model, optimizer, range(4, 10))
         assert {group["lr"] for group in inner.param_groups} == {1e-3}
-        return snapshot(model), factor_of(optimizer)
+        return models.parameters(model), factor_of(optimizer)
 
     (apart, factor), (together, same) = trained(True), trained(False)
     assert factor == same == 1.75

@@ -1,5 +1,7 @@
 """The methods that are compared: plain LoRA, full fine-tuning, their rivals, and re-basing.
 
+Held by tests/ablation/test_ablation_methods.py and test_ablation_methods_apart.py.
+
 A method is a frozen dataclass of its options (:class:`Recipe`); a spec such as
 ``scalora:rule=exact:interval=10`` names one.
 """

@@ -1,1 +1,5 @@
-"""From plans and records to tables, pictures, a page and a JSON file."""
+"""From plans and records to tables, pictures, a page and a JSON file.
+
+Held by tests/ablation/test_ablate_command.py, test_ablation_tables.py and
+test_ablation_pictures.py.
+"""

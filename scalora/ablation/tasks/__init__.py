@@ -1,5 +1,7 @@
 """The tasks that come with the package, and how a user's own is found.
 
+Held by tests/ablation/test_ablation_tasks.py and its neighbours for each task.
+
 Import from :mod:`scalora.ablation`; a task's file says what it is and what its scores mean.
 """
 

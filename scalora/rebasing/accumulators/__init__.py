@@ -1,4 +1,7 @@
-"""Where the frozen increments of a re-basing go: into the base weight, or beside it."""
+"""Where the frozen increments of a re-basing go: into the base weight, or beside it.
+
+Held by tests/rebasing/test_carry_training.py and tests/optimizer/test_optimizer.py.
+"""
 
 from scalora.rebasing.accumulators.accumulator import Accumulator
 from scalora.rebasing.accumulators.carry import CarryAccumulator

@@ -1,4 +1,7 @@
-"""Writing one re-basing so that every layer takes all of it or nothing."""
+"""Writing one re-basing so that every layer takes all of it or nothing.
+
+Held by tests/rebasing/test_faults.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The report's pictures, PNG and SVG; need matplotlib."""
+"""The report's pictures, PNG and SVG; need matplotlib.
+
+Held by tests/ablation/test_ablation_pictures.py.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """Make movie_reviews.csv.gz from the file inside the vaderSentiment source distribution.
 
+Held by tests/ablation/test_ablation_tasks_sentences.py.
+
     python scalora/ablation/tasks/data/prepare.py PATH/TO/movieReviewSnippets_GroundTruth.txt
 
 The source is tab separated: number, mean rating, sentence. The number is dropped,

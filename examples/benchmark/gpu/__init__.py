@@ -1,0 +1,1 @@
+"""What only a GPU can show, in one table: ``python -m examples.benchmark.gpu``."""

@@ -1,0 +1,5 @@
+"""The ``python -m miub`` command."""
+
+from miub.cli.command import main
+
+__all__ = ["main"]
