@@ -162,6 +162,7 @@ class ScaLoRA(torch.optim.Optimizer):
         places = places_of_layers(model, optimizer, options)
         rebaser = Rebaser(places, options, moments)
         run = RunState(options, rebaser)
+        guard = Guard(optimizer, model, places, options, moments, run.expected, rebaser.layers)
         # As torch's own unpickling does it: hooks are set up, groups and state are not copied.
         self.__setstate__(
             {
@@ -171,7 +172,7 @@ class ScaLoRA(torch.optim.Optimizer):
                 "state_is_in_file": False,
                 "_rebaser": rebaser,
                 "_run": run,
-                "_guard": Guard(optimizer, model, places, options, moments, run.expected),
+                "_guard": guard,
             }
         )
 

@@ -22,10 +22,10 @@ from scalora.guards.skipped_steps import (
     step_unless,
     warn_without_gradients,
 )
-from scalora.guards.stale_layers import ExpectedWeights, checked_factors
+from scalora.guards.stale_layers import CheckedFactors, ExpectedWeights
 from scalora.moments import Moments
 from scalora.options import RebasingOptions
-from scalora.peft_layers import LoRAPair
+from scalora.peft_layers import LayerLookup, LoRAPair
 from scalora.warning import warn
 
 
@@ -51,6 +51,7 @@ class Guard:
         options: the user's.
         moments: how the optimizer's state depends on the gradient.
         expected: the weights that a loaded state was saved with.
+        layers: finds the layers' tensors.
 
     Attributes:
         skipped: (), steps that were skipped for a gradient that was not finite; None for no step.
@@ -64,6 +65,7 @@ class Guard:
         options: RebasingOptions,
         moments: Moments,
         expected: ExpectedWeights,
+        layers: LayerLookup,
     ) -> None:
         self.optimizer = optimizer
         self.model = model
@@ -79,9 +81,10 @@ class Guard:
         self._factor_watch = watch_factors(places)
         folds = "dense" in places.values()
         self._reference_watch = watch_reference(next(iter(places))) if folds else None
-        self._owner = object()
+        owner = object()
         for pair in places:
-            pair.claim(self._owner)
+            pair.claim(owner)
+        self._factors = CheckedFactors(layers, owner)
 
     def check(self) -> CheckedStep | None:
         """Check the coming step before it changes anything.
@@ -97,7 +100,7 @@ class Guard:
             check_engine(self.model)
         self._dummy_step.drop_state(optimizer)
         self.reshard()
-        factors = checked_factors(self.places, optimizer, self._owner)
+        factors = self._factors.of(optimizer)
         if self._dummy_step.take(optimizer):
             return None
         if self._reference_watch is not None:

@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
 from scalora import sharding
 from scalora.step_length.rates import is_zero
 from scalora.warning import warn
+
+_FEW = 1 << 22  # elements: so many are copied into a row sooner than asked for one by one
 
 
 class DummyStep:
@@ -88,12 +91,12 @@ def not_finite(optimizer: torch.optim.Optimizer) -> Tensor | None:
     found = [p.grad for group in groups for p in group["params"] if p.grad is not None]
     if not can_skip(optimizer) and any(grad.device.type != "cpu" for grad in found):
         return None
-    for grad in map(sharding.local, found):
+    spread = sharding.layouts(found)
+    for grad in map(sharding.local, found) if spread else found:
         if not grad.is_sparse and grad.numel():  # a small parameter has no rows on some processes
             grads.setdefault((grad.device, grad.dtype), []).append(grad)
-    norms = [torch.stack(torch._foreach_norm(same, torch.inf)) for same in grads.values()]
-    flags = [(norm - norm).ne(0).any() for norm in norms]  # inf - inf and nan - nan are no zeros
-    spread = sharding.layouts(found)
+    norms = map(_largest, grads.values())
+    flags = [(norm - norm).ne(0) for norm in norms]  # inf - inf and nan - nan are no zeros
     if spread and not flags:
         flags = [torch.zeros((), dtype=torch.bool, device=spread[0].device)]
     if not flags:
@@ -106,6 +109,13 @@ def not_finite(optimizer: torch.optim.Optimizer) -> Tensor | None:
     for tensor in spread:
         overflow = sharding.everywhere(overflow.logical_not(), tensor).logical_not()
     return overflow
+
+
+def _largest(grads: list[Tensor]) -> Tensor:
+    """Return the largest magnitude in tensors of one device and dtype: ()."""
+    if sum(map(Tensor.numel, grads)) <= _FEW:
+        return torch.linalg.vector_norm(_flatten_dense_tensors(grads), torch.inf)
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, torch.inf)), torch.inf)
 
 
 def can_skip(optimizer: torch.optim.Optimizer) -> bool:

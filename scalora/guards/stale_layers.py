@@ -13,7 +13,45 @@ import torch
 from torch import Tensor, nn
 
 from scalora import peft_layers
-from scalora.peft_layers import LoRAPair
+from scalora.peft_layers import LayerLookup, LoRAPair
+
+
+class CheckedFactors:
+    """Checks the layers of an optimizer in every step, one by one only if something has changed.
+
+    Args:
+        layers: finds their tensors.
+        owner: whoever claimed the layers when it was made (`LoRAPair.claim`).
+    """
+
+    def __init__(self, layers: LayerLookup, owner: object) -> None:
+        self._layers = layers
+        self._owner = owner
+        self._stepped: list[list[int]] | None = None  # ids of the parameters, as they were checked
+        self._factors: list[nn.Parameter] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_stepped": None, "_factors": []}
+
+    def of(self, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+        """Return P and Q of every layer in turn.
+
+        Args:
+            optimizer: the inner one.
+
+        Raises:
+            ValueError: as `checked_factors` does; or the state is not where, or of the dtype that,
+                the factors are.
+        """
+        stepped = [list(map(id, group["params"])) for group in optimizer.param_groups]
+        if stepped != self._stepped or not self._layers.has_same_factors:
+            self._stepped = None
+            self._factors = checked_factors(self._layers.pairs, optimizer, self._owner)
+            self._layers.found()
+            self._stepped = stepped
+        if self._factors:
+            _check_state(self._factors[0], optimizer)
+        return self._factors
 
 
 def checked_factors(
@@ -21,16 +59,14 @@ def checked_factors(
 ) -> list[nn.Parameter]:
     """Return P and Q of every layer in turn, or raise if the optimizer no longer fits the model.
 
-    They are looked up here, once per step: for hundreds of layers a look-up takes its time.
-
     Args:
         pairs: the layers to re-base.
         optimizer: the inner one.
         owner: whoever claimed the layers when it was made (`LoRAPair.claim`).
 
     Raises:
-        ValueError: an adapter was deleted, another ScaLoRA has taken over, factors were replaced,
-            or the state is not where, or of the dtype that, the factors are.
+        ValueError: an adapter was deleted, another ScaLoRA has taken over, or factors were
+            replaced.
     """
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     factors: list[nn.Parameter] = []
@@ -55,8 +91,6 @@ def checked_factors(
                 "under ZeRO and in half precision: use FSDP2 (fully_shard) or DDP instead."
             )
         factors += (P, Q)
-    if factors:
-        _check_state(factors[0], optimizer)
     return factors
 
 

@@ -184,11 +184,11 @@ class FactorHistory:
         for column in (Column(parameters, 0), Column(gradients, 1), *columns):
             first = column.targets[0]
             alike.setdefault((first.shape, first.dtype, first.device), []).append(column)
+        flat = [
+            [tensor for column in group for tensor in column.targets] for group in alike.values()
+        ]
         stacks = [
-            stack([tensor for column in group for tensor in column.targets]).unflatten(
-                0, (len(group), len(parameters))
-            )
-            for group in alike.values()
+            torch.stack(tensors).detach().unflatten(0, (-1, len(parameters))) for tensors in flat
         ]
         kept: list[Kept] = []
         for group, stacked in zip(alike.values(), stacks, strict=True):

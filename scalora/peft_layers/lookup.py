@@ -8,7 +8,8 @@ and a tenth of an optimizer's step for hundreds of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator
+from operator import is_
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -17,13 +18,14 @@ from scalora.peft_layers.pair import LoRAPair
 
 
 class FoundLayer(NamedTuple):
-    """One layer and its tensors.
+    """One layer and what its modules hold.
 
     Attributes:
         pair: the layer.
         P, Q: its factors as PEFT stores them, (m, r, ...) and (r, n, ...).
         base: its base weight as stored; None where the layer keeps it in other tensors (GPTQ, AWQ).
         scaling: PEFT's ``s``.
+        merged: PEFT's list of the adapters that are merged into the base.
     """
 
     pair: LoRAPair
@@ -31,6 +33,7 @@ class FoundLayer(NamedTuple):
     Q: nn.Parameter
     base: Tensor | None
     scaling: float
+    merged: list[str]
 
 
 class LayerLookup:
@@ -40,59 +43,85 @@ class LayerLookup:
         pairs: the layers.
     """
 
-    def __init__(self, pairs: Sequence[LoRAPair]) -> None:
+    def __init__(self, pairs: Iterable[LoRAPair]) -> None:
         self.pairs = list(pairs)
-        self._found: list[FoundLayer] = []
-        self._links: list[_Link] | None = None
+        self._found: list[FoundLayer] | None = None
+        self._to_factors = self._to_others = _Links()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"pairs": self.pairs, "_found": [], "_links": None}  # a copy has modules of its own
+        # A copy of the model has modules of its own.
+        return {
+            "pairs": self.pairs,
+            "_found": None,
+            "_to_factors": _Links(),
+            "_to_others": _Links(),
+        }
 
     def found(self) -> list[FoundLayer]:
         """Return every layer's tensors: the very list of the last call if none was replaced."""
-        if not self.is_current:
+        if self._found is None or not (self.has_same_factors and self._to_others.hold):
             self._found = [
-                FoundLayer(p, p.P_parameter, p.Q_parameter, p.stored_weight, p.scaling)
-                for p in self.pairs
+                FoundLayer(
+                    *(pair, pair.P_parameter, pair.Q_parameter, pair.stored_weight, pair.scaling),
+                    pair.module.merged_adapters,
+                )
+                for pair in self.pairs
             ]
-            self._links = [link for pair in self.pairs for link in _links(pair)]
+            self._to_factors = _Links(link for pair in self.pairs for link in _to_factors(pair))
+            self._to_others = _Links(link for pair in self.pairs for link in _to_others(pair))
         return self._found
 
     @property
-    def is_current(self) -> bool:
-        """Whether every module still holds what the last look found in it."""
-        if self._links is None:
-            return False
-        return all(holder.get(key) is held for holder, key, held in self._links)
+    def has_same_factors(self) -> bool:
+        """Whether there was a look, and every layer still has the factors and owner of then."""
+        return self._found is not None and self._to_factors.hold
 
 
-_Link = tuple[Mapping[Any, Any], Any, Any]  # a module's dictionary, a name in it, what it holds
+_Link = tuple[dict[Any, Any], Any, Any]  # a module's dictionary, a name in it, what it holds
 
 
-def _links(pair: LoRAPair) -> list[_Link]:
-    """Return all that leads from PEFT's layer to the layer's tensors, rank, scaling and owner."""
+class _Links:
+    """Where things were found."""
+
+    def __init__(self, links: Iterable[_Link] = ()) -> None:
+        all_links = list(links)
+        self._holders = [holder for holder, _, _ in all_links]
+        self._names = [name for _, name, _ in all_links]
+        self._held = [held for _, _, held in all_links]
+
+    @property
+    def hold(self) -> bool:
+        """Whether every dictionary still holds the very thing that was found in it."""
+        return all(map(is_, map(dict.get, self._holders, self._names), self._held))
+
+
+def _to_factors(pair: LoRAPair) -> Iterator[_Link]:
+    """Yield all that leads from PEFT's layer to its factors and its owner."""
     module, adapter = pair.module, pair.adapter
-    links: list[_Link] = [(numbers, adapter, numbers.get(adapter)) for numbers in _numbers(module)]
-    links.append((module.__dict__, "scalora_owners", module.__dict__.get("scalora_owners")))
+    yield module.__dict__, "scalora_owners", module.__dict__.get("scalora_owners")
     if pair.is_embedding:
         for factors in (module.lora_embedding_A, module.lora_embedding_B):
-            links.append((factors._parameters, adapter, factors._parameters.get(adapter)))
-    else:
-        for name in ("lora_A", "lora_B"):
-            factors = module._modules[name]
-            factor = factors._modules[adapter]
-            links += [(module._modules, name, factors), (factors._modules, adapter, factor)]
-            links.append(_weight_link(factor))
+            yield factors._parameters, adapter, factors._parameters.get(adapter)
+        return
+    modules = module._modules
+    for name in ("lora_A", "lora_B"):
+        factor = modules[name]._modules[adapter]
+        yield modules, name, modules[name]
+        yield modules[name]._modules, adapter, factor
+        yield _weight_link(factor)
+
+
+def _to_others(pair: LoRAPair) -> Iterator[_Link]:
+    """Yield all that leads to the base weight, the scaling and the merged adapters."""
+    module, adapter = pair.module, pair.adapter
+    yield module.scaling, adapter, module.scaling[adapter]
+    yield module.__dict__, "merged_adapters", module.__dict__.get("merged_adapters")
     layer = module
     while (inner := layer._modules.get("base_layer")) is not None:
-        links.append((layer._modules, "base_layer", inner))
+        yield layer._modules, "base_layer", inner
         layer = inner
-    links += [(layer._modules, "base_layer", None), _weight_link(layer)]
-    return links
-
-
-def _numbers(module: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    return module.r, module.scaling
+    yield layer._modules, "base_layer", None
+    yield _weight_link(layer)
 
 
 def _weight_link(layer: nn.Module) -> _Link:

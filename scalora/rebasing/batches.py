@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, repeat
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -65,18 +66,17 @@ class Batching:
     def __init__(self, layers: LayerLookup, key_of: Callable[[LoRAPair], Hashable]) -> None:
         self._layers = layers
         self._key_of = key_of
-        self._found: list[FoundLayer] | None = None
-        self._known: list[_Known | None] = []
-        self._numbers: dict[Hashable, int] = {}  # keys are long: each gets a number
+        self._known: _Known | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_found": None, "_known": [], "_numbers": {}}
+        return {**self.__dict__, "_known": None}
 
     def of_step(
         self,
         optimizer: torch.optim.Optimizer,
         step_key: Callable[[LoRAPair, int], Hashable] | None = None,
         takes: Callable[[LoRAPair], bool] | None = None,
+        counters_agree: bool = True,
     ) -> list[LayerBatch]:
         """Return the layers that take part in this step, in batches.
 
@@ -86,90 +86,127 @@ class Batching:
             optimizer: holds their states and groups.
             step_key: what else must agree in this step, of a layer and the place of P's group.
             takes: whether a layer takes part; all do without it.
+            counters_agree: whether the counters in the states of a batch must agree, as they must
+                for the directions of the coming step.
         """
-        found = self._layers.found()
-        if found is not self._found:
-            self._found, self._known = found, [None] * len(found)
-        groups = optimizer.param_groups
+        known, groups = self._look(optimizer), optimizer.param_groups
         index_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
         learns = [not is_zero(group["lr"]) for group in groups]
+        indices = list(map(index_of.get, map(id, known.factors)))
+        count = len(known.found)
+        counters = known.counters() if counters_agree else [None] * count
         batches: dict[Hashable, LayerBatch] = {}
-        for place, layer in enumerate(found):
-            P, Q = layer.P, layer.Q
-            if P.grad is None or Q.grad is None or layer.pair.is_merged:
+        for layer, number, counter, i, j in zip(
+            known.found, known.numbers, counters, indices[:count], indices[count:], strict=True
+        ):
+            if number is None or layer.merged or i is None or j is None:
                 continue
-            i, j = index_of.get(id(P)), index_of.get(id(Q))
-            if i is None or j is None or not (learns[i] and learns[j]):
+            if not (learns[i] and learns[j]) or (takes is not None and not takes(layer.pair)):
                 continue
-            if takes is not None and not takes(layer.pair):
-                continue
-            known = self._look(place, layer, optimizer)
-            extra = None if step_key is None else step_key(layer.pair, i)
-            key = (known.number, known.counters(), i, j, extra)
+            own = None if step_key is None else step_key(layer.pair, i)
+            key = (number, counter, i, j, own)
             if (batch := batches.get(key)) is None:
                 batch = batches[key] = LayerBatch(groups[i], groups[j], i)
             batch.pairs.append(layer.pair)
-            batch.P.append(P)
-            batch.Q.append(Q)
+            batch.P.append(layer.P)
+            batch.Q.append(layer.Q)
         return list(batches.values())
 
-    def _look(self, place: int, layer: FoundLayer, optimizer: torch.optim.Optimizer) -> _Known:
-        """Return what the layer's tensors are like; looked at anew where one is another."""
-        states = optimizer.state.get(layer.P, _EMPTY), optimizer.state.get(layer.Q, _EMPTY)
-        dtypes = tuple(
-            tensor.dtype  # which a module's own conversion changes in place
-            for tensor in (layer.P, layer.Q, layer.P.grad, layer.Q.grad, layer.base)
-            if tensor is not None
+    def _look(self, optimizer: torch.optim.Optimizer) -> _Known:
+        """Return what the layers' tensors are like; looked at anew where anything has changed."""
+        found = self._layers.found()
+        known = self._known
+        if known is not None and known.found is found:
+            factors = known.factors
+        else:
+            factors = [x.P for x in found] + [x.Q for x in found]
+        states = list(map(optimizer.state.get, factors, repeat(_EMPTY)))
+        looks = _Looks(
+            list(map(len, states)),
+            [p.dtype for p in factors],  # which a module's own conversion changes in place
+            [x.base.dtype for x in found],
+            [None if (grad := p.grad) is None else grad.dtype for p in factors],
         )
-        known = self._known[place]
-        if known is not None and known.holds(states, dtypes):
-            return known
-        P, Q = layer.P, layer.Q
-        (layout_P, counters_P), (layout_Q, counters_Q) = map(_layout, states)
-        key = (dtypes, P.shape, Q.shape, P.device, sharding.layout(P), layer.scaling)
-        number = self._numbers.setdefault(
-            (key, layout_P, layout_Q, self._key_of(layer.pair)), len(self._numbers)
-        )
-        counted = [*((states[0], c) for c in counters_P), *((states[1], c) for c in counters_Q)]
-        known = _Known(states, [len(s) for s in states], dtypes, number, counted)
-        self._known[place] = known
+        if known is None or not known.holds(found, states, looks):
+            known = self._known = _Known(found, factors, states, looks, self._key_of)
         return known
 
 
 _EMPTY: dict[str, Any] = {}
 
 
-class _Known(NamedTuple):
-    """What one layer's tensors are like.
+class _Looks(NamedTuple):
+    """Whatever of tensors may change though the tensors stay.
 
     Attributes:
-        states: the optimizer's, of P and of Q.
-        sizes: how many entries they have.
-        dtypes: of the layer's tensors.
-        number: of all that must agree for layers to be stacked.
-        counted: where the state's counters are, whose values must agree too.
+        sizes: entries of the states, of every P and then of every Q.
+        factors, grads: dtypes of those, None for no gradient.
+        bases: dtypes of the base weights.
     """
 
-    states: tuple[dict[str, Any], dict[str, Any]]
     sizes: list[int]
-    dtypes: tuple[torch.dtype, ...]
-    number: int
-    counted: list[tuple[dict[str, Any], str]]
+    factors: list[torch.dtype]
+    bases: list[torch.dtype]
+    grads: list[torch.dtype | None]
 
-    def holds(
-        self, states: tuple[dict[str, Any], dict[str, Any]], dtypes: tuple[torch.dtype, ...]
-    ) -> bool:
-        """Return whether this is known of these very dictionaries."""
-        return (
-            states[0] is self.states[0]
-            and states[1] is self.states[1]
-            and [len(states[0]), len(states[1])] == self.sizes
-            and dtypes == self.dtypes
-        )
 
-    def counters(self) -> tuple[float, ...]:
-        """Return the counters; on the host, so reading them waits for nothing."""
-        return tuple([float(state[name]) for state, name in self.counted])
+class _Known:
+    """What the tensors of layers are like.
+
+    Args:
+        found: the layers.
+        factors: every P and then every Q.
+        states: the optimizer's, of each of those.
+        looks: of all their tensors.
+        key_of: as for `Batching`.
+
+    Attributes:
+        numbers: for every layer the number of what must agree for layers to be stacked; None for
+            one without gradients.
+    """
+
+    def __init__(
+        self,
+        found: list[FoundLayer],
+        factors: list[nn.Parameter],
+        states: list[dict[str, Any]],
+        looks: _Looks,
+        key_of: Callable[[LoRAPair], Hashable],
+    ) -> None:
+        self.found, self.factors = found, factors
+        self._states, self._looks = states, looks
+        layouts = [_layout(state) for state in states]
+        self._counted = [
+            (state, name)
+            for state, (_, names) in zip(states, layouts, strict=True)
+            for name in names
+        ]
+        self._ends = [0, *accumulate(len(names) for _, names in layouts)]
+        numbers: dict[Hashable, int] = {}  # the keys are long
+        self.numbers: list[int | None] = []
+        for i, (P, Q) in enumerate(zip(factors[: len(found)], factors[len(found) :], strict=True)):
+            places, x = (i, len(found) + i), found[i]
+            if any(looks.grads[place] is None for place in places):
+                self.numbers.append(None)
+                continue
+            own = [(looks.factors[p], looks.grads[p], layouts[p][0]) for p in places]
+            like = P.shape, Q.shape, P.device, sharding.layout(P), x.scaling, looks.bases[i]
+            key = (*like, *own, key_of(x.pair))
+            self.numbers.append(numbers.setdefault(key, len(numbers)))
+
+    def holds(self, found: list[FoundLayer], states: list[dict[str, Any]], looks: _Looks) -> bool:
+        """Return whether this is known of these very layers and states."""
+        same = found is self.found and looks == self._looks
+        return same and all(map(is_, states, self._states))
+
+    def counters(self) -> list[Hashable]:
+        """Return every layer's counters; on the host, so reading them waits for nothing."""
+        values = [float(state[name]) for state, name in self._counted]
+        count, ends = len(self.found), self._ends
+        if len(set(values)) <= 1:  # as in nearly every step
+            return [None] * count
+        own = [tuple(values[start:end]) for start, end in pairwise(ends)]
+        return [(own[i], own[count + i]) for i in range(count)]
 
 
 def _layout(state: dict[str, Any]) -> tuple[Hashable, list[str]]:
@@ -183,7 +220,7 @@ def _layout(state: dict[str, Any]) -> tuple[Hashable, list[str]]:
                 counters.append(name)
         elif isinstance(value, (int, float)):
             counters.append(name)
-    return tuple(tensors), counters
+    return (tuple(tensors), tuple(counters)), counters
 
 
 def at_once(batches: Sequence[LayerBatch]) -> Iterator[list[LayerBatch]]:

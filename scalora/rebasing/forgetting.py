@@ -20,7 +20,7 @@ from scalora.rebasing.coordinates import Q_RANK_AXIS, Rebased, with_P_scaled
 from scalora.scaling.memory import bounded_age, leak
 from scalora.scaling.quadratic import solver_dtype
 from scalora.sharding.stacks import gradients, stack, widened
-from scalora.step_length.learned_steps import Count, LearnedSteps
+from scalora.step_length.learned_steps import LearnedSteps
 from scalora.step_length.rates import host_rate
 
 
@@ -51,7 +51,10 @@ class Forgetting:
         A batch counts as re-based when the next is asked for.
         """
         for together in at_once(batches):
-            due = [batch for batch in together if self._has_learned(batch)]
+            due: list[LayerBatch] = []
+            others: list[LayerBatch] = []
+            for batch in together:
+                (due if self._has_learned(batch) else others).append(batch)
             if due:
                 histories = [
                     factor_history(optimizer, self.moments, batch.Q, Q_RANK_AXIS) for batch in due
@@ -59,21 +62,23 @@ class Forgetting:
                 for found in with_P_scaled(due, histories, self._alpha(due, optimizer)):
                     yield found
                     self._mark(found.batch)
-            for batch in together:
+            for batch in others:
                 self._mark(batch)
 
     def _mark(self, batch: LayerBatch) -> None:
         self.learned.mark([pair.name for pair in batch.pairs], batch.index_P)
 
     def _has_learned(self, batch: LayerBatch) -> bool:
-        """Return whether any layer has taken a step since it was last re-based."""
+        """Return whether the layers have taken a step since they were last re-based."""
         if self.options.resolved_rule == "age":
             return True
-        counts = self._counts(batch)
-        return any(isinstance(count, Tensor) or count > 0 for count in counts)
+        steps = self._steps(batch)
+        return steps is None or steps > 0
 
-    def _counts(self, batch: LayerBatch) -> list[Count]:
-        return [self.learned.since(pair.name, batch.index_P) for pair in batch.pairs]
+    def _steps(self, batch: LayerBatch) -> float | None:
+        """Return the steps of all layers of a batch since then; None if they are on a device."""
+        steps = self.learned.since(batch.pairs[0].name, batch.index_P)
+        return None if isinstance(steps, Tensor) else steps
 
     def _alpha(self, batches: Sequence[LayerBatch], optimizer: torch.optim.Optimizer) -> Tensor:
         """Return (layers, r), or (layers, 1) where all columns have the same.
@@ -85,16 +90,20 @@ class Forgetting:
             return torch.cat([self._bounded(b, optimizer) for b in batches]).clamp_min(least)
         memory, device = self.options.memory_steps, batches[0].P[0].device
         dtype = torch.promote_types(batches[0].P[0].dtype, torch.float32)
-        # Layers of a batch agree, if their counts are numbers; a fill does not wait for the device.
-        firsts = [self._counts(batch)[0] for batch in batches]
-        if not any(isinstance(first, Tensor) for first in firsts):
-            alphas = [max(least, float(leak(memory, first))) for first in firsts]
-            counts = [len(batch.pairs) for batch in batches]
+        known = [self._steps(batch) for batch in batches]
+        counts = [len(batch.pairs) for batch in batches]
+        steps = [steps for steps in known if steps is not None]
+        if len(steps) == len(known):  # a fill does not wait for the device
+            alphas = [max(least, float(leak(memory, count))) for count in steps]
             if len(set(alphas)) == 1:
                 return torch.full((sum(counts), 1), alphas[0], dtype=dtype, device=device)
             fills = zip(alphas, counts, strict=True)
             return torch.cat([torch.full((n, 1), a, dtype=dtype, device=device) for a, n in fills])
-        every = [leak(memory, count) for batch in batches for count in self._counts(batch)]
+        every = [
+            leak(memory, self.learned.since(pair.name, batch.index_P))
+            for batch in batches
+            for pair in batch.pairs
+        ]
         on_device = [torch.as_tensor(alpha, dtype=dtype, device=device) for alpha in every]
         return torch.stack(on_device).clamp_min(least).unsqueeze(-1)
 

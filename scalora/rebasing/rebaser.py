@@ -152,7 +152,8 @@ class Rebaser:
         self._last = []
         seen = []
         takes = self._takes if self.options.when_full == "hold" else None
-        batches = self._batching.of_step(optimizer, self._rule.step_key, takes)
+        agree = self.options.resolved_rule != "leak"  # which asks for no direction
+        batches = self._batching.of_step(optimizer, self._rule.step_key, takes, agree)
         try:
             for found in self._rule.rebased(batches, optimizer):
                 pairs = found.batch.pairs

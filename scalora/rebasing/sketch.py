@@ -84,6 +84,7 @@ class FrozenSketches:
         self.columns: dict[str, int] = {}
         self.knows_columns = True
         self._frozen: dict[str, Tensor] = {}  # none before the first re-basing
+        self._stacks: dict[tuple[str, ...], Tensor] = {}  # of layers that are added together
         self._is_known = True
         self._projections: dict[Hashable, Tensor] = {}
 
@@ -96,13 +97,14 @@ class FrozenSketches:
             left, right: (layers, m, r) and (layers, n, r), of the increments.
         """
         first = pairs[0]
+        rank = first.rank
         for pair in pairs:
-            self.columns[pair.name] = self.columns.get(pair.name, 0) + pair.rank
+            self.columns[pair.name] = self.columns.get(pair.name, 0) + rank
         if self.places[first] != "dense" or not self._is_known:
             return None
         if sharding.is_sharded(first.P_parameter):
             self._is_known = not self._frozen  # sharded since: the sketches are stale
-            self._frozen = {}
+            self._frozen, self._stacks = {}, {}
             return None
         psi = self._projection(left.shape[-2], 0, left.device, first.scaling)
         omega = self._projection(right.shape[-2], 1, left.device)
@@ -120,16 +122,22 @@ class FrozenSketches:
                 alike.setdefault(key, []).append(increment)
         for group in alike.values():
             left, right = torch.cat([i.left for i in group]), torch.cat([i.right for i in group])
-            names = [name for increment in group for name in increment.names]
-            frozen = (left @ right).unbind()
-            if all(name in self._frozen for name in names):
-                before = [self._frozen[name].to(left.device) for name in names]
-                torch._foreach_add_(before, frozen)
-                self._frozen.update(zip(names, before, strict=True))
-                continue
-            for name, new in zip(names, frozen, strict=True):
-                old = self._frozen.get(name)
-                self._frozen[name] = new.clone() if old is None else old.to(new.device) + new
+            names = tuple(name for increment in group for name in increment.names)
+            self._add(names, left @ right)
+
+    def _add(self, names: tuple[str, ...], new: Tensor) -> None:
+        """Add (layers, k, k).  Layers that are added together mostly were before: one stack."""
+        stack = self._stacks.get(names)
+        if stack is not None and stack.device == new.device:
+            stack.add_(new)
+            return
+        before = [self._frozen.get(name) for name in names]
+        if any(sketch is not None for sketch in before):
+            none = torch.zeros_like(new[0])
+            new = new + torch.stack([none if s is None else s.to(new.device) for s in before])
+        apart = {other: s for other, s in self._stacks.items() if not {*other} & {*names}}
+        self._stacks = {**apart, names: new}
+        self._frozen.update(zip(names, new.unbind(), strict=True))
 
     @torch.no_grad()
     def changes(self) -> dict[str, SketchedChange]:
@@ -163,13 +171,15 @@ class FrozenSketches:
         """Return what `load` needs to go on; None where not even the columns are known."""
         if not self.knows_columns:
             return None
-        return {"columns": dict(self.columns), "sketches": dict(self._frozen)}
+        sketches = {name: sketch.clone() for name, sketch in self._frozen.items()}
+        return {"columns": dict(self.columns), "sketches": sketches}
 
     def load(self, state: Mapping[str, Any] | None, rebase_count: int = 0) -> None:
         """Take up what `state` returned, after ``rebase_count`` re-basings; None: begin anew."""
         self.columns = dict(state["columns"]) if state is not None else {}
         sketches = state["sketches"] if state is not None else {}
         self._frozen = {name: sketch.detach().clone() for name, sketch in sketches.items()}
+        self._stacks = {}
         self.knows_columns = state is not None or rebase_count == 0
         # Of sharded layers there are no sketches.
         dense = {pair.name for pair, place in self.places.items() if place == "dense"}

@@ -28,10 +28,10 @@ def write_all(writes: Sequence[Write], layers: Sequence[int], done: Callable[[],
     for targets, _, new in writes:
         own, values = pieces.setdefault((new.dtype, targets[0].device), ([], []))
         rows = new.unbind()
-        for i in layers:
-            target = sharding.local(targets[i])
-            own.append(target)
-            values.append(rows[i].view_as(target))
+        held = [*map(sharding.local, targets)] if sharding.is_sharded(targets[0]) else targets
+        whole = len(layers) == len(targets)
+        own += held if whole else [held[i] for i in layers]
+        values += rows if whole else [rows[i] for i in layers]
 
     def write() -> None:
         for own, values in pieces.values():
