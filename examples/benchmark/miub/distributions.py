@@ -140,7 +140,9 @@ def mixture(points: int, dimension: int, distance: float) -> Sampler:
 def layer_paths(
     inputs: int, outputs: int, rank: int, decay: float, noise: float
 ) -> tuple[float, Sampler]:
-    """Return a sampler of what the monitor sees: ``u = W x``, ``v = A x`` for Gaussian x of spectrum ``k^-decay``.
+    """Return a sampler of what the monitor sees, ``u = W x`` and ``v = A x``.
+
+    x is Gaussian with the spectrum ``k^-decay``.
 
     Returns:
         I under the noise model: without noise it is infinite wherever outputs >= inputs.
