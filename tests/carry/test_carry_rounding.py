@@ -11,6 +11,7 @@ import torch
 from carry_runs import batches, optimizer_of, pairs, perceptron, train
 from hypothesis import given
 from hypothesis import strategies as st
+from samplers import RANKS, SIDES, normal
 from torch import Tensor
 
 import scalora
@@ -28,15 +29,10 @@ def narrow() -> Iterator[None]:
         yield
 
 
-def drawn(*shape: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
 @given(
-    m=st.integers(1, 9),
-    n=st.integers(1, 9),
-    r=st.integers(1, 4),
+    m=SIDES,
+    n=SIDES,
+    r=RANKS,
     share=st.floats(0, 0.9),
     scale=st.floats(-6, 2),
     dtype=st.sampled_from(NARROW),
@@ -45,7 +41,7 @@ def drawn(*shape: int, seed: int) -> Tensor:
 def test_what_rounding_cuts_stays_in_the_adapter(
     m: int, n: int, r: int, share: float, scale: float, dtype: torch.dtype, seed: int
 ) -> None:
-    P, Q = 10**scale * drawn(2, m, r, seed=seed), drawn(2, r, n, seed=seed + 1)
+    P, Q = 10**scale * normal(seed, 2, m, r), normal(seed + 1, 2, r, n)
     t = share * torch.linspace(0.1, 1, r, dtype=torch.float64)
     own = frozen(P, t * P, dtype)
     down, kept = rounded(Q, dtype), absorbed(Q, own.ratio, dtype)
@@ -74,14 +70,14 @@ def test_no_number_of_an_increment_becomes_infinite(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", NARROW)
 def test_energy_of_a_rounding_is_that_of_the_difference(dtype: torch.dtype) -> None:
-    up, down = drawn(2, 20, 6, seed=1), 1e-2 * drawn(2, 6, 15, seed=2)
+    up, down = normal(1, 2, 20, 6), 1e-2 * normal(2, 2, 6, 15)
     difference = up @ down - rounded(up, dtype) @ rounded(down, dtype)
     found = rounding_energy(up, down, dtype)
     torch.testing.assert_close(found, difference.square().sum((1, 2)), rtol=1e-9, atol=0)
 
 
 def test_float16_holds_a_compressed_carry_to_far_less_than_is_cut() -> None:
-    up, down = 1e-3 * drawn(2, 300, 64, seed=1), 1e-2 * drawn(2, 64, 200, seed=2)
+    up, down = 1e-3 * normal(1, 2, 300, 64), 1e-2 * normal(2, 2, 64, 200)
     kept = compress(up, down, 48)
     lost = rounding_energy(kept.up, kept.down, torch.float16)
     assert (lost < 2e-7 * kept.energy).all()  # the default tolerance is 1e-4
