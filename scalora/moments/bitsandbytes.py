@@ -1,4 +1,4 @@
-"""bitsandbytes' optimizers: which are known, and how they keep their state.
+"""bitsandbytes' optimizers: those that are known, and the format of their state.
 
 Held by tests/moments/test_bitsandbytes_states.py.
 

@@ -1,4 +1,4 @@
-"""States that are kept as 8-bit codes in blocks: what they hold, and their transfer.
+"""States that are kept as 8-bit codes in blocks: their values, and their transfer.
 
 A block is `BLOCK` consecutive elements of the flattened state (the last one may be shorter), so it
 may hold elements of several columns.  The element with code ``c`` is ``level_map[c] * absmax``,
@@ -19,7 +19,7 @@ BLOCK = 256
 
 
 def decode(codes: Tensor, absmax: Tensor, level_map: Tensor) -> Tensor:
-    """The state itself, in the dtype of ``level_map``.
+    """Return the state itself, in the dtype of ``level_map``.
 
     Args:
         codes: (..., *shape), uint8.
@@ -32,7 +32,7 @@ def decode(codes: Tensor, absmax: Tensor, level_map: Tensor) -> Tensor:
 
 
 def encode(state: Tensor, level_map: Tensor, axes: int) -> tuple[Tensor, Tensor]:
-    """Codes (..., *shape) and absmax (..., blocks), the nearest level for every element.
+    """Return codes (..., *shape) and absmax (..., blocks), of the level nearest to each element.
 
     The absmax is the smallest with which no element of the block lies outside of the levels.  The
     signed map ends at 1 and at -0.993: a block whose largest element is negative gets an absmax
@@ -44,7 +44,7 @@ def encode(state: Tensor, level_map: Tensor, axes: int) -> tuple[Tensor, Tensor]
     Args:
         state: (..., *shape).
         level_map: (256,), ascending.
-        axes: how many axes are in front of ``shape``.
+        axes: number of axes in front of ``shape``.
     """
     blocks = _in_blocks(state, axes)
     ends = torch.where(blocks < 0, level_map[0], level_map[-1])
@@ -58,7 +58,7 @@ def encode(state: Tensor, level_map: Tensor, axes: int) -> tuple[Tensor, Tensor]
 def transfer_codes(
     codes: Tensor, absmax: Tensor, level_map: Tensor, factor: Tensor, degree: int, rank_axis: int
 ) -> tuple[Tensor, Tensor]:
-    """`transfer` of a state that is kept as codes: its new codes and absmax.
+    """Return a state that is kept as codes in new coordinates (`transfer`): codes and absmax.
 
     What rounding adds is at most half the gap between two levels, times the new absmax.  It adds
     nothing to a block all of whose elements are scaled alike: its codes stay, its absmax is scaled.
@@ -76,7 +76,7 @@ def transfer_codes(
 
 
 def _in_blocks(state: Tensor, axes: int) -> Tensor:
-    """(..., blocks, BLOCK), the last block filled up with zeros."""
+    """Return (..., blocks, BLOCK), the last block filled up with zeros."""
     flat = state.flatten(axes)
     return pad(flat, (0, -flat.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
 

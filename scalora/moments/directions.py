@@ -21,7 +21,7 @@ Direction = Callable[[Tensor, Tensor, State, Group], Tensor]
 
 
 def sgd(param: Tensor, grad: Tensor, state: State, group: Group) -> Tensor:
-    """SGD, with momentum and Nesterov."""
+    """Return SGD's direction, with momentum and Nesterov."""
     momentum = group["momentum"]
     if momentum == 0:
         return grad
@@ -31,7 +31,7 @@ def sgd(param: Tensor, grad: Tensor, state: State, group: Group) -> Tensor:
 
 
 def adam(param: Tensor, grad: Tensor, state: State, group: Group) -> Tensor:
-    """Adam and AdamW, with amsgrad."""
+    """Return the direction of Adam and AdamW, with amsgrad."""
     beta1, beta2 = group["betas"]
     step = _next_step(state, grad)
     first = _average(state, "exp_avg", grad, beta1)
@@ -43,7 +43,7 @@ def adam(param: Tensor, grad: Tensor, state: State, group: Group) -> Tensor:
 
 
 def nadam(param: Tensor, grad: Tensor, state: State, group: Group) -> Tensor:
-    """NAdam."""
+    """Return NAdam's direction."""
     beta1, beta2 = group["betas"]
     step = _next_step(state, grad)
     decay = group["momentum_decay"]
@@ -58,7 +58,7 @@ def nadam(param: Tensor, grad: Tensor, state: State, group: Group) -> Tensor:
 
 
 def radam(param: Tensor, grad: Tensor, state: State, group: Group) -> Tensor:
-    """RAdam.  Its first steps, before rectification, are plain momentum."""
+    """Return RAdam's direction: plain momentum in its first steps, before rectification."""
     beta1, beta2 = group["betas"]
     step = _next_step(state, grad)
     first = _average(state, "exp_avg", grad, beta1) / (1 - beta1**step)
@@ -75,7 +75,7 @@ def radam(param: Tensor, grad: Tensor, state: State, group: Group) -> Tensor:
 
 
 def adamax(param: Tensor, grad: Tensor, state: State, group: Group) -> Tensor:
-    """Adamax."""
+    """Return Adamax's direction."""
     beta1, beta2 = group["betas"]
     step = _next_step(state, grad)
     first = _average(state, "exp_avg", grad, beta1) / (1 - beta1**step)
@@ -84,7 +84,7 @@ def adamax(param: Tensor, grad: Tensor, state: State, group: Group) -> Tensor:
 
 
 def rmsprop(param: Tensor, grad: Tensor, state: State, group: Group) -> Tensor:
-    """RMSprop, centered and with momentum."""
+    """Return RMSprop's direction, centered and with momentum."""
     alpha = group["alpha"]
     second = _average(state, "square_avg", grad.square(), alpha)
     if group["centered"]:
@@ -96,14 +96,14 @@ def rmsprop(param: Tensor, grad: Tensor, state: State, group: Group) -> Tensor:
 
 
 def adagrad(param: Tensor, grad: Tensor, state: State, group: Group) -> Tensor:
-    """Adagrad."""
+    """Return Adagrad's direction."""
     step = _next_step(state, grad)
     total = state.get("sum", torch.zeros_like(grad)) + grad.square()
     return grad / (total.sqrt() + group["eps"]) / (1 + (step - 1) * group["lr_decay"])
 
 
 def adafactor(param: Tensor, grad: Tensor, state: State, group: Group) -> Tensor:
-    """``torch.optim.Adafactor``; its step also depends on the parameter's own size."""
+    """Return the direction of ``torch.optim.Adafactor``, which depends on the parameter's size."""
     lr, (eps1, eps2) = group["lr"], group["eps"]
     eps1 = torch.finfo(param.dtype).eps if eps1 is None else eps1
     step = _next_step(state, grad)
@@ -125,12 +125,12 @@ def adafactor(param: Tensor, grad: Tensor, state: State, group: Group) -> Tensor
 
 
 def lion(param: Tensor, grad: Tensor, state: State, group: Group) -> Tensor:
-    """Lion (arXiv 2302.06675)."""
+    """Return Lion's direction (arXiv 2302.06675)."""
     return _average(state, "exp_avg", grad, group["betas"][0]).sign()
 
 
 def ademamix(param: Tensor, grad: Tensor, state: State, group: Group) -> Tensor:
-    """AdEMAMix (arXiv 2409.03137), with its schedules of alpha and beta3."""
+    """Return AdEMAMix's direction (arXiv 2409.03137), with its schedules of alpha and beta3."""
     beta1, beta2, beta3 = group["betas"]
     alpha, t_alpha, t_beta3 = group["alpha"], group["t_alpha"], group["t_beta3"]
     step = _next_step(state, grad)
@@ -152,12 +152,12 @@ def _average(state: State, name: str, new: Tensor, decay: float | Tensor) -> Ten
 
 
 def _next_step(state: State, grad: Tensor) -> Tensor:
-    """The coming step's number, a tensor that broadcasts over the batch of layers."""
+    """Return the number of the coming step, a tensor that broadcasts over the batch of layers."""
     step = state.get("step")
     return _like(torch.zeros((), device=grad.device) if step is None else step, grad) + 1
 
 
 def _like(scalar: Tensor, grad: Tensor) -> Tensor:
-    """A scalar, or one a layer, shaped to broadcast with ``grad`` (layers, ...)."""
+    """Return one scalar for all layers or one each, shaped to broadcast with (layers, ...)."""
     scalar = scalar.to(grad.dtype)
     return scalar.reshape(-1, *(1,) * (grad.ndim - 1)) if scalar.ndim else scalar

@@ -125,7 +125,7 @@ class Columns:
         """Return each column times its power of the scaling, rounded once."""
         degrees = [column.degree for column in self.columns]
         factors = powers.of(degrees, self.old.dtype)[:, layers]
-        new = times(self.old, along(factors, self.old.ndim, self.axis + 1))
+        new = times(self.old, _along(factors, self.old.ndim, self.axis + 1))
         return [Moved([column.targets for column in self.columns], self.old, new)]
 
 
@@ -210,7 +210,7 @@ def times(stacked: Tensor, factors: Tensor) -> Tensor:
     return torch.mul(stacked, factors, out=torch.empty_like(stacked))
 
 
-def along(factors: Tensor, ndim: int, axis: int) -> Tensor:
+def _along(factors: Tensor, ndim: int, axis: int) -> Tensor:
     """Return (kinds, layers, r) shaped to broadcast along one axis of (kinds, layers, ...)."""
     shape = [1] * ndim
     shape[0], shape[1], shape[axis] = factors.shape

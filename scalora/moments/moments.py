@@ -2,6 +2,8 @@
 
 A state that is homogeneous of degree k in the gradient history moves with a re-basing: column j
 of P's is multiplied by ``beta_j**k`` and of Q's by ``alpha_j**k`` (docs/mathematics.md, moments).
+
+Held by tests/moments/test_moments.py and tests/moments/test_bitsandbytes_states.py.
 """
 
 from __future__ import annotations

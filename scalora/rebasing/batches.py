@@ -55,7 +55,7 @@ class LayerBatch:
 
 
 class Batching:
-    """Groups the layers that take part in a step, and remembers what their tensors are like.
+    """Groups the layers that take part in a step, and remembers which of them can be stacked.
 
     Args:
         layers: finds their tensors.
@@ -113,7 +113,7 @@ class Batching:
         return list(batches.values())
 
     def _look(self, optimizer: torch.optim.Optimizer) -> _Known:
-        """Return what the layers' tensors are like; looked at anew where anything has changed."""
+        """Return the layers as they are; look at them anew if anything has changed."""
         found = self._layers.found()
         known = self._known
         if known is not None and known.found is found:
@@ -136,7 +136,7 @@ _EMPTY: dict[str, Any] = {}
 
 
 class _Looks(NamedTuple):
-    """Whatever of tensors may change though the tensors stay.
+    """Sizes and dtypes, which may change while the tensors stay the same objects.
 
     Attributes:
         sizes: entries of the states, of every P and then of every Q.
@@ -151,13 +151,13 @@ class _Looks(NamedTuple):
 
 
 class _Known:
-    """What the tensors of layers are like.
+    """Layers whose tensors were looked at, and which of them can be stacked.
 
     Args:
         found: the layers.
         factors: every P and then every Q.
         states: the optimizer's, of each of those.
-        looks: of all their tensors.
+        looks: sizes and dtypes of all their tensors.
         key_of: as for `Batching`.
 
     Attributes:

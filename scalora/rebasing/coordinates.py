@@ -1,4 +1,4 @@
-"""Layers in new coordinates, computed and not yet written: factors, history and increments.
+"""New coordinates of layers, computed but not yet written: factors, history and increments.
 
 Held by tests/peft_layers/test_layers.py and tests/moments/test_moments.py.
 

@@ -17,7 +17,7 @@ from scalora.scaling.quadratic import solver_dtype
 
 
 class Held(NamedTuple):
-    """What is held of some layers.
+    """L times the learning rate of some layers.
 
     Attributes:
         lipschitz_lr: (layers,), NaN where it is still to be matched.
@@ -73,7 +73,7 @@ class HeldLipschitz:
 
 
 class ArrivingFlag:
-    """Whether no number is NaN any more, as far as the host has heard: it never waits.
+    """Tells whether no number is NaN any more, as far as the host has heard: it never waits.
 
     Numbers that are known stay known, so what has arrived once is true for good.
 

@@ -19,7 +19,7 @@ from scalora.warning import warn
 def places_of_layers(
     model: nn.Module, optimizer: torch.optim.Optimizer, options: RebasingOptions
 ) -> dict[LoRAPair, str]:
-    """The layers to re-base -> "dense" or "carry"; one warning names those that stay plain LoRA.
+    """Return the layers to re-base -> "dense" or "carry"; warn of those that stay plain LoRA.
 
     Raises:
         ValueError: the model has no such adapter, none of its layers can be re-based, a base
@@ -71,7 +71,7 @@ def _warn_of_vocabulary(model: nn.Module, adapter: str) -> None:
 def _why_nowhere(
     pair: LoRAPair, users: dict[int, list[str]], options: RebasingOptions
 ) -> str | None:
-    """Why no accumulator that was asked for can take the layer's increments."""
+    """Return why no accumulator that was asked for can take the layer's increments, or None."""
     not_dense, no_carry = peft_layers.why_not_dense(pair), peft_layers.why_no_carry(pair)
     if options.accumulator == "auto":
         # The base weight of a tied layer takes none.
@@ -81,7 +81,7 @@ def _why_nowhere(
 
 
 def _place(pair: LoRAPair, users: dict[int, list[str]], options: RebasingOptions) -> str:
-    """Where the layer's increments go."""
+    """Return where the layer's increments go, "dense" or "carry"."""
     not_dense = peft_layers.why_not_dense(pair)
     sharing = [] if not_dense else _sharing(pair, users)
     if options.accumulator == "dense" and len(sharing) > 1:
@@ -97,7 +97,7 @@ def _place(pair: LoRAPair, users: dict[int, list[str]], options: RebasingOptions
 
 
 def _sharing(pair: LoRAPair, users: dict[int, list[str]]) -> list[str]:
-    """The modules that use the layer's base weight, its own one of them."""
+    """Return the names of all modules that use the layer's base weight, its own among them."""
     return users[peft_layers.storage_address(pair.base_weight)]
 
 

@@ -21,8 +21,8 @@ def leak(memory: float, steps: Steps) -> Steps:
 
     Args:
         memory: K > 1.
-        steps: since the last time, at the highest learning rate; half a step is one at half of it.
-            A number, or a 0-d tensor.
+        steps: steps since the last re-basing, at the highest learning rate: one at half of it is
+            half a step.  A number, or a 0-d tensor.
     """
     return (1 - 1 / memory) ** steps
 

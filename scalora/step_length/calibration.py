@@ -1,4 +1,4 @@
-"""The length of a step, found in the first steps: grown towards the distance, shrunk by the sign.
+"""Calibration of step length in the first steps: grown towards the distance, shrunk by a sign.
 
 Let ``u`` be the step just taken and ``g`` the gradient of the next batch, which had no part in
 ``u``.
@@ -44,8 +44,8 @@ class StepCalibration:
     """Scales an optimizer's steps by a factor that the first steps find.
 
     Args:
-        steps: for how many steps the factor is adapted, counted from the step at which the learning
-            rate was highest, so that a warm-up is always part of it; 0: never.
+        steps: steps during which the factor is adapted, counted from the one at which the learning
+            rate was highest: a warm-up always belongs to them.  0: never.
     """
 
     def __init__(self, steps: int) -> None:
@@ -60,7 +60,7 @@ class StepCalibration:
 
     @property
     def factor(self) -> Tensor | None:
-        """What steps are scaled by, (); ``None`` before the first."""
+        """Factor that scales the steps, (); ``None`` before the first step."""
         return None if self._numbers is None else self._numbers["factor"]
 
     @property
@@ -69,7 +69,7 @@ class StepCalibration:
         return self._peak
 
     def kept_tensors(self) -> list[Tensor]:
-        """What is kept between steps."""
+        """Return the tensors that are kept between steps."""
         vectors = (self._last, self._path, self._total)
         return [*(self._numbers or {}).values(), *(v for v in vectors if v is not None)]
 
@@ -133,7 +133,7 @@ class StepCalibration:
         groups: Sequence[dict[str, Any]] = (),
         linear: bool = False,
     ) -> Iterator[None]:
-        """Scale whatever step is taken within, of these parameters.
+        """Scale the step that is taken within, of these parameters alone.
 
         If the step raises, half taken, the parameters are put back to where they were, but not
         where the factor is held and can be given to the optimizer in its learning rates.
@@ -256,7 +256,7 @@ class StepCalibration:
 def _groups_of_these_alone(
     parameters: Sequence[Tensor], groups: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]] | None:
-    """The groups that hold these parameters, if they hold no others and the rates are numbers.
+    """Return the groups of these parameters if they hold no others and the rates are numbers.
 
     On the host alone: reading the factor from a device would wait for it.
     """
@@ -290,31 +290,31 @@ def _copy(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _over_shards(sums: Sequence[Tensor], like: Tensor) -> Sequence[Tensor]:
-    """Sums over all elements, from those over the elements that this process holds."""
+    """Return sums over all elements, given those over the elements that this process holds."""
     return sharding.rows_of(like).sum(torch.stack(list(sums))).unbind()
 
 
-def _gathered(rows: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Each row with the elements of all processes, in the order that it would have in one.
+def _gathered(vectors: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Return each vector with the elements of all processes, in the order of a single process.
 
     One collective for all parameters of one shape.
     """
     own = [sharding.local(p) for p in parameters]
-    pieces = torch.stack(list(rows)).split([p.numel() for p in own], 1)
+    pieces = torch.stack(list(vectors)).split([p.numel() for p in own], 1)
     alike: dict[torch.Size, list[int]] = {}
     for i, parameter in enumerate(parameters):
         alike.setdefault(parameter.shape, []).append(i)
-    wholes: dict[int, Tensor] = {}
+    gathered: dict[int, Tensor] = {}
     for indices in alike.values():
-        stacked = torch.cat([pieces[i].reshape(len(rows), *own[i].shape) for i in indices])
+        stacked = torch.cat([pieces[i].reshape(len(vectors), *own[i].shape) for i in indices])
         like = parameters[indices[0]]
-        whole = sharding.rows_of(like).gathered(stacked, 1, like.shape[0])
-        wholes |= zip(indices, whole.flatten(1).split(len(rows)), strict=True)
-    return [torch.cat([wholes[i][k] for i in range(len(own))]) for k in range(len(rows))]
+        everything = sharding.rows_of(like).gathered(stacked, 1, like.shape[0])
+        gathered |= zip(indices, everything.flatten(1).split(len(vectors)), strict=True)
+    return [torch.cat([gathered[i][k] for i in range(len(own))]) for k in range(len(vectors))]
 
 
 def _own_part(flat: Tensor, parameters: Sequence[Tensor]) -> Tensor | None:
-    """Of a row of all elements those that this process holds; None if it is of other parameters."""
+    """Return this process's elements of a vector of all; None if it is of other parameters."""
     if not parameters or not sharding.is_sharded(parameters[0]):
         return flat
     sizes = [p.numel() for p in parameters]
@@ -330,7 +330,7 @@ def _gradient(parameter: Tensor) -> Tensor:
 
 
 def _flat(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """All elements in a row, in float32 at least, on one device: the matrices are small."""
+    """Return all elements as one vector, in float32 at least: the matrices are small."""
     row = _flatten_dense_tensors([t if t.device == device else t.to(device) for t in tensors])
     view = len(tensors) == 1  # that is all it makes of one alone, and its elements will change
     return row.to(torch.promote_types(row.dtype, torch.float32), copy=view)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def host_rate(lr: float | Tensor) -> float | Tensor:
-    """A learning rate; one kept in a host tensor can be read without waiting."""
+    """Return a learning rate as a number, or as a tensor if it is on a device: nobody waits."""
     return lr if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr)
 
 
@@ -33,6 +33,6 @@ def highest_rate(
 
 
 def is_zero(lr: float | Tensor) -> bool:
-    """Whether a learning rate is 0, and is known to be without waiting."""
+    """Return whether a learning rate is 0, as far as that is known without waiting."""
     rate = host_rate(lr)
     return not isinstance(rate, Tensor) and rate == 0
