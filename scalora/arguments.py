@@ -16,7 +16,7 @@ _SHOWN = (str, bytes, int, float, complex, type(None))
 
 
 def described(value: Any) -> str:
-    """Return a short value as it is, or the kind of a long one, whose text would fill the screen."""
+    """Return a short value as it is, or the kind of one whose text would fill the screen."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     if isinstance(value, _SHOWN) and len(repr(value)) <= 80:
