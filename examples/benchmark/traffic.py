@@ -82,8 +82,8 @@ class Plan:
         nothing is moved but sums over m.
 
         Args:
-            with_direction: with the model of the inner optimizer's step as well, which a CPU needs
-                at the first re-basing alone.
+            with_direction: with the model of the inner optimizer's step as well, which is needed
+                until the length of a layer's step is known: at the first re-basing.
             dense: fold into the base, for which every process needs all columns of Q.
         """
         r, item = self.rank, self.factor_bytes
