@@ -91,10 +91,10 @@ def new_model(width: int) -> LlamaForCausalLM:
     )
 
 
-def train(model, text, steps, rate, seed, device) -> None:
-    """AdamW over random pieces of the text, warmed up and decayed to zero."""
+def train(model, text, steps, rate, seed, device, *, optimizer=torch.optim.AdamW) -> None:
+    """Train on random pieces of the text; the rate is warmed up and decayed to zero."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=rate, weight_decay=0)
+    optimizer = optimizer(trainable, lr=rate, weight_decay=0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / 20) * (1 - step / steps)
     )
@@ -109,12 +109,12 @@ def train(model, text, steps, rate, seed, device) -> None:
 
 
 @torch.no_grad()
-def cross_entropy(model, text, device) -> float:
-    """Nats a byte over the same 20 batches of the held-out text for every run."""
+def cross_entropy(model, text, device, *, batches=20) -> float:
+    """Return nats per byte over the same batches of the held-out text for each run."""
     generator = torch.Generator().manual_seed(10**6)
-    batches = [data.pieces(text, BATCH, BYTES, generator).to(device) for _ in range(20)]
+    held_out = [data.pieces(text, BATCH, BYTES, generator).to(device) for _ in range(batches)]
     model.eval()
-    return statistics.fmean(model(input_ids=b, labels=b).loss.item() for b in batches)
+    return statistics.fmean(model(input_ids=b, labels=b).loss.item() for b in held_out)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from scalora import __version__
+from scalora import __version__ as __version__
 
 if TYPE_CHECKING:
     from miub import estimators

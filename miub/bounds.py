@@ -62,7 +62,7 @@ class Bounds:
 
     @property
     def fits_on_halves(self) -> bool:
-        """Whether the estimator may fit on one half of the samples; functions may as well."""
+        """Return whether the estimator may fit on a half of the samples, as functions may."""
         return self._order is None
 
     def fewest_tokens(self, coordinates: int) -> int:

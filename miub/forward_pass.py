@@ -130,8 +130,8 @@ class ForwardPass:
             generator = self._generator(output.device)
             u, v = learned_since(pair, since, inputs, u, index, generator)
             u, v = sample.fill(u), sample.fill(v)
-            coordinates = v.shape[-1]
             columns = _slices(u)
+        coordinates = v.shape[-1]  # fewer than were learned where the layer has fewer outputs
         # Filled on the device: a copy from the host would wait for it.
         count = sample.count if isinstance(sample.count, Tensor) else v.new_full((), sample.count)
         key = (len(index), coordinates, output.device)

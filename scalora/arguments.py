@@ -1,4 +1,4 @@
-"""What an argument is that is none of those that were expected, in the words of an error.
+"""Checks of arguments, and words for the errors about them.
 
 Held by tests/guards/test_wrong_arguments.py.
 """
@@ -16,7 +16,7 @@ _SHOWN = (str, bytes, int, float, complex, type(None))
 
 
 def described(value: Any) -> str:
-    """A short value itself, else what it is: a model's own text fills the screen."""
+    """Return a short value as it is, or the kind of one whose text would fill the screen."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     if isinstance(value, _SHOWN) and len(repr(value)) <= 80:
@@ -25,7 +25,7 @@ def described(value: Any) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`` Did you mean 'x'?`` with the nearest name; nothing if none is near."""
+    """Return `` Did you mean 'x'?`` with the nearest known name, or nothing if none is near."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
+from unittest import mock
 
 import miub
 import scalora
@@ -38,6 +40,11 @@ def factor_watch(optimizer: scalora.ScaLoRA) -> FactorWatch:
 def carry_of(optimizer: scalora.ScaLoRA, pair: LoRAPair) -> Carry:
     """Return the carry of a layer, an empty one where it has none yet."""
     return optimizer._rebaser._carry_accumulator.carry_of(pair)
+
+
+def narrow_carries() -> AbstractContextManager[Any]:
+    """Keep carries in as few bits as beside a quantized base, whatever the base is."""
+    return mock.patch("scalora.rebasing.accumulators.carry.is_quantized", lambda pair: True)
 
 
 def make_room(optimizer: scalora.ScaLoRA, pair: LoRAPair, columns: int) -> None:

@@ -26,7 +26,15 @@ from scalora.options import RebasingOptions
 _PROCESSES = 2
 _RANK, _INTERVAL = 4, 8
 _COLUMNS = 8 * _RANK  # of a carry
-_MEASURED = ("training", "with carries", "step", "re-basing", "exact", "exact, carry")
+_MEASURED = (
+    "training",
+    "with carries",
+    "step",
+    "re-basing",
+    "exact, first step",
+    "exact",
+    "exact, carry",
+)
 _PLANNED = (8, 64, 512)
 
 
@@ -120,6 +128,8 @@ def planned(plan: Plan) -> dict[str, float]:
         "with carries": plan.training() + plan.carrying(_COLUMNS),
         "step": plan.every_step(calibrating=True),
         "re-basing": plan.every_step(calibrating=True) + plan.rebasing_of_P(),
+        "exact, first step": plan.every_step(calibrating=False)
+        + plan.rebasing(with_direction=True),
         "exact": plan.every_step(calibrating=False) + plan.rebasing(with_direction=False),
         "exact, carry": plan.every_step(calibrating=False)
         + plan.rebasing(with_direction=False, dense=False),
@@ -161,7 +171,7 @@ def measured(processes: int, replicas: int = 1) -> tuple[dict[str, float], int]:
             if accumulator == "carry":
                 found["with carries"], found["exact, carry"] = training.total, stepping.total
             elif rule == "exact":
-                found["exact"] = stepping.total
+                found["exact" if step > 1 else "exact, first step"] = stepping.total
             elif step == _INTERVAL:
                 found["re-basing"] = stepping.total
             else:
@@ -202,8 +212,8 @@ def _plan() -> str:
     for processes in _PLANNED:
         plan = llama_70b(processes)
         step, rebasing = plan.every_step(calibrating=False), plan.rebasing_of_P()
-        exact = step + plan.rebasing(with_direction=True)
-        carries = plan.carrying(8 * plan.rank)
+        exact = step + plan.rebasing(with_direction=False)
+        carries = plan.carrying(4 * plan.rank)
         own = plan.training()
         default = step + rebasing / RebasingOptions().interval_steps
         rows.append(

@@ -83,7 +83,7 @@ class _Drift:
 
 @torch.no_grad()
 def _exact_weight(pair: LoRAPair) -> Tensor:
-    """(m, n): the weight that the layer stands for, float64."""
+    """Return the weight that the layer stands for, (m, n), float64."""
     weight = pair.base_weight.double()
     weight = weight + pair.scaling * pair.P_parameter.double() @ pair.Q_parameter.double()
     carry = pair.carry
@@ -143,7 +143,7 @@ def _measure(
 
 @torch.no_grad()
 def _alive(pairs: list[LoRAPair]) -> Tensor:
-    """(layers, 2, r): whether a column of P or of Q is longer than nothing."""
+    """Return whether each column of P and of Q is longer than nothing, (layers, 2, r)."""
     lengths = torch.stack(
         [torch.stack([p.P_parameter.norm(dim=0), p.Q_parameter.norm(dim=1)]) for p in pairs]
     )
@@ -151,7 +151,7 @@ def _alive(pairs: list[LoRAPair]) -> Tensor:
 
 
 def _live_bytes() -> int:
-    """Of the memory of all tensors that Python holds."""
+    """Return the bytes of all tensors that Python holds."""
     gc.collect()
     tensors = [found for found in gc.get_objects() if type(found) in (Tensor, nn.Parameter)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}

@@ -71,7 +71,7 @@ def _recorded(interval: int, count: int, device: torch.device) -> list[Increment
 
 
 def _ways(known: dict[str, Format], device: torch.device) -> _Ways:
-    """(format, rounding) -> what makes a store from a weight."""
+    """Return (format, rounding) -> function that makes a store from a weight."""
     generator = torch.Generator(device).manual_seed(0)
     ways: _Ways = {}
     for name, format_ in known.items():

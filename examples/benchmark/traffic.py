@@ -82,16 +82,18 @@ class Plan:
         nothing is moved but sums over m.
 
         Args:
-            with_direction: with the model of the inner optimizer's step as well, which a CPU needs
-                at the first re-basing alone.
+            with_direction: with the model of the inner optimizer's step as well, which is needed
+                until the length of a layer's step is known: at the first re-basing.
             dense: fold into the base, for which every process needs all columns of Q.
         """
         r, item = self.rank, self.factor_bytes
+        # The largest entry of each matrix: the gradient is two, the direction two more.
+        units = self.summed(2) + (self.summed(4) if with_direction else 0)
         models = 2 if with_direction else 1
         exchanges = 6 if with_direction else 3
-        small = self.summed(4) + self.summed(8 * r * r + 2 * r, _WIDE)
         return sum(
-            models * small
+            units
+            + models * self.summed(8 * r * r + 2 * r, _WIDE)
             + self.summed(1)
             + exchanges * self.rows_to_columns(n, r, self._least_rows, item)
             + (self.gathered(n, r, item) if dense else 0)

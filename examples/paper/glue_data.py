@@ -41,7 +41,7 @@ class Task:
 
     @property
     def outputs(self) -> int:
-        """How many numbers the classifier gives: 1 for a score."""
+        """Return the number of the classifier's outputs: 1 for a score."""
         return len(self.labels) or 1
 
 

@@ -39,7 +39,7 @@ class Design:
 
     @property
     def energy(self) -> Tensor:
-        """(..., 1, 1): the sum of all squares of u."""
+        """Sum of all squares of u, (..., 1, 1)."""
         return self.gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
 
 

@@ -69,7 +69,7 @@ def inverse_of_triangle(factor: Tensor) -> Tensor:
 
 
 def _diagonal_tiles(matrix: Tensor, width: int) -> Tensor:
-    """(..., k / width, width, width): the square blocks on the diagonal."""
+    """Return the square blocks on the diagonal, (..., k / width, width, width)."""
     count = matrix.shape[-1] // width
     tiles = matrix.unflatten(-1, (count, width)).unflatten(-3, (count, width))
     return tiles.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)

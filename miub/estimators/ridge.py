@@ -37,7 +37,7 @@ class Fit:
 
     @property
     def unbiased_residual(self) -> Tensor:
-        """(..., N, d_v): residuals whose second moment is that of v given u.
+        """Residuals (..., N, d_v) whose second moment is that of v given u.
 
         Divided by the root of one minus their leverages (MacKinnon and White 1985, HC2): in-sample
         residuals are too small by that factor, leave-one-out errors too large.  It is unbiased for
@@ -50,7 +50,7 @@ class Fit:
 
     @property
     def left_out_error(self) -> Tensor:
-        """(..., N, d_v): each sample's error under the fit to all others."""
+        """Each sample's error under the fit to all others, (..., N, d_v)."""
         return self.residual / self.freedom
 
     def shrunk(self, factor: Tensor, v: Tensor) -> Fit:
@@ -138,13 +138,13 @@ def _chosen(design: Design, added: Sequence[Tensor], own: Tensor) -> Tensor:
 
 
 def _least_penalty(design: Design) -> Tensor:
-    """(..., 1, 1): the arithmetic's resolution of the largest eigenvalue of a Gram matrix."""
+    """Return the arithmetic's resolution of a Gram matrix's largest eigenvalue, (..., 1, 1)."""
     finfo = torch.finfo(design.gram.dtype)
     return 4 * finfo.eps * design.energy + finfo.tiny
 
 
 def _scores(fit: Fit, v: Tensor) -> Tensor:
-    """(..., shrinkages): log determinant of the leave-one-out errors' covariance.
+    """Return (..., shrinkages): log determinant of the leave-one-out errors' covariance.
 
     It is taken together with d_v / N of v's own: with few samples for its dimension a sample
     covariance is nearly singular by chance, and the chance would decide.

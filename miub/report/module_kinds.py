@@ -1,20 +1,20 @@
-"""Where a layer stands in a model, read from its name: which block, and what kind of module."""
+"""The place of a layer in a model, read from its name: its block and its kind of module."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-# These say what class a module is of, not what it does: the name of its parent does.
+# These name the class of a module; what it does, the name of its parent says.
 _CLASS_NAMES = frozenset({"dense", "linear", "proj"})
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a layer stands.
+    """The place of a layer.
 
     Attributes:
-        stack: what the block is one of, "model.layers"; "" for a layer that is in no block.
+        stack: the list that holds the block, "model.layers"; "" for a layer that is in no block.
         index: the number of the block in its stack, None for a layer that is in no block.
         kind: "q_proj"; layers of other blocks that do the same have the same.
     """
@@ -25,13 +25,12 @@ class Place:
 
 
 def places(layers: Iterable[str]) -> dict[str, Place]:
-    """Place of every layer.
+    """Return the place of each layer.
 
     The block is the first number in the name (later ones count experts or sub-layers).  The kind is
-    the end of what follows, numbers left out: as few components as tell apart all that there is in
-    the blocks.  So Llama's are "q_proj" to "down_proj"; GPT-2 has "attn.c_proj" and "mlp.c_proj"
-    beside "c_fc"; BERT has "query", "intermediate.dense", "attention.output.dense" and
-    "output.dense".
+    the end of the rest, without numbers: as few components as tell all layers of a block apart.
+    So Llama's are "q_proj" to "down_proj"; GPT-2 has "attn.c_proj" and "mlp.c_proj" beside "c_fc";
+    BERT has "query", "intermediate.dense", "attention.output.dense" and "output.dense".
     """
     split = {layer: _split(layer) for layer in layers}
     tails = {tail for _, _, tail in split.values()}
@@ -42,7 +41,7 @@ def places(layers: Iterable[str]) -> dict[str, Place]:
 
 
 def _split(layer: str) -> tuple[str, int | None, tuple[str, ...]]:
-    """Stack, index and, without numbers, what follows them."""
+    """Return stack, index, and the rest of the name without numbers."""
     parts = layer.split(".")
     first = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
     if first is None:

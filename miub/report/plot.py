@@ -129,7 +129,8 @@ def _title(rows: Sequence[LayerRow], several: bool) -> str:
     steps = max(row.steps for row in rows)
     when = f"mean over {steps} steps" if steps > 1 else f"step {max(row.step for row in rows)}"
     adapter = f"adapter {rows[0].adapter}, " if several else ""
-    return f"{adapter}{when}, {_coordinates(rows)}"
+    folded = ", base with folded increments" if any(row.rebased for row in rows) else ""
+    return f"{adapter}{when}, {_coordinates(rows)}{folded}"
 
 
 def _draw_cells(axes: Axes, cells: HeatMap, limits: tuple[float, float]) -> None:

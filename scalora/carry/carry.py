@@ -66,12 +66,12 @@ class Carry:
 
     @property
     def used_up(self) -> Tensor:
-        """(m, columns), the rows held here."""
+        """Used columns of ``up``: (m, columns), the rows held here."""
         return self.up[:, : self.columns]
 
     @property
     def used_down(self) -> Tensor:
-        """(columns, n), the columns held here."""
+        """Used rows of ``down``: (columns, n), the columns held here."""
         return self.down[: self.columns]
 
     def on(self, device: torch.device) -> Carry:

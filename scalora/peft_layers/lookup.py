@@ -23,7 +23,7 @@ class FoundLayer(NamedTuple):
     Attributes:
         pair: the layer.
         P, Q: its factors as PEFT stores them, (m, r, ...) and (r, n, ...).
-        base: its base weight as stored.
+        base: its base weight as stored; None where the layer keeps it in other tensors (GPTQ, AWQ).
         scaling: PEFT's ``s``.
         merged: PEFT's list of the adapters that are merged into the base.
     """
@@ -31,7 +31,7 @@ class FoundLayer(NamedTuple):
     pair: LoRAPair
     P: nn.Parameter
     Q: nn.Parameter
-    base: Tensor
+    base: Tensor | None
     scaling: float
     merged: list[str]
 
@@ -62,7 +62,7 @@ class LayerLookup:
         if self._found is None or not (self.has_same_factors and self._to_others.hold):
             self._found = [
                 FoundLayer(
-                    *(pair, pair.P_parameter, pair.Q_parameter, pair.base_weight, pair.scaling),
+                    *(pair, pair.P_parameter, pair.Q_parameter, pair.stored_weight, pair.scaling),
                     pair.module.merged_adapters,
                 )
                 for pair in self.pairs

@@ -122,10 +122,21 @@ class LoRAPair:
     @property
     def base_weight(self) -> Tensor:
         """Frozen weight as its layer stores it."""
+        return _weight(self._innermost)
+
+    @property
+    def stored_weight(self) -> Tensor | None:
+        """`base_weight`, or None where the layer keeps it in tensors of other names."""
+        layer = self._innermost
+        weight = layer._parameters.get("weight")
+        return getattr(layer, "weight", None) if weight is None else weight
+
+    @property
+    def _innermost(self) -> Any:
         layer = self.module
         while (inner := layer._modules.get("base_layer")) is not None:
             layer = inner
-        return _weight(layer)
+        return layer
 
     @property
     def base_is_transposed(self) -> bool:

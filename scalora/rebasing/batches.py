@@ -124,7 +124,7 @@ class Batching:
         looks = _Looks(
             list(map(len, states)),
             [p.dtype for p in factors],  # which a module's own conversion changes in place
-            [x.base.dtype for x in found],
+            [None if x.base is None else x.base.dtype for x in found],
             [None if (grad := p.grad) is None else grad.dtype for p in factors],
         )
         if known is None or not known.holds(found, states, looks):
@@ -146,7 +146,7 @@ class _Looks(NamedTuple):
 
     sizes: list[int]
     factors: list[torch.dtype]
-    bases: list[torch.dtype]
+    bases: list[torch.dtype | None]
     grads: list[torch.dtype | None]
 
 

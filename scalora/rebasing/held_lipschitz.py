@@ -1,4 +1,7 @@
-"""The smoothness constant times the learning rate, held from a layer's first re-basing on."""
+"""The smoothness constant times the learning rate, held from a layer's first re-basing on.
+
+Held by tests/optimizer/test_optimizer.py.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 Such a file must not be taken for plain LoRA's: whoever reads it is asked for what reads the rest.
 Torch reads it where an optimizer of this package was made, for which this module is imported then;
 elsewhere it refuses to, and names the function.
+
+Held by tests/integrations/test_trainer_ends.py.
 """
 
 from __future__ import annotations

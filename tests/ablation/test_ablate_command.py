@@ -222,6 +222,7 @@ def test_process_that_dies_is_a_failed_run_and_others_give_the_same_numbers(
     assert of_seed_one(tmp_path / "pool") == of_seed_one(tmp_path / "here")
 
 
+@pytest.mark.slow
 def test_killed_command_goes_on_where_it_was(tmp_path: Path) -> None:
     output, data = tmp_path / "out", tmp_path / "data"
     data.mkdir()

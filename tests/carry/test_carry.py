@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
+from samplers import SIDES
 from torch import Tensor, nn
 
 from scalora.carry import Carry, compress, put_carry
@@ -22,8 +23,8 @@ from scalora.peft_layers import LoRAPair, attach_carry, lora_pairs
 
 
 @given(
-    m=st.integers(1, 9),
-    n=st.integers(1, 9),
+    m=SIDES,
+    n=SIDES,
     columns=st.integers(1, 12),
     true_rank=st.integers(0, 12),
     rank=st.integers(1, 12),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import internals
 import models
 import pytest
@@ -9,6 +11,7 @@ import torch
 from carry_runs import batches, optimizer_of, pairs, perceptron, train
 from hypothesis import given
 from hypothesis import strategies as st
+from samplers import RANKS, SIDES, normal
 from torch import Tensor
 
 import scalora
@@ -20,15 +23,16 @@ NARROW = [torch.float16, torch.bfloat16]
 DEFAULT = {"rule": "leak", "memory": 10, "interval": 5}  # freezes 41 % of P at a time
 
 
-def drawn(*shape: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+@pytest.fixture
+def narrow() -> Iterator[None]:
+    with internals.narrow_carries():
+        yield
 
 
 @given(
-    m=st.integers(1, 9),
-    n=st.integers(1, 9),
-    r=st.integers(1, 4),
+    m=SIDES,
+    n=SIDES,
+    r=RANKS,
     share=st.floats(0, 0.9),
     scale=st.floats(-6, 2),
     dtype=st.sampled_from(NARROW),
@@ -37,7 +41,7 @@ def drawn(*shape: int, seed: int) -> Tensor:
 def test_what_rounding_cuts_stays_in_the_adapter(
     m: int, n: int, r: int, share: float, scale: float, dtype: torch.dtype, seed: int
 ) -> None:
-    P, Q = 10**scale * drawn(2, m, r, seed=seed), drawn(2, r, n, seed=seed + 1)
+    P, Q = 10**scale * normal(seed, 2, m, r), normal(seed + 1, 2, r, n)
     t = share * torch.linspace(0.1, 1, r, dtype=torch.float64)
     own = frozen(P, t * P, dtype)
     down, kept = rounded(Q, dtype), absorbed(Q, own.ratio, dtype)
@@ -66,14 +70,14 @@ def test_no_number_of_an_increment_becomes_infinite(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", NARROW)
 def test_energy_of_a_rounding_is_that_of_the_difference(dtype: torch.dtype) -> None:
-    up, down = drawn(2, 20, 6, seed=1), 1e-2 * drawn(2, 6, 15, seed=2)
+    up, down = normal(1, 2, 20, 6), 1e-2 * normal(2, 2, 6, 15)
     difference = up @ down - rounded(up, dtype) @ rounded(down, dtype)
     found = rounding_energy(up, down, dtype)
     torch.testing.assert_close(found, difference.square().sum((1, 2)), rtol=1e-9, atol=0)
 
 
 def test_float16_holds_a_compressed_carry_to_far_less_than_is_cut() -> None:
-    up, down = 1e-3 * drawn(2, 300, 64, seed=1), 1e-2 * drawn(2, 64, 200, seed=2)
+    up, down = 1e-3 * normal(1, 2, 300, 64), 1e-2 * normal(2, 2, 64, 200)
     kept = compress(up, down, 48)
     lost = rounding_energy(kept.up, kept.down, torch.float16)
     assert (lost < 2e-7 * kept.energy).all()  # the default tolerance is 1e-4
@@ -88,6 +92,7 @@ def exact_weight(pair: LoRAPair) -> Tensor:
     return (pair.base_weight.double() + pair.scaling * product).detach()
 
 
+@pytest.mark.usefixtures("narrow")
 def test_re_basing_into_a_narrow_carry_keeps_the_weights_to_float32s_rounding() -> None:
     model = perceptron(torch.float32)
     optimizer = optimizer_of(model, carry_rank=ALL, **DEFAULT)
@@ -111,6 +116,7 @@ def test_re_basing_into_a_narrow_carry_keeps_the_weights_to_float32s_rounding() 
         assert (carry.up @ carry.down).float().norm() > 1e-2
 
 
+@pytest.mark.usefixtures("narrow")
 def test_what_a_compression_rounds_is_counted_with_what_it_cuts() -> None:
     model = perceptron(torch.float32)
     optimizer = optimizer_of(model, carry_rank=8, carry_tolerance=0.9, **DEFAULT)
@@ -135,6 +141,7 @@ def test_what_a_compression_rounds_is_counted_with_what_it_cuts() -> None:
         (torch.float64, DEFAULT, torch.float64),
     ],
 )
+@pytest.mark.usefixtures("narrow")
 def test_carry_is_narrow_where_the_adapter_keeps_what_rounding_cuts(
     dtype: torch.dtype, options: dict[str, object], expected: torch.dtype
 ) -> None:
@@ -147,6 +154,13 @@ def test_carry_is_narrow_where_the_adapter_keeps_what_rounding_cuts(
     }
 
 
+def test_carry_beside_a_float_base_has_the_adapters_dtype() -> None:
+    model = perceptron(torch.float32)
+    train(model, optimizer_of(model, carry_rank=8, **DEFAULT), [b.float() for b in batches(10)])
+    assert {pair.carry.dtype for pair in pairs(model)} == {torch.float32}
+
+
+@pytest.mark.usefixtures("narrow")
 def test_second_stage_with_another_rule_widens_the_carry() -> None:
     model = perceptron(torch.float32)
     inputs = [batch.float() for batch in batches(20)]
@@ -158,6 +172,7 @@ def test_second_stage_with_another_rule_widens_the_carry() -> None:
     assert {pair.carry.dtype for pair in pairs(model)} == {torch.float32}
 
 
+@pytest.mark.usefixtures("narrow")
 def test_forward_pass_keeps_the_carry_as_it_is_stored() -> None:
     model = perceptron(torch.float32)
     train(model, optimizer_of(model, carry_rank=8, **DEFAULT), [b.float() for b in batches(10)])

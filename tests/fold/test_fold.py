@@ -6,6 +6,7 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samplers import RANKS, SEEDS, SIDES
 from torch import Tensor
 
 from scalora.fold import ROUNDINGS, dense, fold, noise_seed
@@ -40,10 +41,10 @@ def _spacing(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @given(
     layers=st.integers(1, 3),
-    m=st.integers(1, 9),
-    n=st.integers(1, 9),
-    k=st.integers(1, 5),
-    seed=st.integers(0, 2**20),
+    m=SIDES,
+    n=SIDES,
+    k=RANKS,
+    seed=SEEDS,
 )
 @settings(max_examples=15)
 def test_wide_weights_take_the_increment_to_round_off(
@@ -65,11 +66,11 @@ def test_wide_weights_take_the_increment_to_round_off(
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @given(
     layers=st.integers(1, 3),
-    m=st.integers(1, 9),
-    n=st.integers(1, 9),
-    k=st.integers(1, 5),
+    m=SIDES,
+    n=SIDES,
+    k=RANKS,
     size=st.sampled_from([1e-6, 1e-3, 1.0, 100.0]),
-    seed=st.integers(0, 2**20),
+    seed=SEEDS,
 )
 @settings(max_examples=30)
 def test_half_precision_weights_end_at_a_neighbour_of_the_sum(

@@ -104,6 +104,7 @@ def test_script_trains_and_rebases(script):
     assert run.optimizer.rebase_count == 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_trains_to_the_same_losses_within_round_off(script, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

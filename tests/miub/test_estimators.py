@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samplers import normal
 
 from examples.benchmark.miub.beyond_normal import paired
 from examples.benchmark.miub.distributions import (
@@ -43,14 +44,10 @@ EVERY = sorted(ESTIMATORS)
 OF_MOMENTS = [tempered, gaussian, club, vub, l1out]
 
 
-def drawn(seed: int, *shape: int, dtype=torch.float64) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
 def pair(n: int, d: int, r: int, seed: int = 0, dtype=torch.float64):
     """Linearly dependent samples with noise of their own."""
-    u = drawn(seed, n, d, dtype=dtype)
-    v = u @ drawn(seed + 1, d, r, dtype=dtype) / d**0.5 + 0.5 * drawn(seed + 2, n, r, dtype=dtype)
+    u = normal(seed, n, d, dtype=dtype)
+    v = u @ normal(seed + 1, d, r, dtype=dtype) / d**0.5 + 0.5 * normal(seed + 2, n, r, dtype=dtype)
     return u, v
 
 
@@ -180,7 +177,7 @@ def test_a_constant_read_by_columns_shares_nothing():
 
 @pytest.mark.parametrize("size", [1, 63, 64, 65, 200, 513])
 def test_triangles_are_inverted_and_grams_are_products(size):
-    x = drawn(0, 2, size, size + 3)
+    x = normal(0, 2, size, size + 3)
     gram = torch.zeros(2, size, size, dtype=x.dtype)
     for part in x.split(7, -1):
         add_outer_product(gram, part)
@@ -205,7 +202,7 @@ def test_the_mean_leverage_is_the_mean_of_the_leverages_and_the_fit_is_the_same(
 def test_the_penalty_is_the_one_that_predicts_samples_that_were_left_out_best(n):
     """By refitting without a tenth at a time; the choice may be a neighbour where two are close."""
     u, v = pair(n, 100, 2)
-    v = v + 8 * drawn(5, n, 2)
+    v = v + 8 * normal(5, n, 2)
     penalties = (0.0, 0.1, 1.0, 10.0, 1000.0)
     whole = fit_ridge(design(u, v), penalties)
     size = (u - u.mean(0)).square().sum() / n
@@ -356,7 +353,7 @@ def test_independent_samples_share_about_nothing(estimator):
 
 @pytest.mark.parametrize("estimator", [*(ESTIMATORS[name] for name in EVERY), ranked])
 def test_batches_are_the_loop_over_them(estimator):
-    u, v = drawn(0, 2, 3, 40, 5), drawn(1, 2, 3, 40, 2)
+    u, v = normal(0, 2, 3, 40, 5), normal(1, 2, 3, 40, 2)
     v = v + u[..., :2]
     found = estimator(u, v)
     assert found.value.shape == found.stderr.shape == (2, 3)
@@ -372,7 +369,7 @@ def test_batches_are_the_loop_over_them(estimator):
 def test_scales_rotations_shifts_and_the_order_of_samples_do_not_matter(estimator, noise):
     u, v = pair(60, 5, 3)
     expected = estimator(u, v, noise=noise).value
-    turn_u, turn_v = (torch.linalg.qr(drawn(k, d, d))[0] for k, d in ((7, 5), (8, 3)))
+    turn_u, turn_v = (torch.linalg.qr(normal(k, d, d))[0] for k, d in ((7, 5), (8, 3)))
     order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
     for other in (
         estimator(1e5 * u, 1e-5 * v, noise=noise),
@@ -385,7 +382,7 @@ def test_scales_rotations_shifts_and_the_order_of_samples_do_not_matter(estimato
 
 def test_without_noise_any_linear_map_of_v_leaves_the_value():
     u, v = pair(60, 5, 3)
-    map_ = drawn(9, 3, 3)
+    map_ = normal(9, 3, 3)
     torch.testing.assert_close(
         gaussian(u, v @ map_).value, gaussian(u, v).value, atol=1e-6, rtol=1e-6
     )
@@ -415,8 +412,8 @@ class TestInput:
             assert f(a, b, noise=0.01).value == 0
 
     def test_what_is_not_finite_gives_nan_and_leaves_the_rest_of_a_batch_alone(self, f):
-        u = drawn(0, 3, 40, 3, dtype=torch.float32)
-        v = drawn(1, 3, 40, 2, dtype=torch.float32)
+        u = normal(0, 3, 40, 3, dtype=torch.float32)
+        v = normal(1, 3, 40, 2, dtype=torch.float32)
         clean = f(u, v).value
         u[1, 5, 0] = float("nan")
         v[2, 7, 1] = float("inf")

@@ -35,6 +35,10 @@ REBASING: list[dict[str, Any]] = [
 ]
 every_optimizer = pytest.mark.parametrize("name", NAMES)
 every_rule = pytest.mark.parametrize("options", REBASING, ids=str)
+# The ways to make an optimizer are dealt out to the cases of a test; the slow ones try them all.
+dealt = pytest.mark.parametrize(
+    "all_ways", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["dealt", "all"]
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +63,16 @@ def made(
                     parameters, **copy.deepcopy(kwargs)
                 ),
             )
+
+
+def hand(
+    inputs: Inputs, name: str, case: int, cases: int, all_ways: bool
+) -> list[tuple[str, Callable[[Any], Any]]]:
+    """The ways of `made` that fall to a case when they are dealt out; or all of them."""
+    ways = list(made(inputs, name))
+    found = ways if all_ways else ways[case::cases]
+    assert found
+    return found
 
 
 def perceptron(dtype: torch.dtype = torch.float64) -> Any:
@@ -126,12 +140,13 @@ def test_without_rebasing_every_step_and_state_is_the_inner_optimizers_to_the_bi
         assert same(state, plain.state_dict()), way
 
 
+@dealt
 @every_rule
 @every_optimizer
 def test_parameters_of_no_lora_layer_step_as_the_inner_optimizer_would(
-    inputs: Inputs, name: str, options: dict[str, Any]
+    inputs: Inputs, name: str, options: dict[str, Any], all_ways: bool
 ) -> None:
-    for way, make in made(inputs, name):
+    for way, make in hand(inputs, name, REBASING.index(options), len(REBASING), all_ways):
         plain_model, model = perceptron(), perceptron()
         plain = make(models.trainable(plain_model))
         optimizer = scalora.ScaLoRA(make(models.trainable(model)), model, **options)
@@ -167,10 +182,13 @@ def test_rebasing_keeps_the_function_in_every_way_to_make_the_optimizer(
             assert not torch.equal(pair.base_weight, base[pair.name]), way
 
 
+@dealt
 @every_rule
 @every_optimizer
-def test_steps_go_the_right_way(inputs: Inputs, name: str, options: dict[str, Any]) -> None:
-    for way, make in made(inputs, name):
+def test_steps_go_the_right_way(
+    inputs: Inputs, name: str, options: dict[str, Any], all_ways: bool
+) -> None:
+    for way, make in hand(inputs, name, REBASING.index(options), len(REBASING), all_ways):
         model = perceptron()
         optimizer = scalora.ScaLoRA(make(models.trainable(model)), model, **options)
         sign = -1 if optimizer.defaults["maximize"] else 1
@@ -183,13 +201,14 @@ def test_steps_go_the_right_way(inputs: Inputs, name: str, options: dict[str, An
 # State dicts, copies and pickles
 
 
+@dealt
 @every_rule
 @every_optimizer
 def test_state_dict_continues_to_the_same_bits(
-    inputs: Inputs, name: str, options: dict[str, Any]
+    inputs: Inputs, name: str, options: dict[str, Any], all_ways: bool
 ) -> None:
     batches = [batch.float() for batch in BATCHES]  # torch widens a state that it loads: NAdam's
-    for way, make in made(inputs, name):
+    for way, make in hand(inputs, name, REBASING.index(options), len(REBASING), all_ways):
         model = perceptron(torch.float32)
         optimizer = scalora.ScaLoRA(make(models.trainable(model)), model, **options)
         train(model, optimizer, batches[:3])
@@ -206,12 +225,19 @@ def test_state_dict_continues_to_the_same_bits(
         models.assert_same_bits(other, models.bits(model))
 
 
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+CLONES: list[Callable[[Any], Any]] = [
+    copy.deepcopy,
+    lambda pair: pickle.loads(pickle.dumps(pair)),
+]
+
+
+@dealt
+@pytest.mark.parametrize("clone", CLONES, ids=["copy", "pickle"])
 @every_optimizer
 def test_copies_and_pickles_go_on_to_the_same_bits(
-    inputs: Inputs, name: str, clone: Callable[[Any], Any]
+    inputs: Inputs, name: str, clone: Callable[[Any], Any], all_ways: bool
 ) -> None:
-    for way, make in made(inputs, name):
+    for way, make in hand(inputs, name, CLONES.index(clone), len(CLONES), all_ways):
         model = perceptron()
         optimizer = scalora.ScaLoRA(make(models.trainable(model)), model, rule="exact")
         train(model, optimizer, BATCHES[:2])
@@ -298,12 +324,13 @@ def test_gradients_are_cleared_as_the_inner_optimizer_clears_them(
             assert set_to_none or not parameter.grad.any(), way
 
 
+@dealt
 @pytest.mark.parametrize("options", REBASING[:2], ids=str)
 @every_optimizer
 def test_closure_gives_the_steps_that_a_loop_gives(
-    inputs: Inputs, name: str, options: dict[str, Any]
+    inputs: Inputs, name: str, options: dict[str, Any], all_ways: bool
 ) -> None:
-    for way, make in made(inputs, name):
+    for way, make in hand(inputs, name, REBASING.index(options), 2, all_ways):
         found = []
         for by_closure in (False, True):
             model = perceptron()

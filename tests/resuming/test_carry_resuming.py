@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import accelerate
+import internals
 import models
 import pytest
 import torch
@@ -35,6 +36,7 @@ def test_resumed_run_continues_to_the_same_bits(options: dict[str, Any], tmp_pat
     assert [r.cut for r in other.report()] == [r.cut for r in optimizer.report()]
 
 
+@internals.narrow_carries()
 def test_resumed_run_with_a_narrow_carry_continues_to_the_same_bits(tmp_path: Any) -> None:
     options: dict[str, Any] = {"carry_rank": 8, "rule": "leak", "memory": 10, "interval": 2}
     inputs = [batch.float() for batch in batches(24)]

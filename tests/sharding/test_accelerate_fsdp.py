@@ -77,6 +77,7 @@ def test_gpu_launched_with_the_plugin_trains_as_without() -> None:
     assert sharded[2] < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is sharded over")
 def test_script_says_so_where_accelerate_does_not_shard() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import internals
 import pytest
 import torch
 import torch.distributed as dist
@@ -276,6 +277,7 @@ NARROW = Run(
 )
 
 
+@internals.narrow_carries()
 def narrow_run(rank: int) -> tuple[list[float], set[torch.dtype], list[float]]:
     """Losses, what carries are kept in, and by how much a re-basing moved what was learned."""
     model, optimizer = begin(NARROW, sharded=True)
@@ -299,6 +301,7 @@ def whole_weight(pair: LoRAPair) -> Tensor:
     return P @ Q + carry.whole_up(torch.float64) @ carry.whole_down(torch.float64)
 
 
+@internals.narrow_carries()
 def test_processes_round_a_carry_alike_and_keep_what_rounding_cuts(tmp_path: Path) -> None:
     model, optimizer = begin(NARROW, sharded=False)
     expected = train(NARROW, model, optimizer, range(6))

@@ -78,9 +78,19 @@ def damaged(folder: Path, how: str) -> None:
         file.unlink()
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two processes, to be copied."""
+    folder = tmp_path_factory.mktemp("trained")
+    run_processes(trainer_run, folder, 2, folder, {}, SHARDED, False)
+    return folder
+
+
 @pytest.mark.parametrize("how", ["a bit", "truncated", "a file"])
-def test_damaged_checkpoint_is_refused_by_all_processes(tmp_path: Path, how: str) -> None:
-    run_processes(trainer_run, tmp_path, 2, tmp_path, {}, SHARDED, False)
+def test_damaged_checkpoint_is_refused_by_all_processes(
+    tmp_path: Path, trained: Path, how: str
+) -> None:
+    shutil.copytree(trained / "checkpoint-10", tmp_path / "checkpoint-10")
     damaged(tmp_path / "checkpoint-10", how)
     for found in run_processes(trainer_run, tmp_path, 2, tmp_path, {}, SHARDED, True):
         assert "is damaged: ['__0_0.distcp']" in found["error"]

@@ -163,7 +163,7 @@ def _normal_cdf(x: Tensor) -> Tensor:
 
 
 def _bimodal(*parts: tuple[float, float]) -> Callable[[Tensor], Tensor]:
-    """The map that gives a standard normal number a mixture's distribution.
+    """Return the map that gives a standard normal number a mixture's distribution.
 
     Args:
         parts: weight and mean of each normal component of variance 1.

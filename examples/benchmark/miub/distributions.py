@@ -100,7 +100,7 @@ def student(dimension: int, freedom: int, rho: float) -> Sampler:
 
 
 def student_information(dimension: int, freedom: int, rho: float) -> float:
-    """I of `student`: the Gaussian value plus what the common scale tells.
+    """Return I of `student`: the Gaussian value and that of the common scale.
 
     From the entropy of the multivariate t (Arellano-Valle, Contreras-Reyes and Genton 2013).
     """
@@ -117,7 +117,7 @@ def student_information(dimension: int, freedom: int, rho: float) -> float:
 
 
 def mixture(points: int, dimension: int, distance: float) -> Sampler:
-    """A class of so many, equally likely; u and v are clouds around the class's two points.
+    """Sample a class of ``points`` equally likely ones; u and v are clouds around its two points.
 
     Given the class u and v are independent.  Clouds are standard normal, the points of each side
     are on the axes at that distance, so for a large distance I is the class's entropy, log(points).
@@ -140,7 +140,9 @@ def mixture(points: int, dimension: int, distance: float) -> Sampler:
 def layer_paths(
     inputs: int, outputs: int, rank: int, decay: float, noise: float
 ) -> tuple[float, Sampler]:
-    """What the monitor sees: ``u = W x``, ``v = A x`` for Gaussian x of spectrum ``k^-decay``.
+    """Return a sampler of what the monitor sees, ``u = W x`` and ``v = A x``.
+
+    x is Gaussian with the spectrum ``k^-decay``.
 
     Returns:
         I under the noise model: without noise it is infinite wherever outputs >= inputs.

@@ -58,7 +58,7 @@ def run(
     *,
     pairs: Sequence[Pair] | None = None,
 ) -> str:
-    """A line for each task, and for each family how many of its tasks are covered.
+    """Return a line for each task, and for each family how many of its tasks are covered.
 
     Args:
         device: of the samples.

@@ -113,7 +113,7 @@ def _one(
 def share_within(
     values: Sequence[float], errors: Sequence[float], truth: float, *, lower: bool
 ) -> float:
-    """Of the bounds, how many are on their side of the truth, two standard errors allowed."""
+    """Share of the bounds that are on their side of the truth, two standard errors allowed."""
     sign = -1 if lower else 1
     inside = [sign * (v - truth) >= -2 * e for v, e in zip(values, errors, strict=True)]
     return sum(inside) / len(inside)
@@ -122,7 +122,7 @@ def share_within(
 def is_covered(
     values: Sequence[float], errors: Sequence[float], truth: float, *, lower: bool
 ) -> bool:
-    """Whether at least 90 % of the bounds are, or their mean misses by less than 0.01 nats."""
+    """Return whether 90 % of the bounds hold, or their mean misses by less than 0.01 nats."""
     missed = (statistics.fmean(values) - truth) * (1 if lower else -1)
     share = share_within(values, errors, truth, lower=lower)
     return share >= _COVERED or missed < _SMALLEST

@@ -9,7 +9,7 @@ _HIDDEN, _STEPS, _RATE = 64, 300, 5e-3
 
 
 def vclub(u: Tensor, v: Tensor, *, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """The paper's vCLUB (section 3.2) and vCLUB-S (section 3.3), in nats, for batches of samples.
+    """Return the paper's vCLUB (section 3.2) and vCLUB-S (section 3.3) of batches, in nats.
 
     The variational q(v|u) is a Gaussian with diagonal covariance.  Its mean and its log variance
     are networks of one hidden layer of 64 rectified units, the log variance through a tanh.  It is

@@ -18,14 +18,14 @@ from scalora.carry import (
     rounding_energy,
 )
 from scalora.options import RebasingOptions
-from scalora.peft_layers import LoRAPair
+from scalora.peft_layers import LoRAPair, is_quantized
 from scalora.rebasing.accumulators.commit import write_all
 from scalora.rebasing.accumulators.increment import increment_columns
 from scalora.rebasing.batches import thin_factors
 from scalora.sharding.stacks import Write, stack
 from scalora.warning import warn
 
-# In units of the adapter's rank: where carry_rank="auto" begins, and where it stops growing.
+# Where carry_rank="auto" begins, in re-basings, and where it stops growing, in adapters' ranks.
 _AUTO_FIRST, _AUTO_MOST = 4, 32
 # So many numbers of carries are recompressed at once: 8 bytes each, several times over.
 _NUMBERS_AT_ONCE = 1 << 23
@@ -57,7 +57,8 @@ class CarryAccumulator:
     def carry_of(self, pair: LoRAPair) -> Carry:
         """Return the layer's carry, with as much room as was asked for."""
         wanted = self.options.carry_rank
-        columns = _AUTO_FIRST * pair.rank if isinstance(wanted, str) else wanted
+        first = _AUTO_FIRST * self._increment_columns(pair)
+        columns = first if isinstance(wanted, str) else wanted
         least, most = 2 * self._increment_columns(pair), self._most_useful(pair)
         return pair.ensure_carry(min(max(columns, least), most), self._dtype(pair))
 
@@ -163,12 +164,14 @@ class CarryAccumulator:
     def _dtype(self, pair: LoRAPair) -> torch.dtype:
         """Return the dtype of a carry that is made now.
 
-        Float16 beside an adapter in float32 under a rule that scales P alone, for then the adapter
-        can keep what rounding cuts; else the adapter's, float32 at least.
+        Float16 beside a quantized base and an adapter in float32, under a rule that scales P alone:
+        the adapter then keeps what rounding an increment cuts, and what rounding a compression cuts
+        is far below the quantization's own error.  Else the adapter's, float32 at least.
         """
         dtype = torch.promote_types(pair.P_parameter.dtype, pair.Q_parameter.dtype)
         factors = {pair.P_parameter.dtype, pair.Q_parameter.dtype}
-        if self.options.scales_P_alone and factors == {torch.float32}:
+        narrow = self.options.scales_P_alone and is_quantized(pair)
+        if narrow and factors == {torch.float32}:
             return torch.float16
         return torch.promote_types(dtype, torch.float32)
 
