@@ -1,7 +1,4 @@
-"""The smoothness constant times the learning rate, held from a layer's first re-basing on.
-
-Held by tests/optimizer/test_optimizer.py.
-"""
+"""The smoothness constant times the learning rate, held from a layer's first re-basing on."""
 
 from __future__ import annotations
 
