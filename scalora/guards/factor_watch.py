@@ -123,7 +123,7 @@ class FactorWatch:
         if self._worst is None and samples.device.type == "cuda":
             dtype = torch.promote_types(samples.dtype, torch.float32)
             self._worst = torch.zeros((), dtype=dtype, device=samples.device)
-            self._arrived = torch.zeros((), dtype=dtype, pin_memory=True)
+            self._arrived = torch.zeros((), dtype=dtype, device="cpu", pin_memory=True)
 
     def __call__(self, layer: nn.Module, args: Any) -> None:
         """Check the factors where a model is evaluated; a forward pre-hook of the layer."""

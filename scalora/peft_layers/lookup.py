@@ -121,7 +121,8 @@ def _to_others(pair: LoRAPair) -> Iterator[_Link]:
         yield layer._modules, "base_layer", inner
         layer = inner
     yield layer._modules, "base_layer", None
-    yield _weight_link(layer)
+    # None where other tensors hold it: that is no reason to look again in every step.
+    yield layer._parameters, "weight", layer._parameters.get("weight")
 
 
 def _weight_link(layer: nn.Module) -> _Link:

@@ -1,7 +1,4 @@
-"""The smoothness constant times the learning rate, held from a layer's first re-basing on.
-
-Held by tests/optimizer/test_optimizer.py.
-"""
+"""The smoothness constant times the learning rate, held from a layer's first re-basing on."""
 
 from __future__ import annotations
 
@@ -92,7 +89,7 @@ class ArrivingFlag:
             self._arrived = known
         elif known.device.type == "cuda":
             if self._arrived is None:
-                self._arrived = torch.zeros((), dtype=torch.bool, pin_memory=True)
+                self._arrived = torch.zeros((), dtype=torch.bool, device="cpu", pin_memory=True)
             self._arrived.copy_(known, non_blocking=True)
 
     def __bool__(self) -> bool:

@@ -55,7 +55,7 @@ class OptimalStep:
         """
         for together in at_once(batches):
             histories = [self._histories(batch, optimizer) for batch in together]
-            held = self.held.of(together) if self._matches_once else None
+            held = self.held.of(together) if self._holds else None
             scaling = self._scaling(together, histories, optimizer, held)
             found = with_both_scaled(together, histories, scaling.alpha, scaling.beta)
             matched = held is not None and not held.is_known
@@ -67,10 +67,15 @@ class OptimalStep:
                 self.held.settle(together, scaling.lipschitz_lr)
 
     @property
-    def _matches_once(self) -> bool:
-        """Whether L times the learning rate is matched at a layer's first re-basing, then held."""
-        given = isinstance(self.options.lipschitz, (int, float))
-        return self.options.resolved_rule != "direction" and not given
+    def _holds(self) -> bool:
+        """Whether L times the learning rate is matched once, and held from then on."""
+        return self.options.resolved_rule != "direction" and self._lipschitz is None
+
+    @property
+    def _lipschitz(self) -> float | None:
+        """L where the user gives it; without it the length of the step is matched."""
+        lipschitz = self.options.lipschitz
+        return None if lipschitz is None or isinstance(lipschitz, str) else float(lipschitz)
 
     def _histories(
         self, batch: LayerBatch, optimizer: torch.optim.Optimizer
@@ -94,12 +99,12 @@ class OptimalStep:
             parts = zip(batches, histories, strict=True)
             return joined([self._step_model(*part, optimizer) for part in parts])
 
-        if self.options.resolved_rule == "direction":
+        if self.options.resolved_rule == "direction":  # matched anew at every re-basing
             return self._solved(batches, step_model())
         parts = zip(batches, histories, strict=True)
         model = joined([_gradient_model(*part) for part in parts])
         if held is None:
-            return self._solved(batches, model, lipschitz=float(self.options.lipschitz or 0))
+            return self._solved(batches, model, lipschitz=self._lipschitz)
         if held.is_known:
             return self._solved(batches, model, lipschitz_lr=held.lipschitz_lr)
         # An optimizer that was registered without a direction is taken for gradient descent.
