@@ -259,9 +259,15 @@ def which_run(runs, weights, sizes) -> dict:
         }
     table(
         "Which run leans more? r = 8, 512 held-out bytes of the run's own text",
-        ("frozen weights, text", "MIUB, nats", "of a random adapter", "held-out loss"),
+        ("frozen weights, text", "MIUB, nats", "of a random adapter", "ratio", "held-out loss"),
         [
-            (name, plus_minus(row["miub"]), f"{row['chance']:.2f}", plus_minus(row["loss"]))
+            (
+                name,
+                plus_minus(row["miub"]),
+                f"{row['chance']:.2f}",
+                f"{statistics.fmean(row['miub']) / row['chance']:.2f}",
+                plus_minus(row["loss"]),
+            )
             for name, row in found.items()
         ],
     )
