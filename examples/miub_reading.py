@@ -10,7 +10,8 @@ on other texts with three seeds each, and asks of the mutual information, 512 he
   (tokens, noise, rank)?
 * which layers: does it tell how much the loss rises without a layer's adapter, or where more rank
   pays?
-* which run: does it tell a pretrained model from one of random weights, or one text from another?
+* which run: does it tell a pretrained model from one of random weights, or one text from another,
+  beyond what the adapter of random numbers tells?
 * since when: at which step is it, and at which is the held-out loss, as good as at the end?
 
 Prints a table for each, and writes results.json and the picture of one run's report (.png, .svg).
@@ -245,23 +246,32 @@ def halved(report, high) -> dict[str, int]:
 
 def which_run(runs, weights, sizes) -> dict:
     """Print texts, and the same training on frozen random weights, beside each other."""
-    values = {}
-    for name in TEXTS:
-        same = [fine_tuned(weights, name, seed, sizes) for seed in range(sizes.seeds)]
-        same = runs if name == TEXT else same
-        values[f"pretrained, {name}"] = [(run.report.mean, run.loss) for run in same]
-    random_weights = scaling.new_model(WIDTH).state_dict()
-    same = [fine_tuned(random_weights, TEXT, seed, sizes) for seed in range(sizes.seeds)]
-    values[f"random weights, {TEXT}"] = [(run.report.mean, run.loss) for run in same]
+    frozen = {"pretrained": weights, "random": scaling.new_model(WIDTH).state_dict()}
+    found = {}
+    for kind, name in (*(("pretrained", name) for name in TEXTS), ("random", TEXT)):
+        same = runs
+        if (kind, name) != ("pretrained", TEXT):
+            same = [fine_tuned(frozen[kind], name, seed, sizes) for seed in range(sizes.seeds)]
+        found[f"{kind}, {name}"] = {
+            "chance": measured(randomised(frozen[kind]), data.load(name)[1]).mean,
+            "miub": [run.report.mean for run in same],
+            "loss": [run.loss for run in same],
+        }
     table(
         "Which run leans more? r = 8, 512 held-out bytes of the run's own text",
-        ("frozen weights, text", "MIUB, nats", "held-out loss, nats per byte"),
+        ("frozen weights, text", "MIUB, nats", "of a random adapter", "ratio", "held-out loss"),
         [
-            (name, plus_minus([m for m, _ in pairs]), plus_minus([loss for _, loss in pairs]))
-            for name, pairs in values.items()
+            (
+                name,
+                plus_minus(row["miub"]),
+                f"{row['chance']:.2f}",
+                f"{statistics.fmean(row['miub']) / row['chance']:.2f}",
+                plus_minus(row["loss"]),
+            )
+            for name, row in found.items()
         ],
     )
-    return values
+    return found
 
 
 def since_when(run) -> dict:

@@ -104,9 +104,9 @@ class Bounds:
 def together(coordinates: int) -> int:
     """Return how many layers with that many coordinates are evaluated in one go.
 
-    More take fewer calls; with 8 coordinates 8 layers' pairs of 256 tokens are 2 MiB.
+    More take fewer calls; the pairs of 256 tokens of 8 layers are 2 MiB.
     """
-    return max(1, 64 // coordinates)
+    return max(1, 64 // max(coordinates, 8))
 
 
 def _stacked(estimates: Sequence[Estimate]) -> Estimate:

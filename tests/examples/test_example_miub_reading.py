@@ -35,7 +35,7 @@ def test_every_question_is_answered_and_one_report_drawn(reading, monkeypatch, t
     assert set(results["runs"]) == {
         "pretrained, table",
         "pretrained, Python",
-        "random weights, Python",
+        "random, Python",
     }
     assert all(math.isfinite(value) for value in results["scale"]["moved"].values())
     assert all(loss > 0 for losses in results["layers"]["losses"].values() for loss in losses)

@@ -1,4 +1,4 @@
-"""Which positions are drawn: never padding, and nothing of a device's mask is read on the host."""
+"""The positions that are sampled: never padding, and no device's mask is read on the host."""
 
 from __future__ import annotations
 
