@@ -1,5 +1,7 @@
+import gc
 import os
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -30,6 +32,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+_imported = 0
+
+
+def pytest_runtest_setup() -> None:
+    # A Trainer collects garbage whenever it starts: not among what was imported, which stays.
+    global _imported
+    if len(sys.modules) > _imported:
+        gc.collect()
+        gc.freeze()
+        _imported = len(sys.modules)
 
 
 @pytest.fixture(autouse=True)
