@@ -13,6 +13,7 @@ import killed_run
 import pytest
 import torch
 from killed_run import SAVE_EVERY, STEPS, Kind
+from processes import exit_code
 
 RENEWED = {"interval": 3, "calibration": 5}
 SCALED = {"rule": "exact"}
@@ -49,7 +50,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Loss
         if way == "accelerate":
             return losses("bare", name)
         folder = tmp_path_factory.mktemp("whole")
-        assert killed_run.in_a_process(WAYS[way], folder, KINDS[name]) == 0
+        assert exit_code(WAYS[way], folder, KINDS[name]) == 0
         return killed_run.losses(folder)
 
     return losses
@@ -57,9 +58,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Loss
 
 def _killed_and_resumed(way: str, kind: Kind, folder: Path, begin: int, whole: Losses) -> None:
     run = WAYS[way]
-    assert killed_run.in_a_process(run, folder, kind) == -signal.SIGKILL
+    assert exit_code(run, folder, kind) == -signal.SIGKILL
     alive = dataclasses.replace(kind, kill_at=None)
-    assert killed_run.in_a_process(run, folder, alive) == 0
+    assert exit_code(run, folder, alive) == 0
     found = killed_run.losses(folder)
     assert kind.kill_at is not None
     before, after = range(1, kind.kill_at + 1), range(begin + 1, STEPS + 2)

@@ -1,12 +1,10 @@
 """Runs that can be killed and resumed: a bare loop, accelerate, a Trainer, as a user writes them.
 
-Each begins where its newest whole checkpoint is, if there is one, and writes down every loss.  They
-run in processes of their own, forked from one that has imported everything.
+Each begins where its newest whole checkpoint is, if there is one, and writes down every loss.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -25,8 +23,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import scalora
 
 STEPS, SAVE_EVERY, BATCH = 12, 3, 4
-_IMPORTED_ONCE = ["accelerate", "peft", "torch", "transformers.trainer"]
-_IMPORTED_ONCE += ["transformers.models.llama.modeling_llama", "peft.tuners.lora.model"]
 
 
 @dataclass(frozen=True)
@@ -45,17 +41,6 @@ class Kind:
     dtype: torch.dtype = torch.float32
     kill_at: int | None = None
     kill_in: str | None = None
-
-
-def in_a_process(run: Callable[[Path, Kind], None], folder: Path, kind: Kind) -> int:
-    """Run to the end, or to its end: the exit code, negative if a signal killed it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_IMPORTED_ONCE)
-    process = context.Process(target=_run, args=(run, folder, kind))
-    process.start()
-    process.join(120)
-    assert process.exitcode is not None, "it hangs"
-    return process.exitcode
 
 
 def losses(folder: Path) -> list[tuple[int, str]]:
@@ -233,9 +218,3 @@ def _kill_in_the_middle_of(name: str) -> None:
 
     torch.save = half(torch.save)
     safetensors.torch.serialize_file = half(safetensors.torch.serialize_file)
-
-
-def _run(run: Callable[[Path, Kind], None], folder: Path, kind: Kind) -> None:
-    torch.set_num_threads(1)
-    folder.mkdir(exist_ok=True)
-    run(folder, kind)
