@@ -8,14 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from ablation_stand_ins import FILE, Tiny
 
 from scalora.ablation import command
 from scalora.cli import main
+from scalora.plotting import figures
 
 VOLATILE = {"seconds_a_step", "peak_bytes", "wall_seconds", "threads"}
 
@@ -23,6 +27,22 @@ VOLATILE = {"seconds_a_step", "peak_bytes", "wall_seconds", "threads"}
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SCALORA_CACHE", str(tmp_path / "cache"))
+
+
+@contextmanager
+def without_rendering() -> Iterator[None]:
+    """Make every picture but write its format's name alone: rendering takes a report's time."""
+    with mock.patch.object(figures, "encoded", lambda figure, kind: kind.encode()):
+        yield
+
+
+@pytest.fixture
+def _unrendered() -> Iterator[None]:
+    with without_rendering():
+        yield
+
+
+unrendered = pytest.mark.usefixtures("_unrendered")
 
 
 def ablate(task: str, output: Path, *arguments: str, engine: str = "inline") -> int:
@@ -76,6 +96,7 @@ def test_output_has_a_record_a_run_tables_json_and_pictures(finished: Path) -> N
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in finished.glob("tiny/*.png"))
 
 
+@unrendered
 def test_what_is_done_is_not_run_again(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.glob("runs/*")}
     # Other methods in another order, and a seed more: only what is new is run.
@@ -87,6 +108,7 @@ def test_what_is_done_is_not_run_again(finished: Path, capsys: pytest.CaptureFix
     assert list(results_in(finished)) == ["dora", "scalora", "lora"]
 
 
+@unrendered
 def test_short_takes_fewer_steps_and_every_other_learning_rate(tmp_path: Path) -> None:
     assert ablate("Tiny", tmp_path, "--methods", "lora", "--seeds", "1", "--short") == 0
     jobs = [record["job"] for record in records_in(tmp_path)]
@@ -106,7 +128,8 @@ def test_report_only_makes_everything_again_and_runs_nothing(tmp_path: Path) -> 
     gone = next(tmp_path.glob("runs/*full*lr0.001*"))
     kept = gone.read_bytes()
     gone.unlink()
-    assert main(["ablate", "--report-only", "--output", str(tmp_path)]) == 0
+    with without_rendering():
+        assert main(["ablate", "--report-only", "--output", str(tmp_path)]) == 0
     assert not gone.exists() and results_in(tmp_path)["full"]["missing"] == 1
     assert "not run" in (tmp_path / "results.md").read_text("utf-8")
     gone.write_bytes(kept)
@@ -114,6 +137,7 @@ def test_report_only_makes_everything_again_and_runs_nothing(tmp_path: Path) -> 
     assert {path: path.read_bytes() for path in made} == contents
 
 
+@unrendered
 def test_report_of_the_methods_that_are_asked_for_is_of_any_commands_runs(tmp_path: Path) -> None:
     assert ablate("Tiny", tmp_path, "--methods", "lora", "--seeds", "1") == 0
     assert ablate("Tiny", tmp_path, "--methods", "full", "--seeds", "1") == 0
@@ -126,6 +150,7 @@ def test_report_of_the_methods_that_are_asked_for_is_of_any_commands_runs(tmp_pa
     assert len(records_in(tmp_path)) == 4
 
 
+@unrendered
 def test_learning_rate_is_chosen_on_validation_alone(tmp_path: Path) -> None:
     assert ablate("Contrary", tmp_path, "--methods", "lora", "--seeds", "1", "--steps", "12") == 0
     by_rate = {
@@ -138,6 +163,7 @@ def test_learning_rate_is_chosen_on_validation_alone(tmp_path: Path) -> None:
     assert row["best"] == best and row["test"]["loss"]["mean"] == by_rate[best][1]
 
 
+@unrendered
 def test_learning_rate_is_chosen_by_the_tasks_own_metric(tmp_path: Path) -> None:
     options = ["--methods", "lora,scalora", "--seeds", "2", "--search-seeds", "1"]
     assert ablate("ByAccuracy", tmp_path, *options) == 0
@@ -167,6 +193,7 @@ def test_divergent_runs_are_shown_and_are_no_failure(
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+@unrendered
 def test_failed_runs_are_told_and_tried_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -187,6 +214,7 @@ def test_failed_runs_are_told_and_tried_again(
     assert results_in(output)["lora"]["test"]["loss"]["n"] == 2
 
 
+@unrendered
 def test_task_that_cannot_be_prepared_is_tried_once(tmp_path: Path) -> None:
     assert ablate("Unprepared", tmp_path, "--methods", "lora,dora", "--seeds", "2") == 1
     assert (tmp_path / "cache" / "tries").read_text() == "once\n"
@@ -194,6 +222,7 @@ def test_task_that_cannot_be_prepared_is_tried_once(tmp_path: Path) -> None:
     assert all(record["error"].startswith("OSError: no disk") for record in records_in(tmp_path))
 
 
+@unrendered
 def test_process_that_dies_is_a_failed_run_and_others_give_the_same_numbers(
     tmp_path: Path,
 ) -> None:
@@ -262,6 +291,7 @@ def is_alive(process: int) -> bool:
     return True
 
 
+@unrendered
 def test_several_tasks_have_a_section_and_a_folder_each(tmp_path: Path) -> None:
     tasks = f"{FILE}:Tiny,{FILE}:Contrary"
     options = ["--methods", "lora", "--smoke", "--engine", "inline", "--output", str(tmp_path)]
@@ -273,6 +303,7 @@ def test_several_tasks_have_a_section_and_a_folder_each(tmp_path: Path) -> None:
     assert (tmp_path / "contrary" / "learning-curves.png").is_file()
 
 
+@unrendered
 def test_edited_task_is_another_task(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(Path(FILE).read_text("utf-8"), "utf-8")
@@ -326,6 +357,7 @@ def test_engine_slurm_without_a_cluster_is_bad_input(
     assert "pip install scalora[cluster]" in capsys.readouterr().err
 
 
+@unrendered
 def test_log_has_a_line_a_run_with_the_time_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
