@@ -213,37 +213,27 @@ def test_checkpoint_is_not_resumed_without_the_callback(base: Path, tmp_path: Pa
         forgotten.train(resume_from_checkpoint=checkpoint)
 
 
-def test_checkpoint_is_not_resumed_where_scalora_is_not_imported(
+def test_optimizer_file_is_read_where_scalora_is_imported_and_not_before(
     base: Path, tmp_path: Path
 ) -> None:
+    """The callback is not needed: a loop reads the file before `load_training_state`."""
     trained(base, tmp_path, "carry")
     script = f"""
 import torch
-try:  # as a Trainer loads it
-    torch.load({str(tmp_path / "checkpoint-3" / "optimizer.pt")!r}, weights_only=True)
+def load():  # as a Trainer does
+    return torch.load({str(tmp_path / "checkpoint-3" / "optimizer.pt")!r}, weights_only=True)
+try:
+    load()
 except Exception as error:
     print(error)
+import scalora
+scalora.ScaLoRA
+print(load()["scalora"]["in_file"])
 """
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert "scalora.resuming.in_file.resumed_with_scalora_callback" in done.stdout
-
-
-def test_optimizer_file_is_read_where_the_callback_was_not_imported(
-    base: Path, tmp_path: Path
-) -> None:
-    """As a loop without a Trainer does, before `scalora.load_training_state`."""
-    trained(base, tmp_path, "carry")
-    script = f"""
-import torch, scalora
-scalora.ScaLoRA
-state = torch.load({str(tmp_path / "checkpoint-3" / "optimizer.pt")!r}, weights_only=True)
-print(state["scalora"]["in_file"])
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
     assert done.stdout.strip().endswith("True")
 
 
