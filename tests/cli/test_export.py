@@ -190,6 +190,7 @@ def test_tokenizer_comes_along(options: list[str], runs: Runs, tmp_path: Path) -
     assert loaded("w3 w5")["input_ids"] == [3, 5]
 
 
+@pytest.mark.slow
 def test_command_runs_as_a_module(runs: Runs, tmp_path: Path) -> None:
     run = runs["NF4"]
     command = [sys.executable, "-m", "scalora", "export", run.checkpoint, tmp_path / "adapter"]
