@@ -5,8 +5,8 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 JOBS ?= 2
 
-# One thread a worker: the workers already fill the cores.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+# One thread per worker: the workers already fill the cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help install test test-all test-gpu check docs dist gpu device-trace demo demo-short qlora qlora-short scaling ablation ablation-short ablation-smoke benchmark benchmark-miub clean
