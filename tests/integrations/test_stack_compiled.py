@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from models import Perceptron, loss, train, trainable, vectors, with_lora
 
 import scalora
-
-STACKS = Path(__file__).parents[2] / "examples" / "stacks"
 
 
 @pytest.fixture(autouse=True)
@@ -23,9 +19,8 @@ def _fresh_compiler():
 
 
 @pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(STACKS))
-    return importlib.import_module("compiled")
+def script(stack):
+    return stack("compiled")
 
 
 def make(*, compile_inner=False, **options):

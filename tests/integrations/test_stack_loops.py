@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
-
 import pytest
 import torch
 from models import Perceptron, bits, loss, trainable, vectors, with_lora
@@ -12,37 +9,21 @@ from transformers import AutoModelForCausalLM
 
 import scalora
 
-STACKS = Path(__file__).parents[2] / "examples" / "stacks"
 STEPS = 27  # re-based twice, at steps 10 and 20
 
 pytestmark = pytest.mark.filterwarnings("ignore:save_pretrained writes the adapter alone")
 
 
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch):
-    monkeypatch.syspath_prepend(str(STACKS))
-    return importlib.import_module("tiny")
-
-
-@torch.no_grad()
-def logits(model, tiny):
-    return model.eval()(input_ids=tiny.examples()[:4]).logits
-
-
-def check(run, tiny, folder):
-    """It learned, was re-based, and merges to the same function."""
-    assert run.losses[-1] < 0.8 * run.losses[0]
-    assert run.optimizer.rebase_count == 2
-    scalora.save_merged(run.model, folder)
-    merged = AutoModelForCausalLM.from_pretrained(folder)
-    torch.testing.assert_close(logits(merged, tiny), logits(run.model, tiny), atol=1e-4, rtol=0)
-
-
 @pytest.mark.parametrize("name", ["bare_loop", "accelerate_loop", "lightning_module"])
-def test_script_trains_rebases_and_merges_to_the_same_model(name, tiny, tmp_path):
+def test_script_trains_rebases_and_merges_to_the_same_model(name, stack, logits, tmp_path):
     if name == "lightning_module":
         pytest.importorskip("lightning", reason="PyTorch Lightning is not installed")
-    check(importlib.import_module(name).main(STEPS), tiny, tmp_path / "merged")
+    run = stack(name).main(STEPS)
+    assert run.losses[-1] < 0.8 * run.losses[0]
+    assert run.optimizer.rebase_count == 2
+    scalora.save_merged(run.model, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), logits(run.model), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("rule", ["auto", "exact"])
@@ -92,9 +73,9 @@ def test_calibration_finds_about_the_same_factor_with_every_gradient_clipped():
     assert plain / 1.25 < clipped < plain * 1.25
 
 
-def test_lightning_resumes_with_the_rebased_model(tiny, tmp_path):
+def test_lightning_resumes_with_the_rebased_model(stack, tmp_path):
     pytest.importorskip("lightning", reason="PyTorch Lightning is not installed")
-    script = importlib.import_module("lightning_module")
+    script = stack("lightning_module")
     data = script.data(10)
     whole = script.Module(30)
     script.trainer(30).fit(whole, data)

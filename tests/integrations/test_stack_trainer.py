@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,34 +10,21 @@ from transformers import AutoModelForCausalLM
 
 import scalora
 
-STACKS = Path(__file__).parents[2] / "examples" / "stacks"
-
 pytestmark = pytest.mark.filterwarnings("ignore:save_pretrained writes the adapter alone")
 
 
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch):
-    monkeypatch.syspath_prepend(str(STACKS))
-    return importlib.import_module("tiny")
-
-
 @pytest.fixture
-def script(tiny):
-    return importlib.import_module("trainer")
+def script(stack):
+    return stack("trainer")
 
 
-@torch.no_grad()
-def logits(model, tiny):
-    return model.eval()(input_ids=tiny.examples()[:4]).logits
-
-
-def test_script_trains_rebases_and_merges_to_the_same_model(script, tiny, tmp_path):
+def test_script_trains_rebases_and_merges_to_the_same_model(script, logits, tmp_path):
     run = script.main(40, str(tmp_path / "run"))
     assert run.losses[-1] < 0.8 * run.losses[0]
     assert run.optimizer.rebase_count == 4
     scalora.save_merged(run.model, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(logits(merged, tiny), logits(run.model, tiny), atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits(merged), logits(run.model), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("accumulator", ["dense", "carry"])

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainingArguments
@@ -14,36 +11,23 @@ from scalora.integrations.reference_model import refers_to_base
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
 
-STACKS = Path(__file__).parents[2] / "examples" / "stacks"
 STEPS = 30  # re-based at steps 10, 20 and 30
 
 pytestmark = pytest.mark.filterwarnings("ignore:save_pretrained writes the adapter alone")
 
 
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    monkeypatch.syspath_prepend(str(STACKS))
-    return importlib.import_module("tiny")
-
-
 @pytest.fixture
-def dpo():
-    return importlib.import_module("trl_dpo")
+def dpo(stack):
+    return stack("trl_dpo")
 
 
-@torch.no_grad()
-def logits(model, tiny):
-    return model.eval()(input_ids=tiny.examples()[:4]).logits
-
-
-def test_sft_trains_rebases_and_merges_to_the_same_model(tiny, tmp_path):
-    run = importlib.import_module("trl_sft").main(STEPS, str(tmp_path / "run"))
+def test_sft_trains_rebases_and_merges_to_the_same_model(stack, logits, tmp_path):
+    run = stack("trl_sft").main(STEPS, str(tmp_path / "run"))
     assert run.losses[-1] < 0.8 * run.losses[0]
     assert run.optimizer.rebase_count == 3
     scalora.save_merged(run.model, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(logits(merged, tiny), logits(run.model, tiny), atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits(merged), logits(run.model), atol=1e-4, rtol=0)
 
 
 def reference_log_probabilities(trainer):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -20,16 +17,7 @@ from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 from trl.experimental.sdpo import SDPOConfig
 from trl.trainer.utils import use_adapter
 
-STACKS = Path(__file__).parents[2] / "examples" / "stacks"
-
 pytestmark = pytest.mark.filterwarnings("ignore:save_pretrained writes the adapter alone")
-
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    monkeypatch.syspath_prepend(str(STACKS))
-    return importlib.import_module("tiny")
 
 
 def prompts(tiny):
@@ -130,8 +118,10 @@ def test_increments_into_the_reference_are_refused(kind, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("existing", [False, True], ids=["switched off", "a copy of the adapter"])
-def test_without_the_callback_a_reference_that_would_change_is_refused(existing, tiny, tmp_path):
-    dpo = importlib.import_module("trl_dpo")
+def test_without_the_callback_a_reference_that_would_change_is_refused(
+    existing, stack, tiny, tmp_path
+):
+    dpo = stack("trl_dpo")
     model = tiny.lora_model() if existing else tiny.base_model()
     trainer = trl.DPOTrainer(
         model,
