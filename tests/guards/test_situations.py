@@ -12,6 +12,7 @@ import pytest
 import torch
 import training
 from torch import Tensor, nn
+from training import effective_weights
 
 import scalora
 from scalora.peft_layers import lora_pairs
@@ -43,20 +44,16 @@ def backward(model: nn.Module) -> None:
     models.loss(model, INPUTS.to(dtype)).backward()
 
 
-def weights(optimizer: scalora.ScaLoRA) -> dict[str, Tensor]:
-    return {pair.name: pair.effective_weight() for pair in optimizer.rebased_pairs}
-
-
 def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
     """The layers whose effective weight is another, beyond round-off."""
     return {name for name in before if (before[name] - after[name]).abs().max() > 2e-6}
 
 
 def trains_on(model: nn.Module, optimizer: scalora.ScaLoRA) -> None:
-    before, count = weights(optimizer), optimizer.rebase_count
+    before, count = effective_weights(optimizer), optimizer.rebase_count
     losses = models.train(model, optimizer, INPUTS.to(next(model.parameters()).dtype), 4)
     assert losses[-1] < losses[0]
-    assert moved(before, weights(optimizer)) == before.keys()
+    assert moved(before, effective_weights(optimizer)) == before.keys()
     assert optimizer.rebase_count > count
 
 
@@ -66,11 +63,11 @@ def trains_on(model: nn.Module, optimizer: scalora.ScaLoRA) -> None:
 @kinds
 def test_batch_of_nan_is_left_out_under_a_warning(options: dict[str, Any]) -> None:
     model, optimizer = make(options)
-    before = weights(optimizer)
+    before = effective_weights(optimizer)
     models.loss(model, torch.full_like(INPUTS, torch.nan)).backward()
     with pytest.warns(UserWarning, match="not finite: this step was skipped"):
         optimizer.step()
-    assert moved(before, weights(optimizer)) == set()
+    assert moved(before, effective_weights(optimizer)) == set()
     assert optimizer.skipped_steps == 1
     trains_on(model, optimizer)
 
@@ -83,9 +80,9 @@ def test_gradients_of_zero_leave_what_momentum_does_not_move(options: dict[str, 
         backward(model)
         for p in models.trainable(model):
             p.grad.zero_()
-        before = weights(optimizer)
+        before = effective_weights(optimizer)
         optimizer.step()
-        assert moved(before, weights(optimizer)) == set()
+        assert moved(before, effective_weights(optimizer)) == set()
     trains_on(model, optimizer)
 
 
@@ -98,9 +95,9 @@ def test_layer_that_is_frozen_stands_still_and_goes_on_when_it_is_thawed(
     factors = (first.P_parameter, first.Q_parameter)
     for factor in factors:
         factor.requires_grad_(False)
-    before = weights(optimizer)
+    before = effective_weights(optimizer)
     models.train(model, optimizer, INPUTS, INTERVAL)
-    assert moved(before, weights(optimizer)) == {"second"}
+    assert moved(before, effective_weights(optimizer)) == {"second"}
     for factor in factors:
         factor.requires_grad_(True)
     trains_on(model, optimizer)
@@ -126,19 +123,19 @@ def test_expert_that_no_token_reaches_stands_still(options: dict[str, Any]) -> N
     optimizer = training.optimizer_of(model, adamw={"weight_decay": 0}, **options)
     for step in range(4 * INTERVAL):
         chosen = model.get_base_model().chosen = ("first", "second")[step // 2 % 2]
-        before = weights(optimizer)
+        before = effective_weights(optimizer)
         models.train(model, optimizer, INPUTS, 1)
-        assert moved(before, weights(optimizer)) == {chosen}
+        assert moved(before, effective_weights(optimizer)) == {chosen}
     assert optimizer.rebase_count > 0
 
 
 @kinds
 def test_step_without_any_gradient_warns_and_changes_nothing(options: dict[str, Any]) -> None:
     _, optimizer = make(options)
-    before = weights(optimizer)
+    before = effective_weights(optimizer)
     with pytest.warns(UserWarning, match="no parameter of this optimizer has a gradient"):
         optimizer.step()
-    assert moved(before, weights(optimizer)) == set()
+    assert moved(before, effective_weights(optimizer)) == set()
 
 
 # Adapters
@@ -157,14 +154,14 @@ def test_adapter_added_in_the_middle_changes_nothing(options: dict[str, Any]) ->
 def test_adapter_switched_off_for_a_while_keeps_what_it_is(options: dict[str, Any]) -> None:
     model, optimizer = make(options)
     model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
-    before = weights(optimizer)
+    before = effective_weights(optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the folded base: test_misleading_names
         model.set_adapter("other")
     backward(model)
     with pytest.warns(UserWarning, match="another adapter activated"):
         optimizer.step()
-    assert moved(before, weights(optimizer)) == set()
+    assert moved(before, effective_weights(optimizer)) == set()
     model.set_adapter("default")
     trains_on(model, optimizer)
 
@@ -309,7 +306,7 @@ def test_gpu_training_goes_on_once_the_state_was_brought_along(options: dict[str
         optimizer.zero_grad()
         model(INPUTS.cuda()).square().mean().backward()
         optimizer.step()
-    assert all(weight.isfinite().all() for weight in weights(optimizer).values())
+    assert all(weight.isfinite().all() for weight in effective_weights(optimizer).values())
     assert {pair.P_parameter.device.type for pair in lora_pairs(model, "default")} == {"cuda"}
 
 

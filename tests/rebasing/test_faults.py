@@ -17,6 +17,7 @@ import torch
 import training
 from failing import FailAt
 from torch import Tensor
+from training import effective_weights
 
 import scalora
 from scalora.fold import dense, fold
@@ -82,10 +83,6 @@ def copied(template: tuple[Any, scalora.ScaLoRA]) -> tuple[Any, scalora.ScaLoRA]
     return twin
 
 
-def weights(optimizer: scalora.ScaLoRA) -> dict[str, Tensor]:
-    return {pair.name: pair.effective_weight() for pair in optimizer.rebased_pairs}
-
-
 class WholeStep:
     """What a step that does not fail does, and all that one that does may leave of it.
 
@@ -106,12 +103,12 @@ class WholeStep:
         self.operations, (self.inner, self.taken) = counter.count, found
 
         _, optimizer = copied(template)
-        self.before = weights(optimizer)
+        self.before = effective_weights(optimizer)
         seen: list[list[tuple[Tensor, Tensor, Tensor]]] = []
         optimizer.inner.register_step_pre_hook(lambda *_: seen.append(_parts(optimizer)))
         optimizer.inner.register_step_post_hook(lambda *_: seen.append(_parts(optimizer)))
         optimizer.step()
-        self.after = weights(optimizer)
+        self.after = effective_weights(optimizer)
         self.between = {
             pair.name: [rest + pair.scaling * P @ Q for P in (P0, P1) for Q in (Q0, Q1)]
             for pair, (rest, P0, Q0), (_, P1, Q1) in zip(
@@ -131,7 +128,7 @@ def _parts(optimizer: scalora.ScaLoRA) -> list[tuple[Tensor, Tensor, Tensor]]:
 
 def check(case: Case, step: WholeStep, optimizer: scalora.ScaLoRA, where: str) -> str:
     """What of the step a failure has left: "nothing", "all", or "part" of the inner optimizer's."""
-    found = weights(optimizer)
+    found = effective_weights(optimizer)
 
     def like(expected: dict[str, Tensor]) -> bool:
         return all(

@@ -43,3 +43,8 @@ def rebase(
     optimizer = optimizer_of(model, **options)
     models.train(model, optimizer, inputs, steps, loss)
     return optimizer
+
+
+def effective_weights(optimizer: scalora.ScaLoRA) -> dict[str, Tensor]:
+    """Return what every re-based layer multiplies with, base, carry and adapter, by its name."""
+    return {pair.name: pair.effective_weight() for pair in optimizer.rebased_pairs}
