@@ -134,7 +134,7 @@ def test_weight_decay_is_for_matrices() -> None:
         assert {p.ndim > 1 for p in group["params"]} == {group["weight_decay"] > 0}
 
 
-def test_trainable_parameters() -> None:
+def test_trainable_parameters_are_those_of_the_method() -> None:
     layers = adapted_layers(TOKENS.model(0), TOKENS).shapes.values()
     low_rank = sum(TOKENS.rank * (m + n) for m, n in layers)
     assert trainable_parameters(started("lora", TOKENS).model) == low_rank

@@ -205,7 +205,7 @@ def test_an_own_rank_is_peft_s() -> None:
         assert started(f"{name}:r=6", TOKENS).model.peft_config["default"].r == 6
 
 
-def test_nearest_basis_rank() -> None:
+def test_nearest_basis_rank_lies_between_one_and_full_rank() -> None:
     shapes = adapted_layers(TOKENS.model(0), TOKENS).shapes.values()
     # One product of full rank: r + 64 numbers a layer.
     assert nearest_basis_rank(shapes, 0) == 64

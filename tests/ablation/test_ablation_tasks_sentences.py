@@ -12,7 +12,7 @@ def write_csv(path, header, rows):
         csv.writer(lines).writerows([header, *rows])
 
 
-def test_the_shipped_sentences():
+def test_the_shipped_sentences_are_balanced_and_distinct():
     rows = read_rows(SHIPPED)
     assert len(rows) == 10_605
     assert rows[0].keys() == {"text", "rating"}

@@ -179,7 +179,9 @@ def test_a_base_of_which_one_byte_changes_fails(qlora, llama, text, tmp_path, mo
     assert content["results"]["ScaLoRA, NF4"]["base"] == "unchanged"
 
 
-def test_the_arithmetic_of_a_gpu(qlora, llama, text, tmp_path, monkeypatch):
+def test_the_arithmetic_of_a_gpu_gives_nearly_the_same_losses(
+    qlora, llama, text, tmp_path, monkeypatch
+):
     """Autocast and 4-bit layers in bfloat16; what was saved is compared in float32 all the same."""
     monkeypatch.setattr(qlora, "compute_dtype", lambda device: torch.bfloat16)
     status, content = run(qlora, llama, text, tmp_path / "out", "--steps", "4")
@@ -192,7 +194,7 @@ def test_the_arithmetic_of_a_gpu(qlora, llama, text, tmp_path, monkeypatch):
         assert losses == pytest.approx(exact["losses"][name], rel=0.02)
 
 
-def test_an_8_bit_optimizer(qlora, llama, text, tmp_path):
+def test_an_8_bit_optimizer_trains_in_two_bytes_per_parameter(qlora, llama, text, tmp_path):
     # 8-bit states begin at 4096 elements.
     options = ("--rank", "64", "--carry-rank", "128", "--steps", "3", "--optimizer", "adamw8bit")
     status, content = run(qlora, llama, text, tmp_path / "out", *options)

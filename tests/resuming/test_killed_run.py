@@ -70,7 +70,7 @@ def _killed_and_resumed(way: str, kind: Kind, folder: Path, begin: int, whole: L
 
 
 @pytest.mark.parametrize("way, name", WAYS_AND_KINDS)
-def test_killed_after_a_step(
+def test_run_killed_after_a_step_goes_on_to_the_same_losses(
     way: str, name: str, tmp_path: Path, whole: Callable[[str, str], Losses]
 ) -> None:
     at = random.Random(f"{way} {name}").randint(SAVE_EVERY + 1, STEPS)
@@ -91,7 +91,7 @@ def test_killed_after_a_step(
         ("Trainer", "optimizer.pt"),
     ],
 )
-def test_killed_while_a_checkpoint_is_written(
+def test_run_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(
     way: str, file: str, tmp_path: Path, whole: Callable[[str, str], Losses]
 ) -> None:
     # A Trainer that keeps one checkpoint must not have deleted the one before.

@@ -86,7 +86,7 @@ def llama(tmp_path):
     return folder
 
 
-def test_questions_of_the_published_files(example, commonsense_folder):
+def test_published_files_become_questions_with_options(example, commonsense_folder):
     tasks = example("commonsense_tasks")
     found = {name: tasks.load(commonsense_folder, name) for name in tasks.TASKS}
     held_out = {name: questions[0] for name, (_, questions) in found.items()}
@@ -147,7 +147,7 @@ def test_what_is_wrong_with_published_files_is_said(
         example("commonsense_tasks").load(commonsense_folder, name)
 
 
-def test_records_and_their_prompts(example, commonsense_folder):
+def test_records_are_prompted_and_their_answers_found_again(example, commonsense_folder):
     records = example("commonsense_records")
     training = records.training(commonsense_folder)
     assert len(training) == 8

@@ -82,7 +82,7 @@ def deberta(tmp_path):
     return folder
 
 
-def test_every_file_of_glue(example, glue_folder):
+def test_every_file_of_glue_is_read_with_its_quotes_and_labels(example, glue_folder):
     data = example("glue_data")
     found = {name: data.load(str(glue_folder), name) for name in data.TASKS}
 
@@ -179,7 +179,7 @@ def test_metrics_are_those_of_the_libraries(example):
     assert metrics.pearson_spearman(outputs, scores) == pytest.approx(50 * (linear + of_ranks))
 
 
-def test_metrics_of_constant_answers(example):
+def test_metrics_of_constant_answers_are_zero(example):
     metrics = example("glue_metrics")
     labels, constant = np.array([0, 1, 1]), np.zeros(3)
     for metric in (metrics.f1, metrics.matthews, metrics.pearson, metrics.spearman):
