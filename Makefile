@@ -9,7 +9,7 @@ JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-all test-gpu check docs dist gpu device-trace demo demo-short qlora qlora-short scaling ablation ablation-short ablation-smoke benchmark benchmark-miub clean
+.PHONY: help install test test-all test-optional test-gpu check docs dist gpu device-trace demo demo-short qlora qlora-short scaling ablation ablation-short ablation-smoke benchmark benchmark-miub clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -43,6 +43,18 @@ test: $(STAMP) ## the fast tests
 
 test-all: $(STAMP) ## every test
 	$(PYTEST)
+
+# HQQ and DeepSpeed are not in .venv: beside them, transformers and accelerate import more at every start.
+OPTIONAL := .optional
+
+$(OPTIONAL)/.installed: $(STAMP)
+	DS_BUILD_OPS=0 $(PIP) --no-deps --target $(OPTIONAL) hqq==0.2.8.post1 termcolor \
+		deepspeed==0.19.8 hjson msgpack py-cpuinfo ninja einops
+	touch $@
+
+test-optional: $(OPTIONAL)/.installed ## tests with HQQ and DeepSpeed, which skip without them
+	PYTHONPATH=$(OPTIONAL) OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
+		tests/rebasing/test_quantized_backends.py tests/sharding/test_deepspeed.py
 
 # A GPU machine brings its own torch, so these use no .venv.  WHEELS: a folder of bitsandbytes'.
 test-gpu: ## GPU tests, with $(PYTHON) as it is
@@ -112,6 +124,6 @@ benchmark: $(STAMP) ## step time and memory against the inner optimizer alone
 benchmark-miub: $(STAMP) ## MIUB's estimators on known answers, and the monitor's cost
 	$(BIN)/python -m examples.benchmark.miub
 
-clean: ## remove .venv, .venv-trace, caches, builds and all results, those of ablations too
-	rm -rf $(VENV) $(TRACE) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output qlora-output ablation ablation-short ablation-smoke
+clean: ## remove .venv, .venv-trace, .optional, caches, builds and all results, those of ablations too
+	rm -rf $(VENV) $(TRACE) $(OPTIONAL) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output qlora-output ablation ablation-short ablation-smoke
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
