@@ -79,7 +79,7 @@ def bare(folder: Path, kind: Kind) -> None:
         schedule.load_state_dict(saved["schedule"])
         torch.set_rng_state(saved["generator"])
     for step in range(begin + 1, STEPS + 1):
-        loss = _loss(model, _ids(step))
+        loss = models.language_loss(model, _ids(step))
         loss.backward()
         optimizer.step()
         schedule.step()
@@ -104,7 +104,7 @@ def accelerated(folder: Path, kind: Kind) -> None:
     if begin:
         accelerator.load_state(str(folder / f"step-{begin}"))
     for step in range(begin + 1, STEPS + 1):
-        loss = _loss(model, _ids(step))
+        loss = models.language_loss(model, _ids(step))
         accelerator.backward(loss)
         optimizer.step()
         schedule.step()
@@ -181,14 +181,10 @@ def _ids(step: int) -> Tensor:
     return torch.randint(1, models.VOCABULARY, (BATCH, 8), generator=generator)
 
 
-def _loss(model: Any, ids: Tensor) -> Tensor:
-    return model(input_ids=ids, labels=ids).loss
-
-
 def _at_the_end(model: Any, folder: Path) -> None:
     """What the last step has led to."""
     with torch.no_grad():
-        _write_down(STEPS + 1, _loss(model.eval(), _ids(0)), folder)
+        _write_down(STEPS + 1, models.language_loss(model.eval(), _ids(0)), folder)
 
 
 def _write_down(step: int, loss: Tensor, folder: Path) -> None:

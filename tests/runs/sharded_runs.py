@@ -157,7 +157,8 @@ def assert_as_in_one_process(found: dict[str, Any], run: Run) -> None:
         torch.testing.assert_close(found["carries"][layer], value, rtol=1e-6, atol=1e-8)
 
 
-def _state(model: nn.Module, optimizer: scalora.ScaLoRA) -> dict[str, Any]:
+def state_of(model: nn.Module, optimizer: scalora.ScaLoRA) -> dict[str, Any]:
+    """Return what torch.distributed.checkpoint saves and loads."""
     return {
         "model": get_model_state_dict(model),
         "optimizer": get_optimizer_state_dict(model, optimizer),
@@ -171,7 +172,7 @@ def saved_run(rank: int, runs: dict[str, Run], folder: Path) -> dict[str, list[f
         world, half = dist.get_world_size(), run.steps // 2
         model, optimizer = begin(run, sharded=True)
         train(run, model, optimizer, range(half), rank, world)
-        dcp.save(_state(model, optimizer), checkpoint_id=folder / name)
+        dcp.save(state_of(model, optimizer), checkpoint_id=folder / name)
         found[name] = train(run, model, optimizer, range(half, run.steps), rank, world)
     return found
 
@@ -184,7 +185,7 @@ def resumed_run(
     for name, run in runs.items():
         world, half = dist.get_world_size(), run.steps // 2
         model, optimizer = begin(run, sharded=True, seed=1)
-        state = _state(model, optimizer)
+        state = state_of(model, optimizer)
         if not with_base:
             del state["model"]  # loading writes into the model's own memory
         dcp.load(state, checkpoint_id=folder / name)

@@ -13,10 +13,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from processes import run_processes
-from sharded_runs import Run, begin, train
+from sharded_runs import Run, begin, state_of, train
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
@@ -58,13 +57,6 @@ def make(
     torch.manual_seed(0)
     model = models.with_lora(models.Perceptron(), target_modules=["first", "second"])
     return model, scalora.ScaLoRA(optimizer(models.trainable(model), lr=1e-2), model, **options)
-
-
-def state_of(model: Any, optimizer: scalora.ScaLoRA) -> dict[str, Any]:
-    return {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer),
-    }
 
 
 def plain(value: Any) -> Any:
