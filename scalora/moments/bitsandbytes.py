@@ -19,9 +19,8 @@ from torch import Tensor
 from scalora.moments import directions
 from scalora.moments.blockwise import BLOCK, decode, transfer_codes
 from scalora.moments.directions import Group, State
-from scalora.moments.history import Column, Kept, Moved, Powers, sums
+from scalora.moments.history import Column, Kept, Moved, Powers, sums, transfer
 from scalora.moments.moments import Moments, States
-from scalora.moments.transfer import transfer
 from scalora.sharding.stacks import stack
 
 _CODE_TABLES = {"qmap1", "absmax1", "qmap2", "absmax2"}

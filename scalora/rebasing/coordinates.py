@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from scalora import sharding
-from scalora.moments.history import FactorHistory, Moved, Powers, sums, times
+from scalora.moments.history import FactorHistory, Moved, Powers, along, sums, times
 from scalora.rebasing.accumulators import increment, increment_of_P
 from scalora.rebasing.batches import LayerBatch, places
 from scalora.sharding.stacks import Write
@@ -68,7 +68,7 @@ def with_P_scaled(
     for batch, layers, P, Q in zip(batches, places(batches), factors, histories, strict=True):
         shape, dtype = (len(batch.pairs), batch.rank), batch.P[0].dtype
         new = torch.empty_like(P, dtype=dtype)
-        torch.mul(P, _along(of_P.first(P.dtype)[layers], P.ndim, P_RANK_AXIS), out=new)
+        torch.mul(P, along(of_P.first(P.dtype)[layers], P.ndim, 0, P_RANK_AXIS), out=new)
         columns = sharding.own_columns(Q.parameter, batch.Q[0])
         left, right = increment_of_P(P, new, columns, kept[layers])
         writes: list[Write] = [(batch.P, P, new), *_writes(Q.moved(of_Q, layers))]
@@ -134,13 +134,7 @@ def _factors(
 
 def _scaled(stacked: Tensor, powers: Powers, layers: slice, axis: int) -> Tensor:
     """Return the columns of (layers, *parameter shape) times their factors, rounded once."""
-    return times(stacked, _along(powers.first(stacked.dtype)[layers], stacked.ndim, axis))
-
-
-def _along(factor: Tensor, ndim: int, axis: int) -> Tensor:
-    shape = [1] * ndim
-    shape[0], shape[axis] = factor.shape
-    return factor.reshape(shape)
+    return times(stacked, along(powers.first(stacked.dtype)[layers], stacked.ndim, 0, axis))
 
 
 def _wide_stack(parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

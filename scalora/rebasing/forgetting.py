@@ -12,7 +12,6 @@ from torch import Tensor
 
 from scalora import sharding
 from scalora.moments import Moments
-from scalora.moments.inner_states import factor_history, gradient_and_direction
 from scalora.options import RebasingOptions
 from scalora.peft_layers import LoRAPair
 from scalora.rebasing.batches import LayerBatch, at_once
@@ -56,9 +55,7 @@ class Forgetting:
             for batch in together:
                 (due if self._has_learned(batch) else others).append(batch)
             if due:
-                histories = [
-                    factor_history(optimizer, self.moments, batch.Q, Q_RANK_AXIS) for batch in due
-                ]
+                histories = [self.moments.history(optimizer, batch.Q, Q_RANK_AXIS) for batch in due]
                 for found in with_P_scaled(due, histories, self._alpha(due, optimizer)):
                     yield found
                     self._mark(found.batch)
@@ -111,7 +108,7 @@ class Forgetting:
         """Return (layers, r), as `bounded_age` does."""
         parameter, rows = stack(batch.P), sharding.rows_of(batch.P[0])
         stacks = parameter, stack(gradients(batch.P))
-        _, moves = gradient_and_direction(optimizer, self.moments, batch.P, stacks, batch.group_P)
+        _, moves = self.moments.gradient_and_direction(optimizer, batch.P, stacks, batch.group_P)
         P = widened(parameter).flatten(2)
         squares = torch.stack([P.square().sum(1), moves.flatten(2).square().sum(1)])
         columns, moved = rows.sum(squares.to(solver_dtype(P.device)))

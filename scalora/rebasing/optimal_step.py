@@ -14,7 +14,6 @@ from torch import Tensor
 from scalora import sharding
 from scalora.moments import Moments
 from scalora.moments.history import FactorHistory
-from scalora.moments.inner_states import factor_history, gradient_and_direction
 from scalora.options import RebasingOptions
 from scalora.rebasing.accumulators import LayerMemory
 from scalora.rebasing.batches import LayerBatch, at_once, places
@@ -81,8 +80,8 @@ class OptimalStep:
         self, batch: LayerBatch, optimizer: torch.optim.Optimizer
     ) -> tuple[FactorHistory, FactorHistory]:
         return (
-            factor_history(optimizer, self.moments, batch.P, P_RANK_AXIS),
-            factor_history(optimizer, self.moments, batch.Q, Q_RANK_AXIS),
+            self.moments.history(optimizer, batch.P, P_RANK_AXIS),
+            self.moments.history(optimizer, batch.Q, Q_RANK_AXIS),
         )
 
     def _scaling(
@@ -125,8 +124,8 @@ class OptimalStep:
     ) -> QuadraticModel:
         factors = (batch.P, batch.group_P), (batch.Q, batch.group_Q)
         (grad_P, direction_P), (grad_Q, direction_Q) = (
-            gradient_and_direction(
-                optimizer, self.moments, parameters, (history.parameter, history.gradient), group
+            self.moments.gradient_and_direction(
+                optimizer, parameters, (history.parameter, history.gradient), group
             )
             for (parameters, group), history in zip(factors, histories, strict=True)
         )

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from scalora import sharding
 from scalora.carry import Carry
-from scalora.moments.inner_states import stacked_states
 from scalora.peft_layers import LoRAPair
 from scalora.rebasing.batches import thin_factors
 from scalora.rebasing.rebaser import Rebaser
@@ -200,7 +199,7 @@ def _age(pair: LoRAPair, rebaser: Rebaser, optimizer: torch.optim.Optimizer) -> 
     group = groups[index]
     # Without gradients, as after `zero_grad`: the direction that the moments alone give.
     grad = widened(torch.zeros_like(P) if P.grad is None else P.grad)
-    state = stacked_states(optimizer, moments, [P])
+    state = moments.stacked_states(optimizer, [P])
     direction = moments.direction(widened(P.detach())[None], grad[None], state, group)[0]
     peak = float(rebaser.learned.peak(index, host_rate(group["lr"])))
     columns = widened(P.detach()).flatten(1).norm(dim=0)
