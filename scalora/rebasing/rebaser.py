@@ -26,7 +26,7 @@ from scalora.rebasing.batches import Batching
 from scalora.rebasing.forgetting import Forgetting
 from scalora.rebasing.optimal_step import OptimalStep
 from scalora.rebasing.sketch import FrozenSketches
-from scalora.step_length.learned_steps import LearnedSteps
+from scalora.step_length.rates import LearnedSteps
 
 
 class Rebaser:

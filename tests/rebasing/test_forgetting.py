@@ -24,8 +24,8 @@ from torch import Tensor, nn
 import scalora
 from scalora.moments import moments_of
 from scalora.peft_layers import lora_pairs
-from scalora.scaling.memory import bounded_age, leak
-from scalora.step_length.learned_steps import LearnedSteps
+from scalora.rebasing.forgetting import bounded_age, leak
+from scalora.step_length.rates import LearnedSteps
 
 R = 3
 RULES = ("leak", "age")
