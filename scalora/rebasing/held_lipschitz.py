@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from scalora.rebasing.accumulators import LayerMemory
 from scalora.rebasing.batches import LayerBatch
 from scalora.scaling.quadratic import solver_dtype
 
@@ -32,11 +31,11 @@ class HeldLipschitz:
     left to match; but a host must not wait for its device to find out.
 
     Args:
-        memory: layer name -> where it is kept.
+        values: layer name -> what is held of it, 0-d; NaN, or no entry, where it is to be matched.
     """
 
-    def __init__(self, memory: Mapping[str, LayerMemory]) -> None:
-        self.memory = memory
+    def __init__(self, values: MutableMapping[str, Tensor]) -> None:
+        self.values = values
         self._stacked: dict[tuple[str, ...], _Stacked] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -45,7 +44,7 @@ class HeldLipschitz:
     def of(self, batches: Sequence[LayerBatch]) -> Held:
         """Return what is held of the batches' layers, in their order."""
         names = _names(batches)
-        values = [self.memory[name].lipschitz_lr for name in names]
+        values = [self.values.get(name) for name in names]
         found = self._stacked.get(names)
         if found is not None and all(a is b for a, b in zip(found.values, values, strict=True)):
             return Held(found.lipschitz_lr, bool(found.known))
@@ -58,12 +57,12 @@ class HeldLipschitz:
     def hold(self, batch: LayerBatch, lipschitz_lr: Tensor) -> None:
         """Keep (layers,) of one batch."""
         for pair, value in zip(batch.pairs, lipschitz_lr.unbind(), strict=True):
-            self.memory[pair.name].lipschitz_lr = value
+            self.values[pair.name] = value
 
     def settle(self, batches: Sequence[LayerBatch], lipschitz_lr: Tensor) -> None:
         """Remember (all layers,) as the stack of what is held of these batches."""
         names = _names(batches)
-        values = [self.memory[name].lipschitz_lr for name in names]
+        values = [self.values.get(name) for name in names]
         flag = self._stacked[names].known
         flag.tell(lipschitz_lr)
         self._stacked[names] = _Stacked(values, lipschitz_lr, flag)

@@ -5,7 +5,7 @@ Held by tests/optimizer/test_optimizer.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from scalora import sharding
 from scalora.moments import Moments
 from scalora.moments.history import FactorHistory
 from scalora.options import RebasingOptions
-from scalora.rebasing.accumulators import LayerMemory
 from scalora.rebasing.batches import LayerBatch, at_once, places
 from scalora.rebasing.coordinates import P_RANK_AXIS, Q_RANK_AXIS, Rebased, with_both_scaled
 from scalora.rebasing.held_lipschitz import Held, HeldLipschitz
@@ -29,18 +28,15 @@ class OptimalStep:
     Args:
         options: the user's.
         moments: how the optimizer's state depends on the gradient.
-        memory: layer name -> where L times the learning rate is kept.
-
-    Attributes:
-        held: L times the learning rate of the layers.
+        lipschitz_lr: layer name -> where L times the learning rate is kept, 0-d.
     """
 
     def __init__(
-        self, options: RebasingOptions, moments: Moments, memory: Mapping[str, LayerMemory]
+        self, options: RebasingOptions, moments: Moments, lipschitz_lr: MutableMapping[str, Tensor]
     ) -> None:
         self.options = options
         self.moments = moments
-        self.held = HeldLipschitz(memory)
+        self.held = HeldLipschitz(lipschitz_lr)
 
     step_key = None  # nothing more must agree within a batch
 

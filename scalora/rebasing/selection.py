@@ -12,7 +12,7 @@ from scalora import peft_layers
 from scalora.guards.engines import check_engine
 from scalora.options import RebasingOptions
 from scalora.peft_layers import LoRAPair
-from scalora.rebasing.accumulators import increment_columns
+from scalora.rebasing.coordinates import increment_columns
 from scalora.warning import warn
 
 
