@@ -24,7 +24,6 @@ from scalora.rebasing.selection import places_of_layers
 from scalora.resuming.encoding import packed, unpacked
 from scalora.resuming.in_file import InFile
 from scalora.resuming.run_state import RunState
-from scalora.resuming.same_run import check_same_run
 from scalora.step_length.rates import highest_rate
 from scalora.warning import warn
 
@@ -217,12 +216,7 @@ class ScaLoRA(torch.optim.Optimizer):
         It prints as a table.  Waits for the device.  Of a sharded model, call it on every process.
         """
         return rebasing_report(
-            self._rebaser,
-            self._run.frozen,
-            self.inner,
-            self.step_factor,
-            self.rebase_count,
-            self.next_rebasing,
+            self._rebaser, self.inner, self.step_factor, self.rebase_count, self.next_rebasing
         )
 
     def progress(self) -> dict[str, float]:
@@ -235,11 +229,11 @@ class ScaLoRA(torch.optim.Optimizer):
             over that of what is trainable, all layers together.  What is not known is left out:
             the factor before it is calibrated; the last two of a sharded model.
         """
-        return progress(self._run.frozen, self.step_factor, self.rebase_count)
+        return progress(self._rebaser.frozen, self.step_factor, self.rebase_count)
 
     def kept_tensors(self) -> list[Tensor]:
         """Return what re-basing keeps between steps, besides the inner optimizer's state."""
-        kept = (self._rebaser, self._run.calibration, self._run.frozen, self._guard)
+        kept = (self._rebaser, self._run.calibration, self._rebaser.frozen, self._guard)
         return [tensor for part in kept for tensor in part.kept_tensors()]
 
     # Traced by torch.compile, what a step leaves in this object would be lost without a word.
@@ -363,7 +357,7 @@ class ScaLoRA(torch.optim.Optimizer):
         Args:
             own: what `rebasing_state` returned.
         """
-        check_same_run(own, self._run.kind())
+        self._run.check_same_run(own)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

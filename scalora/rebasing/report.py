@@ -130,7 +130,6 @@ class RebasingReport:
 @torch.no_grad()
 def rebasing_report(
     rebaser: Rebaser,
-    frozen: FrozenSketches,
     optimizer: torch.optim.Optimizer,
     step_factor: Tensor | None,
     rebase_count: int,
@@ -140,12 +139,12 @@ def rebasing_report(
 
     Args:
         rebaser: of the layers.
-        frozen: what it froze.
         optimizer: the inner one.
         step_factor: length of a step over the inner optimizer's, (); None for 1.
         rebase_count, next_rebasing: of the `RebasingReport`.
     """
     rows = []
+    frozen = rebaser.frozen
     changes = frozen.changes()
     factor = 1.0 if step_factor is None else float(step_factor)
     for pair in rebaser.pairs:
