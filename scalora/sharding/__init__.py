@@ -1,6 +1,6 @@
 """Rows of a matrix that one or several processes hold; stacks of many layers' tensors."""
 
-from scalora.sharding.dtensors import (
+from scalora.sharding.rows import (
     SharedRows,
     class_under_sharding,
     everywhere,

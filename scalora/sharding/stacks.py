@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from scalora.sharding.dtensors import local
+from scalora.sharding.rows import local
 
 Write = tuple[Sequence[Tensor], Tensor, Tensor]
 """Tensors to write to, and their stacks (layers, ...) before and after the write."""
