@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from scalora import sharding
-from scalora.guards.engines import check_engine, check_processes
 from scalora.guards.factor_watch import watch_factors
+from scalora.guards.layers import CheckedFactors, ExpectedWeights, check_engine, check_processes
 from scalora.guards.reference_model import watch_reference
 from scalora.guards.skipped_steps import (
     DummyStep,
@@ -22,7 +22,6 @@ from scalora.guards.skipped_steps import (
     step_unless,
     warn_without_gradients,
 )
-from scalora.guards.stale_layers import CheckedFactors, ExpectedWeights
 from scalora.moments import Moments
 from scalora.options import RebasingOptions
 from scalora.peft_layers import LayerLookup, LoRAPair

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from scalora import peft_layers
-from scalora.guards.engines import check_engine
+from scalora.guards.layers import check_engine
 from scalora.options import RebasingOptions
 from scalora.peft_layers import LoRAPair
 from scalora.rebasing.coordinates import increment_columns

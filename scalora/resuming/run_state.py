@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from scalora import peft_layers
-from scalora.guards.stale_layers import ExpectedWeights
+from scalora.guards.layers import ExpectedWeights
 from scalora.options import RebasingOptions
 from scalora.rebasing.rebaser import Rebaser
 from scalora.resuming.encoding import STATE_VERSION, check_version
