@@ -15,7 +15,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from scalora.sharding.stacks import Write, stack
+from scalora import sharding
+
+Write = tuple[Sequence[Tensor], Tensor, Tensor]
+"""Tensors to write to, and their stacks (layers, ...) before and after the write."""
 
 
 class Moved(NamedTuple):
@@ -142,11 +145,11 @@ class Averaged:
 
     def sums(self) -> Tensor:
         """Return (layers,) sums of the state."""
-        return sums(stack(self.targets).unsqueeze(0))
+        return sums(sharding.stack(self.targets).unsqueeze(0))
 
     def moved(self, powers: Powers, layers: slice) -> list[Moved]:
         """Return the state in the new coordinates."""
-        old, partner = stack(self.targets), stack(self.partners)
+        old, partner = sharding.stack(self.targets), sharding.stack(self.partners)
         new = transfer_reduced(old, partner, powers.factor[layers], self.degree, self.axis)
         return [Moved([self.targets], old.unsqueeze(0), new.to(old.dtype).unsqueeze(0))]
 
@@ -243,6 +246,11 @@ def transfer_reduced(
 
 def _compute(state: Tensor) -> torch.dtype:
     return torch.promote_types(state.dtype, torch.float32)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Return the tensor in float32, or in its own dtype if that is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def times(stacked: Tensor, factors: Tensor) -> Tensor:

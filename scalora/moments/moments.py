@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from scalora import sharding
 from scalora.moments.directions import Direction
-from scalora.moments.history import Averaged, Column, FactorHistory, Kept
-from scalora.sharding.stacks import gradients, stack, widened
+from scalora.moments.history import Averaged, Column, FactorHistory, Kept, widened
 
 States = Sequence[Mapping[str, Any]]
 """``optimizer.state`` of one factor of each layer of a batch; all have the same entries."""
@@ -124,7 +123,7 @@ class Moments:
                     f"{name_of_class}'s state {name!r} is not sharded as its parameter is: "
                     "it cannot be carried across a re-basing. Nothing was changed."
                 )
-        own, grads = [sharding.local(p) for p in parameters], gradients(parameters)
+        own, grads = [sharding.local(p) for p in parameters], sharding.gradients(parameters)
         columns, others = self.kept(states, own[0], axis, name_of_class)
         return FactorHistory.of(own, grads, columns, others, axis)
 
@@ -136,7 +135,7 @@ class Moments:
             device: the parameters'.
         """
         return {
-            name: widened(stack([state[name] for state in states]))
+            name: widened(sharding.stack([state[name] for state in states]))
             for name, value in states[0].items()
             if isinstance(value, Tensor)
         }

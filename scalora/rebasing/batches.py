@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from scalora import sharding
 from scalora.peft_layers import FoundLayer, LayerLookup, LoRAPair
-from scalora.sharding.stacks import stack
 from scalora.step_length.rates import host_rate, is_zero
 
 # Elements of P and of Q that are moved at once: larger batches are launched one after the other,
@@ -255,4 +254,4 @@ def places(batches: Sequence[LayerBatch]) -> list[slice]:
 def thin_factors(pairs: Sequence[LoRAPair]) -> tuple[Tensor, Tensor]:
     """Return P (layers, m, r) and Q (layers, r, n); of sharded ones the m and the n held here."""
     P, Q = [pair.P_parameter for pair in pairs], [pair.Q_parameter for pair in pairs]
-    return stack(P).flatten(2), sharding.own_columns(stack(Q), Q[0])
+    return sharding.stack(P).flatten(2), sharding.own_columns(sharding.stack(Q), Q[0])

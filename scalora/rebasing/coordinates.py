@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from scalora import sharding
-from scalora.moments.history import FactorHistory, Moved, Powers, along, sums, times
+from scalora.moments.history import FactorHistory, Moved, Powers, Write, along, sums, times
 from scalora.peft_layers import LoRAPair
 from scalora.rebasing.batches import LayerBatch, places
-from scalora.sharding.stacks import Write
 
 _LEAST = torch.float32  # increments are computed in that or wider
 _EXACT = (torch.float32, torch.float64)

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from scalora import sharding
 from scalora.moments import Moments
+from scalora.moments.history import widened
 from scalora.options import RebasingOptions
 from scalora.peft_layers import LoRAPair
 from scalora.rebasing.batches import LayerBatch, at_once
 from scalora.rebasing.coordinates import Q_RANK_AXIS, Rebased, with_P_scaled
 from scalora.scaling.quadratic import solver_dtype
-from scalora.sharding.stacks import gradients, stack, widened
 from scalora.step_length.rates import LearnedSteps, Number, host_rate
 
 
@@ -136,8 +136,8 @@ class Forgetting:
 
     def _bounded(self, batch: LayerBatch, optimizer: torch.optim.Optimizer) -> Tensor:
         """Return (layers, r), as `bounded_age` does."""
-        parameter, rows = stack(batch.P), sharding.rows_of(batch.P[0])
-        stacks = parameter, stack(gradients(batch.P))
+        parameter, rows = sharding.stack(batch.P), sharding.rows_of(batch.P[0])
+        stacks = parameter, sharding.stack(sharding.gradients(batch.P))
         _, moves = self.moments.gradient_and_direction(optimizer, batch.P, stacks, batch.group_P)
         P = widened(parameter).flatten(2)
         squares = torch.stack([P.square().sum(1), moves.flatten(2).square().sum(1)])

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from scalora import sharding
 from scalora.carry import Carry
+from scalora.moments.history import widened
 from scalora.peft_layers import LoRAPair
 from scalora.rebasing.batches import thin_factors
 from scalora.rebasing.rebaser import Rebaser
 from scalora.rebasing.sketch import FrozenSketches
-from scalora.sharding.stacks import widened
 from scalora.step_length.rates import host_rate
 
 

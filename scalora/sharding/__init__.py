@@ -1,9 +1,10 @@
-"""Rows of a matrix that one or several processes hold; stacks of many layers' tensors."""
+"""Rows of a matrix that one or several processes hold."""
 
 from scalora.sharding.rows import (
     SharedRows,
     class_under_sharding,
     everywhere,
+    gradients,
     is_sharded,
     is_sharded_alone,
     layout,
@@ -14,6 +15,7 @@ from scalora.sharding.rows import (
     require_whole,
     rows_of,
     sharded_modules,
+    stack,
     why_layout_unsupported,
     why_sharding_unsupported,
 )
@@ -22,6 +24,7 @@ __all__ = [
     "SharedRows",
     "class_under_sharding",
     "everywhere",
+    "gradients",
     "is_sharded",
     "is_sharded_alone",
     "layout",
@@ -32,6 +35,7 @@ __all__ = [
     "require_whole",
     "rows_of",
     "sharded_modules",
+    "stack",
     "why_layout_unsupported",
     "why_sharding_unsupported",
 ]

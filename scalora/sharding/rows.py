@@ -169,6 +169,16 @@ def local(tensor: Tensor) -> Tensor:
         return tensor.to_local()
 
 
+def stack(tensors: Sequence[Tensor]) -> Tensor:
+    """Return detached tensors stacked as (layers, ...); of sharded ones, this process's rows."""
+    return torch.stack([local(tensor) for tensor in tensors]).detach()
+
+
+def gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Return the gradients of parameters that have one; of sharded ones, this process's rows."""
+    return [local(p.grad) for p in parameters if p.grad is not None]
+
+
 def layout(tensor: Tensor) -> Hashable:
     """Return a key that is equal for tensors spread alike; None for a plain tensor."""
     return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None

@@ -17,12 +17,12 @@ from scalora.carry import (
     rounded,
     rounding_energy,
 )
+from scalora.moments.history import Write
 from scalora.options import RebasingOptions
 from scalora.peft_layers import LoRAPair, is_quantized
 from scalora.rebasing.accumulators.commit import write_all
 from scalora.rebasing.batches import thin_factors
 from scalora.rebasing.coordinates import increment_columns
-from scalora.sharding.stacks import Write, stack
 from scalora.warning import warn
 
 # Where carry_rank="auto" begins, in re-basings, and where it stops growing, in adapters' ranks.
@@ -210,7 +210,7 @@ def _rounded(
     (targets, P, _), *others = writes
     share = frozen(P.flatten(2), left, dtype, sharding.rows_of(pairs[0].P_parameter))
     parameters = [pair.Q_parameter for pair in pairs]
-    Q = stack(parameters)
+    Q = sharding.stack(parameters)
     ratio = share.ratio[:, sharding.own_rows(parameters[0])]
     kept = absorbed(Q.flatten(2), ratio, dtype).view_as(Q)
     factors = [(targets, P, share.P.view_as(P)), (parameters, Q, kept)]

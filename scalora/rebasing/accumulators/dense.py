@@ -9,10 +9,10 @@ from torch import Tensor
 
 from scalora import sharding
 from scalora.fold import fold, noise_seed
+from scalora.moments.history import Write
 from scalora.options import RebasingOptions
 from scalora.peft_layers import LoRAPair, storage_address
 from scalora.rebasing.accumulators.commit import commit
-from scalora.sharding.stacks import Write
 
 _HALF_PRECISION = (torch.bfloat16, torch.float16)
 

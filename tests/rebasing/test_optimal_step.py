@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from scalora.rebasing.held_lipschitz import ArrivingFlag, HeldLipschitz
+from scalora.rebasing.optimal_step import ArrivingFlag, HeldLipschitz
 
 
 def batch(*names: str) -> Any:
