@@ -11,7 +11,7 @@ from torch import Tensor
 import miub
 import scalora
 from scalora.carry import Carry
-from scalora.guards.factor_watch import FactorWatch
+from scalora.guards.watches import FactorWatch
 from scalora.peft_layers import LoRAPair
 from scalora.rebasing.rebaser import Rebaser
 from scalora.resuming.run_state import RunState

@@ -16,7 +16,7 @@ from scalora import peft_layers, sharding
 from scalora.arguments import check_model
 from scalora.carry import compress
 from scalora.files import folder_written_whole, write_tensors
-from scalora.guards.factor_watch import check_factors
+from scalora.guards.watches import check_factors
 from scalora.peft_layers import LoRAPair
 from scalora.saving.pretrained import Base, base_has_moved, has_one_change, weight_changes
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from scalora import peft_layers, sharding, transformers_models
 from scalora.arguments import check_model
 from scalora.files import folder_written_whole
-from scalora.guards.factor_watch import check_factors
+from scalora.guards.watches import check_factors
 from scalora.saving.adapter import factors_beside, save_adapter, write_factors
 from scalora.saving.pretrained import Base, pretrained_weights
 
