@@ -6,7 +6,7 @@ tests/sharding/test_sharded_training.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,13 +96,13 @@ class CheckedFactors:
             optimizer: the inner one.
 
         Raises:
-            ValueError: as `checked_factors` does; or the state is not where, or of the dtype that,
-                the factors are.
+            ValueError: an adapter was deleted, another ScaLoRA has taken over, or factors were
+                replaced; or the state is not where, or of the dtype that, the factors are.
         """
         stepped = [list(map(id, group["params"])) for group in optimizer.param_groups]
         if stepped != self._stepped or not self._layers.has_same_factors:
             self._stepped = None
-            self._factors = checked_factors(self._layers.pairs, optimizer, self._owner)
+            self._factors = _checked(self._layers.pairs, optimizer, self._owner)
             self._layers.found()
             self._stepped = stepped
         if self._factors:
@@ -110,20 +110,10 @@ class CheckedFactors:
         return self._factors
 
 
-def checked_factors(
-    pairs: Iterable[LoRAPair], optimizer: torch.optim.Optimizer, owner: object
+def _checked(
+    pairs: Sequence[LoRAPair], optimizer: torch.optim.Optimizer, owner: object
 ) -> list[nn.Parameter]:
-    """Return P and Q of every layer in turn, or raise if the optimizer no longer fits the model.
-
-    Args:
-        pairs: the layers to re-base.
-        optimizer: the inner one.
-        owner: whoever claimed the layers when it was made (`LoRAPair.claim`).
-
-    Raises:
-        ValueError: an adapter was deleted, another ScaLoRA has taken over, or factors were
-            replaced.
-    """
+    """Return P and Q of every layer in turn, or raise if the optimizer no longer fits."""
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     factors: list[nn.Parameter] = []
     for pair in pairs:

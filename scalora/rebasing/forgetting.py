@@ -7,7 +7,7 @@ turn; one that has grown for long cannot (docs/mathematics.md, the memory of an 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -67,8 +67,11 @@ class Forgetting:
         self.moments = moments
         self.learned = learned
 
-    def step_key(self, pair: LoRAPair, group_P: int) -> Hashable:
-        """Return the steps that a layer has learned for: layers that agree share one alpha."""
+    def step_key(self, pair: LoRAPair, group_P: int) -> float | None:
+        """Return the steps that a layer has learned for: layers that agree share one alpha.
+
+        None if they are counted on a device.
+        """
         steps = self.learned.since(pair.name, group_P)
         return None if isinstance(steps, Tensor) else steps
 
@@ -103,9 +106,8 @@ class Forgetting:
         return steps is None or steps > 0
 
     def _steps(self, batch: LayerBatch) -> float | None:
-        """Return the steps of all layers of a batch since then; None if they are on a device."""
-        steps = self.learned.since(batch.pairs[0].name, batch.index_P)
-        return None if isinstance(steps, Tensor) else steps
+        """Return `step_key` of all layers of a batch."""
+        return self.step_key(batch.pairs[0], batch.index_P)
 
     def _alpha(self, batches: Sequence[LayerBatch], optimizer: torch.optim.Optimizer) -> Tensor:
         """Return (layers, r), or (layers, 1) where all columns have the same.
