@@ -19,7 +19,7 @@ from scalora import sharding
 from scalora.moments.history import FactorHistory, Moved, Powers, sums, times
 from scalora.rebasing.accumulators import increment, increment_of_P
 from scalora.rebasing.batches import LayerBatch, places
-from scalora.sharding.stacks import Write
+from scalora.sharding.stacks import Write, stack
 
 _LEAST = torch.float32  # increments are computed in that or wider
 P_RANK_AXIS, Q_RANK_AXIS = 2, 1  # of a stack (layers, *parameter shape)
@@ -58,7 +58,7 @@ def with_P_scaled(
     """
     first = batches[0]
     wide = torch.promote_types(torch.promote_types(first.P[0].dtype, first.Q[0].dtype), _LEAST)
-    factors = [_wide_stack(batch.P, wide) for batch in batches]
+    factors = [stack(batch.P).to(wide) for batch in batches]
     totals = [[sums(P.unsqueeze(0)), *Q.totals] for P, Q in zip(factors, histories, strict=True)]
     kept = _broken(totals, first.P[0]).unsqueeze(-1)
     alpha = alpha.masked_fill(kept, 1.0)
@@ -141,12 +141,6 @@ def _along(factor: Tensor, ndim: int, axis: int) -> Tensor:
     shape = [1] * ndim
     shape[0], shape[axis] = factor.shape
     return factor.reshape(shape)
-
-
-def _wide_stack(parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Return (layers, *parameter shape) in a wider dtype; of sharded ones the rows held here."""
-    own = [sharding.local(parameter).detach() for parameter in parameters]
-    return torch.stack(own).to(dtype)
 
 
 def _broken(totals: Sequence[Sequence[Tensor]], like: Tensor) -> Tensor:
