@@ -58,7 +58,7 @@ def with_P_scaled(
     """
     first = batches[0]
     wide = torch.promote_types(torch.promote_types(first.P[0].dtype, first.Q[0].dtype), _LEAST)
-    factors = [_wide_stack(batch.P, wide) for batch in batches]
+    factors = [sharding.stack(batch.P).to(wide) for batch in batches]
     totals = [[sums(P.unsqueeze(0)), *Q.totals] for P, Q in zip(factors, histories, strict=True)]
     kept = _broken(totals, first.P[0]).unsqueeze(-1)
     alpha = alpha.masked_fill(kept, 1.0)
@@ -189,12 +189,6 @@ def _factors(
 def _scaled(stacked: Tensor, powers: Powers, layers: slice, axis: int) -> Tensor:
     """Return the columns of (layers, *parameter shape) times their factors, rounded once."""
     return times(stacked, along(powers.first(stacked.dtype)[layers], stacked.ndim, 0, axis))
-
-
-def _wide_stack(parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Return (layers, *parameter shape) in a wider dtype; of sharded ones the rows held here."""
-    own = [sharding.local(parameter).detach() for parameter in parameters]
-    return torch.stack(own).to(dtype)
 
 
 def _broken(totals: Sequence[Sequence[Tensor]], like: Tensor) -> Tensor:

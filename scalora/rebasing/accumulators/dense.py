@@ -79,7 +79,7 @@ class DenseAccumulator:
         if sharding.layout(first.base_weight) != sharding.layout(first.P_parameter):
             left = sharding.rows_of(first.P_parameter).gathered(left, 1, m)
             left = left[:, sharding.own_rows(first.base_weight)]
-        matrices = [base.detach() if base.ndim == 2 else base.detach().flatten(1) for base in bases]
+        matrices = [base if base.ndim == 2 else base.detach().flatten(1) for base in bases]
         rounds = bases[0].dtype in _HALF_PRECISION
         fold(
             matrices,
