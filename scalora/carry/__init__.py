@@ -2,7 +2,6 @@
 
 from scalora.carry.carry import Carry
 from scalora.carry.factors import (
-    Compressed,
     absorbed,
     compress,
     frozen,
@@ -14,7 +13,6 @@ from scalora.carry.modules import put_carry
 
 __all__ = [
     "Carry",
-    "Compressed",
     "absorbed",
     "compress",
     "frozen",

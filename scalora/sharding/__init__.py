@@ -1,7 +1,6 @@
 """Rows of a matrix that one or several processes hold."""
 
 from scalora.sharding.rows import (
-    SharedRows,
     class_under_sharding,
     everywhere,
     gradients,
@@ -21,7 +20,6 @@ from scalora.sharding.rows import (
 )
 
 __all__ = [
-    "SharedRows",
     "class_under_sharding",
     "everywhere",
     "gradients",
