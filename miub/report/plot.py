@@ -48,9 +48,9 @@ def _figure(report: LayerRows) -> Figure:
     }
     maps = {adapter: heat_map(own, report.places) for adapter, own in rows.items()}
     over_time = any(len(history) > 1 for history in report.history.values())
-    widths = [3.2 + 0.7 * max(len(cells.kinds) for cells in maps.values())]
+    widths = [2.4 + 0.55 * max(len(cells.kinds) for cells in maps.values())]
     if over_time:
-        widths.append(7.5)
+        widths.append(5.8)
     height = min(12.0, max(3.6, 2.2 + 0.26 * max(len(cells.blocks) for cells in maps.values())))
     drawn, panels = new_figure(
         max(5.5, sum(widths)), len(maps) * height, len(maps), len(widths), width_ratios=widths
@@ -63,9 +63,7 @@ def _figure(report: LayerRows) -> Figure:
         axes[0].set_title(_title(rows[adapter], len(maps) > 1))
         if over_time:
             _draw_lines(axes[1], report, adapter)
-    drawn.suptitle(
-        f"MIUB: {report.estimator} estimator, noise tau = {report.noise:g}", fontsize=10
-    )
+    drawn.suptitle(f"MIUB: {report.estimator} estimator, noise tau = {report.noise:g}", fontsize=10)
     return drawn
 
 
