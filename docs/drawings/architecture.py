@@ -1,8 +1,9 @@
-"""Draw the rooms of both packages on their floors: docs/drawings/architecture.svg and .png.
+"""Draw the rooms of both packages on their floors.
 
     python docs/drawings/architecture.py
 
-The floors are those that tests/test_architecture.py holds, so the drawing shows what is tested.
+Writes architecture-scalora and architecture-miub, .svg and .png, into this folder.  The floors are
+those that tests/test_architecture.py holds, so the drawings show what is tested.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Floors = tuple[tuple[str, ...], ...]
+Parts = list[tuple[str, list[tuple[str, ...]]]]
+"""Every part's name and its floors, from above."""
 
 SCALORA_PARTS = {
     "cli": "for a shell",
@@ -47,35 +50,34 @@ MIUB_PARTS = {
 }
 
 GROUND, BOX, INK = "#f6f7f8", "#ffffff", "#1f1f1f"
-LINE, GAP = 0.46, 0.2  # inches of a floor and between two parts
-LETTER, MARGIN = 0.083, 0.3  # inches of a letter, and of what a box has around its name
+LINE, GAP, BOX_HEIGHT = 0.42, 0.16, 0.26  # inches of a floor, between two parts, of a room
+LETTER, MARGIN = 0.076, 0.3  # inches of a letter, and of what a box has around its name
 CAPTION = 1.15  # inches of a part's name
 
 
 def main() -> None:
-    """Write both files beside this one."""
-    packages = (
-        ("scalora", named_parts(FLOORS, SCALORA_PARTS)),
-        ("miub", named_parts(MIUB_FLOORS, MIUB_PARTS)),
-    )
-    widths = [max(width_of(floor) for _, part in parts for floor in part) for _, parts in packages]
-    height = max(height_of(parts) for _, parts in packages) + 0.4
-    width = sum(widths) + 2 * (CAPTION + 0.3) + 0.5
+    """Write the drawings of both packages beside this file."""
+    folder = Path(__file__).parent
+    draw("scalora", named_parts(FLOORS, SCALORA_PARTS), folder)
+    draw("miub", named_parts(MIUB_FLOORS, MIUB_PARTS), folder)
+
+
+def draw(package: str, parts: Parts, folder: Path) -> None:
+    """Write the drawing of one package, as SVG and PNG."""
+    widest = max(width_of(floor) for _, floors in parts for floor in floors)
+    width, height = CAPTION + widest + 0.2, sum(LINE * len(floors) + GAP for _, floors in parts)
     with style():
         figure, panels = new_figure(width, height)
     axes = panels[0, 0]
     axes.set_axis_off()
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
-    left = 0.0
-    for (name, parts), wide in zip(packages, widths, strict=True):
-        draw_package(axes, left, wide, name, parts)
-        left += CAPTION + wide + 0.8
+    draw_parts(axes, width, CAPTION + widest / 2 + 0.1, parts)
     for kind in ("svg", "png"):
-        write_figure(figure, Path(__file__).with_suffix(f".{kind}"))
+        write_figure(figure, folder / f"architecture-{package}.{kind}")
 
 
-def named_parts(floors: Floors, parts: dict[str, str]) -> list[tuple[str, list[tuple[str, ...]]]]:
+def named_parts(floors: Floors, parts: dict[str, str]) -> Parts:
     """Return every part's name and its floors, from above, without ``__main__`` and the like."""
     shown = [floor for floor in floors if not floor[0].startswith("__")]
     current, names = "", []
@@ -91,35 +93,28 @@ def width_of(floor: tuple[str, ...]) -> float:
     return sum(LETTER * len(room) + MARGIN for room in floor)
 
 
-def height_of(parts: list[tuple[str, list[tuple[str, ...]]]]) -> float:
-    """Return inches of all floors."""
-    return sum(LINE * len(floors) + GAP for _, floors in parts)
-
-
-def draw_package(
-    axes: Axes, left: float, wide: float, name: str, parts: list[tuple[str, list[tuple[str, ...]]]]
-) -> None:
+def draw_parts(axes: Axes, width: float, middle: float, parts: Parts) -> None:
     """Draw a package's parts below each other, and an arrow from each to the next."""
-    right = left + CAPTION + wide + 0.3
-    axes.text(left + 0.1, 0.16, name, fontsize=12, fontweight="bold", color=INK, va="center")
-    top = 0.4
+    top = 0.0
     for number, (part, floors) in enumerate(parts):
         height = LINE * len(floors)
         shape = FancyBboxPatch(
-            (left, top),
-            right - left,
+            (0, top),
+            width,
             height,
             boxstyle="round,pad=0,rounding_size=0.08",
             facecolor=GROUND,
             edgecolor="none",
         )
         axes.add_patch(shape)
-        axes.text(left + 0.12, top + height / 2, part, fontsize=8.5, color=TEXT, va="center")
-        middle = left + CAPTION + wide / 2 + 0.1
+        axes.text(0.12, top + height / 2, part, fontsize=8.5, color=TEXT, va="center")
         for place, floor in enumerate(floors):
             draw_floor(axes, middle, top + LINE * (place + 0.5), floor)
             if place:
-                draw_arrow(axes, middle, top + LINE * place - 0.09, top + LINE * place + 0.09)
+                edge = top + LINE * place
+                draw_arrow(
+                    axes, middle, edge + BOX_HEIGHT / 2 - LINE / 2, edge + LINE / 2 - BOX_HEIGHT / 2
+                )
         if number:
             draw_arrow(axes, middle, top - GAP, top)
         top += height + GAP
@@ -131,9 +126,9 @@ def draw_floor(axes: Axes, middle: float, y: float, floor: tuple[str, ...]) -> N
     for room in floor:
         width = LETTER * len(room) + MARGIN - 0.1
         shape = FancyBboxPatch(
-            (x + 0.05, y - 0.14),
+            (x + 0.05, y - BOX_HEIGHT / 2),
             width,
-            0.28,
+            BOX_HEIGHT,
             boxstyle="round,pad=0,rounding_size=0.06",
             facecolor=BOX,
             edgecolor=TEXT,
