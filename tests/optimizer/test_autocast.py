@@ -103,3 +103,11 @@ def test_files_and_spectra_are_the_same_under_autocast(tmp_path: Path) -> None:
         assert (tmp_path / "plain" / file).read_bytes() == (tmp_path / "cast" / file).read_bytes()
     plain, cast = spectra
     assert all(torch.equal(spectrum, cast[layer]) for layer, spectrum in plain.items())
+
+
+def test_optimal_scaling_is_the_same_under_autocast() -> None:
+    P, Q, grad_P, grad_Q = (models.vectors(n, 3) for n in (20, 30, 20, 30))
+    found = scalora.optimal_scaling(P, Q, grad_P, grad_Q)
+    with autocast(True):
+        cast = scalora.optimal_scaling(P, Q, grad_P, grad_Q)
+    assert all(map(torch.equal, found, cast))
