@@ -43,7 +43,7 @@ def draw(curves: Mapping[tuple[str, str], Mapping[int, Sums]], path: Path) -> No
                 panels[1, column].plot(list(found), errors, **look)
             panels[0, column].set_title(name)
             panels[1, column].set_xlabel("re-basings")
-        panels[0, 0].set(ylabel="share that survived", ylim=(0, 1.1))
+        panels[0, 0].set(ylabel="share that survived", ylim=(-0.05, 1.15))
         panels[1, 0].set(ylabel="error, over the sum's norm", ylim=(0, None))
         figure.legend(
             *panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3
