@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from scalora import peft_layers
 from scalora.arguments import described
+from scalora.autocast import without_autocast
 from scalora.guards.guard import Guard
 from scalora.moments import moments_of
 from scalora.optimizer_hooks import (
@@ -210,6 +211,7 @@ class ScaLoRA(torch.optim.Optimizer):
         """Steps that were skipped because a gradient was not finite.  Waits for the device."""
         return 0 if self._guard.skipped is None else int(self._guard.skipped)
 
+    @without_autocast()
     def report(self) -> RebasingReport:
         """Return what was frozen of every layer, what is trainable, and when more will be frozen.
 
@@ -219,6 +221,7 @@ class ScaLoRA(torch.optim.Optimizer):
             self._rebaser, self.inner, self.step_factor, self.rebase_count, self.next_rebasing
         )
 
+    @without_autocast()
     def progress(self) -> dict[str, float]:
         """Return the run's progress in a few numbers for a log.  Waits for the device once.
 
@@ -253,25 +256,27 @@ class ScaLoRA(torch.optim.Optimizer):
         """
         # Evaluate: the gradients of this step.
         loss = None if closure is None else _evaluated(closure)
-        # Guard: refuse, warn or skip before anything has changed.
-        checked = self._guard.check()
-        self.state_is_in_file = False
-        if checked is None:
-            return loss
-        run, factors = self._run, checked.factors
-        # Observe: the gradient of a new batch tells whether the last step was too long or short.
-        run.calibration.observe(factors, highest_rate(self.param_groups, factors))
-        # Re-base: freeze part of what the adapter holds; the function of the model stays.
-        if run.is_due:
-            self._rebase()
-        run.steps += 1
-        # Step: the inner optimizer's own, as long as calibration has found.
-        linear = self._rebaser.moments.linear_in_rate
-        with run.calibration.scaled(factors, self.param_groups, linear):
-            self._guard.step_inner(checked.overflow)
-        # Afterwards: count how far the step went, and note the factors that it has left.
-        self._rebaser.learned.count(self.param_groups)
-        self._guard.note_step(run.rebase_count)
+        # All else in the dtypes that it chooses, which autocast would change.
+        with without_autocast():
+            # Guard: refuse, warn or skip before anything has changed.
+            checked = self._guard.check()
+            self.state_is_in_file = False
+            if checked is None:
+                return loss
+            run, factors = self._run, checked.factors
+            # Observe: the gradient of a new batch tells if the last step was too long or too short.
+            run.calibration.observe(factors, highest_rate(self.param_groups, factors))
+            # Re-base: freeze part of what the adapter holds; the function of the model stays.
+            if run.is_due:
+                self._rebase()
+            run.steps += 1
+            # Step: the inner optimizer's own, as long as calibration has found.
+            linear = self._rebaser.moments.linear_in_rate
+            with run.calibration.scaled(factors, self.param_groups, linear):
+                self._guard.step_inner(checked.overflow)
+            # Afterwards: count how far the step went, and note the factors that it has left.
+            self._rebaser.learned.count(self.param_groups)
+            self._guard.note_step(run.rebase_count)
         return loss
 
     def _rebase(self) -> None:

@@ -58,8 +58,8 @@ class Batching:
 
     Args:
         layers: finds their tensors.
-        key_of: what must agree within a batch, beyond factors, state and hyperparameters, for as
-            long as a layer's tensors are the same ones.
+        key_of: what must agree within a batch, beyond factors, state and hyperparameters, until a
+            layer's tensors are others or `forget` is called.
     """
 
     def __init__(self, layers: LayerLookup, key_of: Callable[[LoRAPair], Hashable]) -> None:
@@ -69,6 +69,10 @@ class Batching:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_known": None}
+
+    def forget(self) -> None:
+        """Look at every layer anew in the next step: what must agree may have changed."""
+        self._known = None
 
     def of_step(
         self,

@@ -84,6 +84,7 @@ class Rebaser:
         self._dense_accumulator.residuals.clear()
         self.learned.load(None)
         self._last = []
+        self._batching.forget()
 
     def saved_layers(self) -> dict[str, dict[str, Any]]:
         """Return, for every layer name, what `load_layers` needs."""
@@ -117,6 +118,7 @@ class Rebaser:
             if pair.name in rebased:
                 pair.mark_rebased()
             self._load_carry(pair, saved.get("carry"))
+        self._batching.forget()  # a carry may have another dtype now
 
     def _load_carry(self, pair: LoRAPair, saved: dict[str, Tensor] | None) -> None:
         if saved is not None:
