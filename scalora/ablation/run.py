@@ -96,14 +96,15 @@ def run(job: Job, cache: Path) -> Record:
     task = prepare(job, cache)
     # After preparing, which draws numbers only where the cache is empty.
     _seed_all(job.seed)
-    model = task.model(job.seed).to(device)
+    method = method_of(job.method)
+    model = task.model(job.seed).to(device, method.dtype)
     reference = {
         name: weight.detach().to("cpu", copy=True) for name, weight in model.state_dict().items()
     }
     pretrained_bytes = bytes_of_model(model)
     source_before = task.source_loss(model.eval())
     _seed_all(job.seed)
-    training = method_of(job.method).start(
+    training = method.start(
         Setup(
             task=task,
             model=model.train(),
@@ -149,7 +150,7 @@ def _with_scores(
     if not all(map(math.isfinite, (*validation.values(), *test.values()))):
         return dataclasses.replace(record, diverged_at=job.steps)
     # The same layers for every method: full fine-tuning has no adapters to tell them by.
-    pretrained = task.model(job.seed)
+    pretrained = task.model(job.seed).to(method_of(job.method).dtype)
     layers = adapted_layers(pretrained, task).shapes
     before = effective_weights(pretrained, layers)
     spectra = spectra_of_change(before, effective_weights(model, layers))

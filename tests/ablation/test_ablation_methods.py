@@ -193,7 +193,7 @@ def test_a_method_is_named_by_its_spec() -> None:
     ("spec", "message"),
     [
         ("lara", "no method 'lara'.*lora, "),
-        ("lora:rank=8", "lora takes r=, ranks=, alpha=, rslora="),
+        ("lora:rank=8", "lora takes r=, ranks=, base=, alpha=, rslora="),
         ("lora:r", "lora takes"),
         ("lora:r=8:r=9", "each once"),
         ("full:r=8", "full takes no options"),
@@ -201,6 +201,7 @@ def test_a_method_is_named_by_its_spec() -> None:
         ("lora:rslora=maybe", "not of type bool"),
         ("lora:r=8:ranks=2", "give one of them"),
         ("lora:r=0", "at least 1"),
+        ("lora:base=int8", "base must be float32, bfloat16, float16"),
         ("scalora:interval=0", "interval=0 must be 'auto', 1"),
         ("scalora:rule=best", "is not one of"),
         ("scalora:interval=1.5", "interval='1.5' must be 'auto', 1"),

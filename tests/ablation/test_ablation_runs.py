@@ -1,12 +1,14 @@
 """One run, its record, and which runs a plan is made of."""
 
 import dataclasses
+import inspect
 import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from ablation_methods import Tokens
 from ablation_stand_ins import FILE, Tiny
 
 from scalora.ablation.change import mean_spectrum, spectra_of_change, summary_of
@@ -76,6 +78,20 @@ def test_same_job_gives_the_same_numbers(records: dict[str, Record], tmp_path: P
     again = run(dataclasses.replace(JOB, method=SCALORA), tmp_path)
     for name in ("curve", "training_losses", "validation", "test", "spectra", "miub"):
         assert getattr(again, name) == getattr(records["scalora"], name)
+
+
+def test_base_in_half_precision_is_trained_on_and_is_not_training_state(tmp_path: Path) -> None:
+    task = f"{inspect.getfile(Tokens)}:Tokens"
+    whole, half = (
+        run(Job(task, method, 1e-2, 0, 4, 2), tmp_path) for method in ("lora", "lora:base=bfloat16")
+    )
+    assert half.status == "ok" and half.state_bytes == whole.state_bytes
+    assert half.peak_bytes is not None and whole.peak_bytes is not None
+    assert half.peak_bytes < whole.peak_bytes
+    assert half.test["loss"] != whole.test["loss"]
+    assert half.test["loss"] == pytest.approx(whole.test["loss"], rel=1e-2)
+    # Rounding the base is no part of the change: that has the adapter's rank.
+    assert all(layer.energy_top_r > 0.999 for layer in half.spectra.values())
 
 
 def test_other_seed_gives_other_numbers(records: dict[str, Record], tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def method_of(spec: str) -> Method:
             message lists what there is.
     """
     recipe = parse(spec, RECIPES)
-    return Method(canonical(recipe), recipe.start, recipe.rate)
+    return Method(canonical(recipe), recipe.start, recipe.rate, recipe.dtype)
 
 
 def label_of(spec: str, rank: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -30,6 +30,9 @@ def put_adapter(model: nn.Module, config: Any, seed: int) -> PeftModel:
     return get_peft_model(model, config)
 
 
+BaseDtype = Literal["float32", "bfloat16", "float16"]
+
+
 @dataclass(frozen=True)
 class Adapter(Recipe):
     """An adapter of PEFT's on the task's layers.
@@ -37,16 +40,26 @@ class Adapter(Recipe):
     Attributes:
         r: the rank, in place of the task's.
         ranks: the rank in units of the task's.
+        base: dtype of the pretrained model; the adapter trains in float32, as PEFT has it.
     """
 
     r: int | None = None
     ranks: int = 1
+    base: BaseDtype = "float32"
 
     def __post_init__(self) -> None:
         if self.r is not None and self.ranks != 1:
             raise ValueError("r and ranks both say what the rank is; give one of them.")
         if self.ranks < 1 or (self.r is not None and self.r < 1):
             raise ValueError(f"the rank must be at least 1, not r={self.r}, ranks={self.ranks}.")
+        if self.base not in get_args(BaseDtype):
+            raise ValueError(f"base must be {', '.join(get_args(BaseDtype))}, not {self.base!r}.")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype that the pretrained model is cast to."""
+        dtype: torch.dtype = getattr(torch, self.base)
+        return dtype
 
     def rank_in(self, rank: int) -> int:
         """Return the adapter's r where the task's is ``rank``."""

@@ -49,11 +49,13 @@ class Method:
         start: makes the model ready, in place, and returns what trains it.
         rate: factor that the task's learning rates are multiplied by. Full fine-tuning works at
             smaller ones; every method is tried at equally many.
+        dtype: dtype of the pretrained model.
     """
 
     name: str
     start: Callable[[Setup], Training]
     rate: float = 1.0
+    dtype: torch.dtype = torch.float32
 
 
 class Recipe(ABC):
@@ -67,6 +69,11 @@ class Recipe(ABC):
 
     rate: ClassVar[float] = 1.0
     """Factor that the task's learning rates are multiplied by."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype that the pretrained model is cast to."""
+        return torch.float32
 
     def start(self, setup: Setup) -> Training:
         """Make the model ready, in place, and return what trains it.
