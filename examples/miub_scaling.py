@@ -5,11 +5,12 @@
 
 Pretrains three sizes of a byte-level Llama on English (the help texts of Python), then fine-tunes
 them with plain LoRA in three sweeps, each with several seeds: the rank, the size of the model, and
-the complexity of the data (bits a byte after compression). After each run, 512 held-out tokens tell
-the mutual information of every layer's two paths, by every estimator at every noise level, beside
-the held-out cross-entropy and perplexity.
+the complexity of the data (bits per byte after compression). After each run, 512 held-out tokens
+tell the mutual information of every layer's two paths, by every estimator at every noise level,
+beside the held-out cross-entropy and perplexity.
 
-Prints a table of the runs and one of the trends; writes results.json and scaling.png to --output.
+Prints a table of the runs and one of the trends; writes results.json and the picture scaling.png
+and .svg to --output.
 """
 
 import argparse
@@ -205,8 +206,9 @@ def main(argv: list[str] | None = None) -> int:
     content = {"runs": [asdict(run) for run in runs], "trends": trends}
     path = args.output / "results.json"
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    report.plot(sweeps, args.output / "scaling.png")
-    console.print(f"Wrote results.json and scaling.png to {args.output}")
+    for suffix in ("png", "svg"):
+        report.plot(sweeps, args.output / f"scaling.{suffix}")
+    console.print(f"Wrote results.json, scaling.png and scaling.svg to {args.output}")
     return 0
 
 

@@ -51,7 +51,7 @@ def load(name: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 @functools.cache
 def complexity(name: str) -> float:
-    """Return bits a byte after compression with LZMA."""
+    """Return bits per byte after compression with LZMA."""
     text = SOURCES[name]().encode()[:SIZE]
     return 8 * len(lzma.compress(text, preset=9)) / len(text)
 

@@ -4,15 +4,16 @@ import math
 import statistics
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from scalora.plotting import new_figure, write_figure
+from scalora.plotting.figures import SERIES, style
+
 SHOWN = ("tempered, 0.01", "gaussian, 0.01", "club, 0.01", "infonce, 0.01")
+MARKERS = ("o", "s", "^", "D")
+UNITS = {"model size": "parameters", "complexity": "complexity (bits per byte)"}
 PERMUTATIONS = 4000
 
 
@@ -99,7 +100,7 @@ def trends(found: dict[str, tuple[str, list]]) -> dict[str, dict]:
 def print_runs(runs: list, console: Console) -> None:
     """Print a row for each configuration: mean ± standard deviation over the seeds."""
     table = Table(title="Runs: mean ± sd over seeds; MIUB in nats, mean of the layers")
-    for name in ("parameters", "rank", "text", "bits a byte", "cross-entropy", "perplexity"):
+    for name in ("parameters", "rank", "text", "bits per byte", "cross-entropy", "perplexity"):
         table.add_column(name, justify="right")
     for name in SHOWN:
         table.add_column(name, justify="right")
@@ -143,23 +144,34 @@ def print_trends(found: dict[str, dict], axes: dict, console: Console) -> None:
 
 
 def plot(axes: dict[str, tuple[str, list]], path: Path) -> None:
-    """Draw value and value per rank against each axis, both logarithmic."""
-    figure, panels = plt.subplots(2, 3, figsize=(10, 6), layout="constrained", sharey="row")
-    for column, (axis, (attribute, runs)) in enumerate(axes.items()):
-        for row, form in enumerate(("total", "per rank")):
-            panel = panels[row][column]
-            for name in SHOWN:
-                x = [getattr(run, attribute) for run in runs]
-                y = [metrics(run)[f"{name}, {form}"] for run in runs]
-                panel.plot(x, y, "o", markersize=4, alpha=0.7, label=name)
-            panel.set_xscale("log", base=2)
-            panel.set_yscale("log")
-            panel.grid(alpha=0.3)
-            panel.set_xlabel({"complexity": "complexity (bits a byte)"}.get(axis, axis))
-            panel.spines[["top", "right"]].set_visible(False)
-        panels[0][column].set_title(axis, loc="left")
-    panels[0][0].set_ylabel("MIUB (nats)")
-    panels[1][0].set_ylabel("MIUB / r (nats)")
-    panels[0][2].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    """Draw value and value per rank against each axis, a point per run."""
+    with style():
+        figure, panels = new_figure(8.5, 5.2, rows=2, columns=3, sharex="col", sharey="row")
+        for column, (axis, (attribute, runs)) in enumerate(axes.items()):
+            for row, form in enumerate(("total", "per rank")):
+                panel = panels[row, column]
+                for name, color, marker in zip(SHOWN, SERIES, MARKERS, strict=False):
+                    x = [getattr(run, attribute) for run in runs]
+                    y = [metrics(run)[f"{name}, {form}"] for run in runs]
+                    panel.plot(x, y, marker, color=color, markersize=4.5, alpha=0.7, label=name)
+                panel.set_yscale("log")
+                if axis != "complexity":  # whose values lie close together
+                    panel.set_xscale("log")
+                    shown = sorted({getattr(run, attribute) for run in runs})
+                    panel.set_xticks(shown, [number(value) for value in shown])
+                    panel.set_xticks([], minor=True)
+            panels[1, column].set_xlabel(UNITS.get(axis, axis))
+            panels[0, column].set_title(axis)
+        panels[0, 0].set_ylabel("MIUB (nats)")
+        panels[1, 0].set_ylabel("MIUB / r (nats)")
+        figure.legend(
+            *panels[0, 0].get_legend_handles_labels(),
+            title="estimator, noise tau",
+            loc="outside right upper",
+        )
+        write_figure(figure, path)
+
+
+def number(value: float) -> str:
+    """Return a tick's label: millions of parameters, or the number itself."""
+    return f"{value / 1e6:.2g} M" if value >= 1e5 else f"{value:.3g}"

@@ -7,6 +7,7 @@ its adapter contributes, in nats, during training or of a finished adapter.
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from scalora import __version__ as __version__
@@ -30,13 +31,13 @@ _MODULES = {
 if not TYPE_CHECKING:  # a type checker would take any name for one of this module's
 
     def __getattr__(name: str) -> Any:
-        """Import a public name from the module that defines it, and keep it."""
-        if name == "estimators":
-            return import_module("miub.estimators")
-        if name not in _MODULES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        found = globals()[name] = getattr(import_module(_MODULES[name]), name)
-        return found
+        """Import a public name from the module that defines it, and keep it; or a submodule."""
+        if name in _MODULES:
+            found = globals()[name] = getattr(import_module(_MODULES[name]), name)
+            return found
+        if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+            return import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:
         """Return the module's names, those that are not imported yet included."""

@@ -14,6 +14,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from miub.monitor import MIUBMonitor
 from miub.report.report import MIUBReport
+from miub.report.rows import LayerRow
 from miub.report.table import FOLDED_BASE
 from scalora.arguments import described, did_you_mean
 from scalora.warning import warn
@@ -26,15 +27,18 @@ class MIUBCallback(TrainerCallback):
 
         trainer = Trainer(model, args, callbacks=[miub.MIUBCallback(every=50)])
 
-    The Trainer's next log after a measurement carries ``miub/mean``, ``miub/mean_per_coordinate``
-    and ``miub/<layer>`` (``miub/<layer>/<adapter>`` where several adapters are active), in nats: in
-    TensorBoard and the like, in the progress bar, and in ``trainer.state.log_history``.  Evaluation
-    is not measured.
+    The Trainer's next log after a measurement goes on in ``trainer.state.log_history`` with
+    ``miub/mean``, ``miub/mean_per_coordinate`` and ``miub/<layer>`` (``miub/<layer>/<adapter>``
+    where several adapters are active), in nats.  Evaluation is not measured.
 
     Two more numbers say what these may be compared with.  ``miub/coordinates`` is the most that a
-    layer's learned path has: values at different numbers of coordinates are no one curve, and no
-    two runs to compare.  ``miub/layers_with_folded_base`` counts the layers whose frozen path has
-    taken in part of what was learned (a warning says it once); it is 0 with ``reference=``.
+    layer's learned path has.  ``miub/layers_with_folded_base`` counts the layers whose frozen path
+    has taken in part of what was learned (a warning says it once); it is 0 with ``reference=``.
+
+    TensorBoard and the like draw all that has one name as one curve, over all runs, and values at
+    different numbers of coordinates are no one curve.  So what they get has the number in its name:
+    ``miub/mean/8_coordinates``, the mean over the layers with 8, and
+    ``miub/<layer>/8_coordinates``.
 
     Args:
         every: measure in the first forward pass of every ``every``-th optimizer step.
@@ -117,28 +121,47 @@ class MIUBCallback(TrainerCallback):
         if self._measured == self._logged:
             return
         self._logged = self._measured
-        values = self._values(self.monitor.report())
-        logs.update(values)
-        if state.log_history:
-            state.log_history[-1].update(values)
-
-    def _values(self, report: MIUBReport) -> dict[str, float]:
+        report = self.monitor.report()
         folded = sum(row.rebased for row in report)
         if folded and not self._warned:
             self._warned = True
             warn(f"MIUB of {folded} layers with a folded base: {FOLDED_BASE}")
-        values = {
-            "miub/mean": report.mean,
-            "miub/mean_per_coordinate": report.mean_per_coordinate,
+        shared = {
             "miub/coordinates": report.coordinates[1],
             "miub/layers_with_folded_base": folded,
         }
-        if self.per_layer:
-            several = len(report.adapters) > 1
-            for row in report:
-                name = f"{row.layer}/{row.adapter}" if several else row.layer
-                values[f"miub/{name}"] = row.value
-        return values
+        logs.update(self._curves(report) | shared)
+        if state.log_history:  # where the Trainer has put a copy
+            state.log_history[-1].update(self._values(report) | shared)
+
+    def _values(self, report: MIUBReport) -> dict[str, float]:
+        """Return what the history of one run gets, by name."""
+        values = {
+            "miub/mean": report.mean,
+            "miub/mean_per_coordinate": report.mean_per_coordinate,
+        }
+        return values | {name: row.value for name, row in self._layers(report).items()}
+
+    def _curves(self, report: MIUBReport) -> dict[str, float]:
+        """Return what loggers get, who may draw many runs: the coordinates are in every name."""
+        values = {}
+        for number, total in report.by_coordinates().items():
+            values[f"miub/mean/{number}_coordinates"] = total.mean
+            values[f"miub/mean_per_coordinate/{number}_coordinates"] = total.mean_per_coordinate
+        return values | {
+            f"{name}/{row.coordinates}_coordinates": row.value
+            for name, row in self._layers(report).items()
+        }
+
+    def _layers(self, report: MIUBReport) -> dict[str, LayerRow]:
+        """Return the rows of the layers that are logged, by name."""
+        if not self.per_layer:
+            return {}
+        several = len(report.adapters) > 1
+        return {
+            f"miub/{row.layer}/{row.adapter}" if several else f"miub/{row.layer}": row
+            for row in report
+        }
 
     def on_train_end(
         self,

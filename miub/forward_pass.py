@@ -19,6 +19,7 @@ from miub.masks import Masks
 from miub.measurement import Measurement
 from miub.paths import MOST_COORDINATES, adapter_code, learned_since
 from miub.token_sample import TokenSample, sample_tokens
+from scalora.autocast import without_autocast
 from scalora.peft_layers import LoRAPair
 from scalora.transformers_models import decoder_of
 
@@ -98,12 +99,12 @@ class ForwardPass:
         self._hooks = []
         self._eager.close()
         for key in list(self._groups):
-            with _aside(key[-1]):
+            with _aside():
                 self._finish(key)
 
     def _hook(self, pairs: Sequence[tuple[int, LoRAPair]]) -> Callable[..., None]:
         def measure(base: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            with _aside(output.device):
+            with _aside():
                 for place, pair in pairs:
                     if pair.runs:
                         self._measure(place, pair, args[0].detach(), output.detach())
@@ -179,14 +180,13 @@ class ForwardPass:
 
 
 @contextlib.contextmanager
-def _aside(device: torch.device) -> Iterator[None]:
+def _aside() -> Iterator[None]:
     """Compute beside the script: in full precision, without gradients, unseen by its modes.
 
     In the script's own precision the samples would be rounded.  Selective checkpointing is a
     dispatch mode: it would keep our products and give them to the backward pass.
     """
-    precise = torch.autocast(device.type, enabled=False)
-    with torch.no_grad(), precise, _disable_current_modes():
+    with torch.no_grad(), without_autocast(), _disable_current_modes():
         yield
 
 

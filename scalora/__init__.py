@@ -16,13 +16,14 @@ Save:
 
 Look:
 
-* `effective_rank`, `delta_spectrum`: of the whole change of every layer.
+* `effective_rank`, `delta_spectrum`, `plot_spectrum`: of the whole change of every layer.
 * `optimal_scaling`: the mathematics of the paper's rules, on tensors.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -81,11 +82,13 @@ _MODULES = {
 if not TYPE_CHECKING:  # a type checker would take any name for one of this module's
 
     def __getattr__(name: str) -> Any:
-        """Import a public name from the module that defines it, and keep it."""
-        if name not in _MODULES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        found = globals()[name] = getattr(import_module(_MODULES[name]), name)
-        return found
+        """Import a public name from the module that defines it, and keep it; or a submodule."""
+        if name in _MODULES:
+            found = globals()[name] = getattr(import_module(_MODULES[name]), name)
+            return found
+        if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+            return import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:
         """Return the module's names, those that are not imported yet included."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from scalora import peft_layers
 from scalora.arguments import described
+from scalora.autocast import without_autocast
 from scalora.guards.guard import Guard
 from scalora.moments import moments_of
 from scalora.optimizer_hooks import (
@@ -24,7 +25,6 @@ from scalora.rebasing.selection import places_of_layers
 from scalora.resuming.encoding import packed, unpacked
 from scalora.resuming.in_file import InFile
 from scalora.resuming.run_state import RunState
-from scalora.resuming.same_run import check_same_run
 from scalora.step_length.rates import highest_rate
 from scalora.warning import warn
 
@@ -211,20 +211,17 @@ class ScaLoRA(torch.optim.Optimizer):
         """Steps that were skipped because a gradient was not finite.  Waits for the device."""
         return 0 if self._guard.skipped is None else int(self._guard.skipped)
 
+    @without_autocast()
     def report(self) -> RebasingReport:
         """Return what was frozen of every layer, what is trainable, and when more will be frozen.
 
         It prints as a table.  Waits for the device.  Of a sharded model, call it on every process.
         """
         return rebasing_report(
-            self._rebaser,
-            self._run.frozen,
-            self.inner,
-            self.step_factor,
-            self.rebase_count,
-            self.next_rebasing,
+            self._rebaser, self.inner, self.step_factor, self.rebase_count, self.next_rebasing
         )
 
+    @without_autocast()
     def progress(self) -> dict[str, float]:
         """Return the run's progress in a few numbers for a log.  Waits for the device once.
 
@@ -235,11 +232,11 @@ class ScaLoRA(torch.optim.Optimizer):
             over that of what is trainable, all layers together.  What is not known is left out:
             the factor before it is calibrated; the last two of a sharded model.
         """
-        return progress(self._run.frozen, self.step_factor, self.rebase_count)
+        return progress(self._rebaser.frozen, self.step_factor, self.rebase_count)
 
     def kept_tensors(self) -> list[Tensor]:
         """Return what re-basing keeps between steps, besides the inner optimizer's state."""
-        kept = (self._rebaser, self._run.calibration, self._run.frozen, self._guard)
+        kept = (self._rebaser, self._run.calibration, self._rebaser.frozen, self._guard)
         return [tensor for part in kept for tensor in part.kept_tensors()]
 
     # Traced by torch.compile, what a step leaves in this object would be lost without a word.
@@ -259,25 +256,27 @@ class ScaLoRA(torch.optim.Optimizer):
         """
         # Evaluate: the gradients of this step.
         loss = None if closure is None else _evaluated(closure)
-        # Guard: refuse, warn or skip before anything has changed.
-        checked = self._guard.check()
-        self.state_is_in_file = False
-        if checked is None:
-            return loss
-        run, factors = self._run, checked.factors
-        # Observe: the gradient of a new batch tells whether the last step was too long or short.
-        run.calibration.observe(factors, highest_rate(self.param_groups, factors))
-        # Re-base: freeze part of what the adapter holds; the function of the model stays.
-        if run.is_due:
-            self._rebase()
-        run.steps += 1
-        # Step: the inner optimizer's own, as long as calibration has found.
-        linear = self._rebaser.moments.linear_in_rate
-        with run.calibration.scaled(factors, self.param_groups, linear):
-            self._guard.step_inner(checked.overflow)
-        # Afterwards: count how far the step went, and note the factors that it has left.
-        self._rebaser.learned.count(self.param_groups)
-        self._guard.note_step(run.rebase_count)
+        # All else in the dtypes that it chooses, which autocast would change.
+        with without_autocast():
+            # Guard: refuse, warn or skip before anything has changed.
+            checked = self._guard.check()
+            self.state_is_in_file = False
+            if checked is None:
+                return loss
+            run, factors = self._run, checked.factors
+            # Observe: the gradient of a new batch tells if the last step was too long or too short.
+            run.calibration.observe(factors, highest_rate(self.param_groups, factors))
+            # Re-base: freeze part of what the adapter holds; the function of the model stays.
+            if run.is_due:
+                self._rebase()
+            run.steps += 1
+            # Step: the inner optimizer's own, as long as calibration has found.
+            linear = self._rebaser.moments.linear_in_rate
+            with run.calibration.scaled(factors, self.param_groups, linear):
+                self._guard.step_inner(checked.overflow)
+            # Afterwards: count how far the step went, and note the factors that it has left.
+            self._rebaser.learned.count(self.param_groups)
+            self._guard.note_step(run.rebase_count)
         return loss
 
     def _rebase(self) -> None:
@@ -363,7 +362,7 @@ class ScaLoRA(torch.optim.Optimizer):
         Args:
             own: what `rebasing_state` returned.
         """
-        check_same_run(own, self._run.kind())
+        self._run.check_same_run(own)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

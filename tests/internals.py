@@ -6,10 +6,12 @@ from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
 
+from torch import Tensor
+
 import miub
 import scalora
 from scalora.carry import Carry
-from scalora.guards.factor_watch import FactorWatch
+from scalora.guards.watches import FactorWatch
 from scalora.peft_layers import LoRAPair
 from scalora.rebasing.rebaser import Rebaser
 from scalora.resuming.run_state import RunState
@@ -45,6 +47,11 @@ def carry_of(optimizer: scalora.ScaLoRA, pair: LoRAPair) -> Carry:
 def narrow_carries() -> AbstractContextManager[Any]:
     """Keep carries in as few bits as beside a quantized base, whatever the base is."""
     return mock.patch("scalora.rebasing.accumulators.carry.is_quantized", lambda pair: True)
+
+
+def residual(optimizer: scalora.ScaLoRA, layer: str) -> Tensor | None:
+    """Return what rounding cut from a layer's base weight, and the next increment makes up for."""
+    return optimizer._rebaser._dense_accumulator.residuals.get(layer)
 
 
 def make_room(optimizer: scalora.ScaLoRA, pair: LoRAPair, columns: int) -> None:

@@ -32,7 +32,7 @@ FLOORS = (
     ("fold", "scaling"),
     ("sharding",),
     ("plotting", "transformers_models"),
-    ("arguments", "device_option", "files", "storage", "warning"),
+    ("arguments", "autocast", "device_option", "files", "storage", "warning"),
 )
 MIUB_FLOORS = (
     ("__main__",),

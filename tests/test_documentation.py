@@ -65,3 +65,10 @@ def test_every_option_is_described_with_its_default():
     assert described.keys() == {option.name for option in fields(RebasingOptions)}
     for option in fields(RebasingOptions):
         assert eval(described[option.name]) == option.default, option.name
+
+
+def test_site_is_read_without_another_host():
+    """No page asks for fonts, styles or scripts; a fence of Mermaid's would load its renderer."""
+    site = [REPOSITORY / "mkdocs.yml", *(DOCS / "site").iterdir()]
+    assert not [path for path in site if path.is_file() and "https://" in text_of(path)]
+    assert not [page for page in PAGES if "```mermaid" in text_of(page)]

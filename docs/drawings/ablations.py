@@ -16,7 +16,7 @@ from scalora import cli
 
 ABLATIONS = Path(__file__).parents[1] / "ablations"
 
-TWO_SEEDS = ("--learning-rates", "1e-2", "--seeds", "2")
+TWO_RATES = ("--learning-rates", "1e-2,2e-2", "--seeds", "3", "--search-seeds", "1")
 ONE_SEARCHED = ("--seeds", "3", "--search-seeds", "1")
 
 PICTURES = {
@@ -25,7 +25,7 @@ PICTURES = {
         ("learning-curves", "spectra"),
     ),
     "capacity": (
-        ("--methods", "lora,lora:ranks=2,scalora", *TWO_SEEDS),
+        ("--methods", "lora,lora:ranks=2,scalora", *TWO_RATES),
         ("trainable-parameters", "learning-and-forgetting"),
     ),
     "regression": (

@@ -1,9 +1,11 @@
-"""What the site adds to the Markdown pages: README, changelog, version, links to the code."""
+"""What the site adds to the Markdown pages: README, changelog, version, formulas, links to code."""
 
 import ast
+import html
 import re
 from pathlib import Path, PurePosixPath
 
+from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -13,6 +15,9 @@ REPOSITORY = Path(__file__).parents[2]
 FROM_ROOT = {"index.md": "README.md", "changelog.md": "CHANGELOG.md"}
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 _PICTURE = re.compile(r'((?:src|srcset)=")docs/')
+_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+# What latex2mathml knows by another name, or writes in a way that browsers do not read.
+_INSTEAD = {"{aligned}": "{align*}", r"\mathbb E": "𝔼", r"\mathbb R": "ℝ"}
 _FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 
@@ -66,6 +71,18 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         parts += [_LINK.sub(replaced, markdown[end : fence.start()]), fence[0]]
         end = fence.end()
     return "".join([*parts, _LINK.sub(replaced, markdown[end:])])
+
+
+def on_page_content(page_html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Turn LaTeX into MathML, which browsers show by themselves: a page asks no other host."""
+
+    def replaced(formula: re.Match[str]) -> str:
+        latex = html.unescape(formula[2])
+        for name, instead in _INSTEAD.items():
+            latex = latex.replace(name, instead)
+        return convert(latex, display="block" if formula[1] == "div" else "inline")
+
+    return _FORMULA.sub(replaced, page_html)
 
 
 def _page_of(source: str) -> str:

@@ -26,7 +26,7 @@ from examples.benchmark.llama import LAYERS_PER_BLOCK, llama, with_lora
 from examples.benchmark.machine import machine
 from examples.benchmark.table import markdown
 from miub import MIUBMonitor
-from scalora.rebasing.held_lipschitz import ArrivingFlag
+from scalora.rebasing.optimal_step import ArrivingFlag
 
 DEPTHS = (1, 8, 32)  # decoder blocks; a Llama-8B has 32
 _TOKENS = 1024

@@ -6,38 +6,46 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from scalora.plotting import new_figure, write_figure
+from scalora.plotting.figures import MUTED, SERIES, style
+
 if TYPE_CHECKING:
     from examples.benchmark.stores import Sums
 
-_COLOURS = {"NF4": "tab:blue", "FP4": "tab:orange", "int8": "tab:green", "any": "black"}
-_STYLES = {"nearest": "-", "stochastic": "--", "carry": "-"}
+_FORMATS = ("NF4", "FP4", "int8")
+_ROUNDINGS = {"nearest": (SERIES[0], "-"), "stochastic": (SERIES[1], "--")}
 
 
 def draw(curves: Mapping[tuple[str, str], Mapping[int, Sums]], path: Path) -> None:
-    """Left what survived of the sum of all increments, right its relative error.
+    """Draw what survived of the sum of all increments, and below it its relative error.
+
+    One column per format; behind its curves the carry's, which is the same beside any base.
 
     Args:
         curves: (format, rounding) -> re-basings so far -> their sum.
         path: file to write; its ending is the format.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for (name, rounding), curve in curves.items():
-        if name not in _COLOURS:
-            continue
-        label = "carry, any base" if rounding == "carry" else f"{name}, {rounding}"
-        style = {"label": label, "color": _COLOURS[name], "linestyle": _STYLES[rounding]}
-        left.plot(list(curve), [sums.survived for sums in curve.values()], **style)
-        right.plot(list(curve), [sums.relative_error for sums in curve.values()], **style)
-    left.set(title="survived: <C, D> / <D, D>", ylim=(0, 1.1))
-    right.set(title="error: |C - D| / |D|", ylim=(0, None))
-    for axes in (left, right):
-        axes.set_xlabel("re-basings")
-        axes.grid(alpha=0.3)
-    right.legend(fontsize="small", frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    with style():
+        figure, panels = new_figure(
+            7.5, 4.6, rows=2, columns=len(_FORMATS), sharex=True, sharey="row"
+        )
+        for column, name in enumerate(_FORMATS):
+            looks = {("any", "carry"): ("carry, any base", MUTED, "-", 6.0)} | {
+                (name, rounding): (f"rounded, {rounding}", color, line, 1.8)
+                for rounding, (color, line) in _ROUNDINGS.items()
+            }
+            for key, (label, color, line, width) in looks.items():
+                look = {"label": label, "color": color, "linestyle": line, "linewidth": width}
+                found = curves[key]
+                survived = [sums.survived for sums in found.values()]
+                errors = [sums.relative_error for sums in found.values()]
+                panels[0, column].plot(list(found), survived, **look)
+                panels[1, column].plot(list(found), errors, **look)
+            panels[0, column].set_title(name)
+            panels[1, column].set_xlabel("re-basings")
+        panels[0, 0].set(ylabel="share that survived", ylim=(-0.05, 1.15))
+        panels[1, 0].set(ylabel="error, over the sum's norm", ylim=(0, None))
+        figure.legend(
+            *panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3
+        )
+        write_figure(figure, path)

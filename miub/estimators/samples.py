@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from scalora.autocast import without_autocast
+
 FEWEST = 8
 
 
@@ -162,11 +164,13 @@ def both_sides(u: SideMoments, v: SideMoments) -> tuple[Tensor, Tensor]:
 def full_precision() -> Iterator[None]:
     """Compute matrix products of float32 in float32, whatever the script allows for its own.
 
-    Gram matrices in TF32 would be off by 1e-3 of their largest entries, more than the noise.
+    Gram matrices in TF32, or under autocast, would be off by 1e-3 of their largest entries or more,
+    which is more than the noise.
     """
     allowed = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     try:
-        yield
+        with without_autocast():
+            yield
     finally:
         torch.backends.cuda.matmul.fp32_precision = allowed

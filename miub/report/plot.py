@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections.abc import Sequence
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from miub.report.module_kinds import Place
 from miub.report.rows import LayerRow, LayerRows
+from scalora.plotting import encoded, new_figure
+from scalora.plotting.figures import SCALE, SERIES, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,11 +20,6 @@ if TYPE_CHECKING:
 
 _CELLS_WITH_NUMBERS = 120  # the most that have room for them
 _UNMEASURED = "#eeeeee"
-# Paul Tol's bright and muted schemes, which the colour-blind can tell apart.
-_COLOURS = (
-    *("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#222222"),
-    *("#44aa99", "#999933", "#882255", "#ee8866", "#888888"),
-)
 
 
 def picture(report: LayerRows, path: str | os.PathLike[str]) -> bytes:
@@ -33,9 +29,7 @@ def picture(report: LayerRows, path: str | os.PathLike[str]) -> bytes:
         ImportError: matplotlib is not installed.
         ValueError: matplotlib does not know the format.
     """
-    image = io.BytesIO()
-    figure(report).savefig(image, format=Path(path).suffix[1:] or "png", dpi=150)
-    return image.getvalue()
+    return encoded(figure(report), Path(path).suffix[1:].lower() or "png")
 
 
 def figure(report: LayerRows) -> Figure:
@@ -44,31 +38,32 @@ def figure(report: LayerRows) -> Figure:
     Adapters with different numbers of coordinates have colour scales of their own, and a layer's
     line holds the steps at which it had as many coordinates as at the newest.
     """
-    try:
-        # Not pyplot: a script's own figures and backend stay as they are.
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("MIUBReport.plot needs matplotlib: pip install scalora[plot]") from error
+    with style():
+        return _figure(report)
+
+
+def _figure(report: LayerRows) -> Figure:
     rows = {
         adapter: [row for row in report if row.adapter == adapter] for adapter in report.adapters
     }
     maps = {adapter: heat_map(own, report.places) for adapter, own in rows.items()}
     over_time = any(len(history) > 1 for history in report.history.values())
-    widths = [3.2 + 0.7 * max(len(cells.kinds) for cells in maps.values())]
+    widths = [2.4 + 0.55 * max(len(cells.kinds) for cells in maps.values())]
     if over_time:
-        widths.append(7.5)
+        widths.append(5.8)
     height = min(12.0, max(3.6, 2.2 + 0.26 * max(len(cells.blocks) for cells in maps.values())))
-    drawn = Figure(figsize=(max(5.5, sum(widths)), len(maps) * height), layout="constrained")
-    panels = drawn.subplots(len(maps), len(widths), squeeze=False, width_ratios=widths)
+    drawn, panels = new_figure(
+        max(5.5, sum(widths)), len(maps) * height, len(maps), len(widths), width_ratios=widths
+    )
     for (adapter, cells), axes in zip(maps.items(), panels, strict=True):
         spans = _coordinates(rows[adapter])
         alike = [row for own in rows.values() if _coordinates(own) == spans for row in own]
         finite = [row.value for row in alike if math.isfinite(row.value)]
         _draw_cells(axes[0], cells, (min([0.0, *finite]), max([0.0, *finite]) or 1.0))
-        axes[0].set_title(_title(rows[adapter], len(maps) > 1), fontsize=10)
+        axes[0].set_title(_title(rows[adapter], len(maps) > 1))
         if over_time:
             _draw_lines(axes[1], report, adapter)
-    drawn.suptitle(f"MIUB: {report.estimator} estimator, noise tau = {report.noise:g}")
+    drawn.suptitle(f"MIUB: {report.estimator} estimator, noise tau = {report.noise:g}", fontsize=10)
     return drawn
 
 
@@ -137,11 +132,12 @@ def _draw_cells(axes: Axes, cells: HeatMap, limits: tuple[float, float]) -> None
     from matplotlib import colormaps
     from matplotlib.ticker import MaxNLocator
 
-    colours = colormaps["viridis"].with_extremes(bad=_UNMEASURED)
+    colours = colormaps[SCALE].with_extremes(bad=_UNMEASURED)
     image = axes.imshow(
         cells.cells, cmap=colours, aspect="auto", vmin=limits[0], vmax=limits[1], origin="upper"
     )
-    axes.set_xticks(range(len(cells.kinds)), cells.kinds, rotation=40, fontsize=9)
+    axes.grid(visible=False)
+    axes.set_xticks(range(len(cells.kinds)), cells.kinds, rotation=40)
     for label in axes.get_xticklabels():
         label.set(horizontalalignment="right", rotation_mode="anchor")
     if all(label.isdecimal() for label in cells.blocks) and len(cells.blocks) > 16:
@@ -150,7 +146,7 @@ def _draw_cells(axes: Axes, cells: HeatMap, limits: tuple[float, float]) -> None
             lambda i, _: cells.blocks[int(i)] if 0 <= i < len(cells.blocks) else ""
         )
     else:
-        axes.set_yticks(range(len(cells.blocks)), cells.blocks, fontsize=9)
+        axes.set_yticks(range(len(cells.blocks)), cells.blocks)
     if cells.blocks[0].isdecimal():
         axes.set_ylabel("block")
     axes.tick_params(length=0)
@@ -185,7 +181,7 @@ def _draw_lines(axes: Axes, report: LayerRows, adapter: str) -> None:
             alike = [row for row in rows if row.coordinates == rows[-1].coordinates]
             by_kind.setdefault(rows[0].kind, []).append(alike)
     for k, (kind, layers) in enumerate(by_kind.items()):
-        colour, style = _COLOURS[k % len(_COLOURS)], ("-", "--", ":")[k // len(_COLOURS) % 3]
+        colour, line = SERIES[k % len(SERIES)], ("-", "--", ":")[k // len(SERIES) % 3]
         if len(layers) > 1:
             for rows in layers:
                 points = [row.step for row in rows], [row.value for row in rows]
@@ -196,20 +192,11 @@ def _draw_lines(axes: Axes, report: LayerRows, adapter: str) -> None:
                 at_step.setdefault(row.step, []).append(row.value)
         steps = sorted(at_step)
         means = [_mean(at_step[step]) for step in steps]
-        axes.plot(steps, means, style, color=colour, linewidth=2.2, label=kind, zorder=3)
+        axes.plot(steps, means, line, color=colour, linewidth=2.2, label=kind, zorder=3)
     axes.set_xlabel("step")
     axes.set_ylabel("MIUB (nats)")
-    axes.set_title("layers (thin) and the mean of each kind (thick)", fontsize=10)
-    axes.grid(alpha=0.25)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.legend(
-        loc="upper left",
-        bbox_to_anchor=(1.0, 1.0),
-        frameon=False,
-        fontsize=8,
-        ncols=1 + len(by_kind) // 25,
-    )
+    axes.set_title("layers (thin) and the mean of each kind (thick)")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), ncols=1 + len(by_kind) // 25)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -183,6 +183,11 @@ class LayerRows:
         kinds = dict.fromkeys(row.kind for row in rows)
         return {kind: _total(row for row in rows if row.kind == kind) for kind in kinds}
 
+    def by_coordinates(self) -> dict[int, KindTotal]:
+        """Return the totals of the layers with each number of coordinates, the fewest first."""
+        numbers = sorted({row.coordinates for row in self})
+        return {n: _total(row for row in self if row.coordinates == n) for n in numbers}
+
     def overall(self, adapter: str | None = None) -> KindTotal:
         """Return the totals of all layers, of one adapter or of all."""
         return _total(row for row in self if adapter in (None, row.adapter))

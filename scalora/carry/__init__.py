@@ -1,13 +1,18 @@
 """Where the frozen increment goes when the base must not be touched: low-rank factors beside it."""
 
 from scalora.carry.carry import Carry
-from scalora.carry.factors import Compressed, compress, relative_cut
+from scalora.carry.factors import (
+    absorbed,
+    compress,
+    frozen,
+    relative_cut,
+    rounded,
+    rounding_energy,
+)
 from scalora.carry.modules import put_carry
-from scalora.carry.rounding import absorbed, frozen, rounded, rounding_energy
 
 __all__ = [
     "Carry",
-    "Compressed",
     "absorbed",
     "compress",
     "frozen",

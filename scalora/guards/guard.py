@@ -12,9 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from scalora import sharding
-from scalora.guards.engines import check_engine, check_processes
-from scalora.guards.factor_watch import watch_factors
-from scalora.guards.reference_model import watch_reference
+from scalora.guards.layers import CheckedFactors, ExpectedWeights, check_engine, check_processes
 from scalora.guards.skipped_steps import (
     DummyStep,
     can_skip,
@@ -22,7 +20,7 @@ from scalora.guards.skipped_steps import (
     step_unless,
     warn_without_gradients,
 )
-from scalora.guards.stale_layers import CheckedFactors, ExpectedWeights
+from scalora.guards.watches import watch_factors, watch_reference
 from scalora.moments import Moments
 from scalora.options import RebasingOptions
 from scalora.peft_layers import LayerLookup, LoRAPair
@@ -79,8 +77,7 @@ class Guard:
         self._sharding_is_final = False
         self._sharded: list[Any] = []
         self._factor_watch = watch_factors(places)
-        folds = "dense" in places.values()
-        self._reference_watch = watch_reference(next(iter(places))) if folds else None
+        self._reference_watch = watch_reference(places)
         owner = object()
         for pair in places:
             pair.claim(owner)

@@ -16,13 +16,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from scalora import sharding
 from scalora.moments import directions
 from scalora.moments.blockwise import BLOCK, decode, transfer_codes
 from scalora.moments.directions import Group, State
-from scalora.moments.history import Column, Kept, Moved, Powers, sums
+from scalora.moments.history import Column, Kept, Moved, Powers, sums, transfer
 from scalora.moments.moments import Moments, States
-from scalora.moments.transfer import transfer
-from scalora.sharding.stacks import stack
 
 _CODE_TABLES = {"qmap1", "absmax1", "qmap2", "absmax2"}
 
@@ -195,7 +194,7 @@ def _stacked(states: States, name: str, device: torch.device) -> Tensor:
     Paged states are managed memory, which torch takes for the host's: those are waited for, as
     bitsandbytes itself does at the end of every paged step.
     """
-    return stack(_tensors(states, name)).to(device)
+    return sharding.stack(_tensors(states, name)).to(device)
 
 
 def _tensors(states: States, name: str) -> list[Tensor]:

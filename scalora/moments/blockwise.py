@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from scalora.moments.transfer import transfer
+from scalora.moments.history import transfer
 
 BLOCK = 256
 

@@ -1,6 +1,9 @@
-"""One factor of a batch with its whole history: gradients and state, moved to new coordinates.
+"""Gradients and state of one factor of many layers, carried across a re-basing exactly.
 
-Held by tests/moments/test_bitsandbytes_states.py.
+The gradient of ``P diag(alpha)`` is ``g_P diag(beta)``: each factor's history carries the *other*
+factor's scaling (docs/mathematics.md, moments).
+
+Held by tests/moments/test_moments.py and tests/moments/test_bitsandbytes_states.py.
 """
 
 from __future__ import annotations
@@ -12,8 +15,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from scalora.moments.transfer import transfer_reduced
-from scalora.sharding.stacks import Write, stack
+from scalora import sharding
+
+Write = tuple[Sequence[Tensor], Tensor, Tensor]
+"""Tensors to write to, and their stacks (layers, ...) before and after the write."""
 
 
 class Moved(NamedTuple):
@@ -125,7 +130,7 @@ class Columns:
         """Return each column times its power of the scaling, rounded once."""
         degrees = [column.degree for column in self.columns]
         factors = powers.of(degrees, self.old.dtype)[:, layers]
-        new = times(self.old, _along(factors, self.old.ndim, self.axis + 1))
+        new = times(self.old, along(factors, self.old.ndim, 0, 1, self.axis + 1))
         return [Moved([column.targets for column in self.columns], self.old, new)]
 
 
@@ -140,11 +145,11 @@ class Averaged:
 
     def sums(self) -> Tensor:
         """Return (layers,) sums of the state."""
-        return sums(stack(self.targets).unsqueeze(0))
+        return sums(sharding.stack(self.targets).unsqueeze(0))
 
     def moved(self, powers: Powers, layers: slice) -> list[Moved]:
         """Return the state in the new coordinates."""
-        old, partner = stack(self.targets), stack(self.partners)
+        old, partner = sharding.stack(self.targets), sharding.stack(self.partners)
         new = transfer_reduced(old, partner, powers.factor[layers], self.degree, self.axis)
         return [Moved([self.targets], old.unsqueeze(0), new.to(old.dtype).unsqueeze(0))]
 
@@ -205,13 +210,57 @@ class FactorHistory:
         return [moved for part in self.kept for moved in part.moved(powers, layers)]
 
 
+def transfer(state: Tensor, factor: Tensor, degree: int, rank_axis: int) -> Tensor:
+    """Return a state of ``degree`` in the gradient history in the new coordinates, a new tensor.
+
+    Args:
+        state: (layers, *parameter shape), or with the axes other than the rank's reduced to 1.
+        factor: (layers, r): beta for P's state, alpha for Q's.
+        degree: 0, 1 or 2 (any non-negative integer).
+        rank_axis: the axis of ``state`` that runs over the r columns.
+    """
+    if degree == 0:
+        return state.clone()
+    return state * along(factor.pow(degree).to(_compute(state)), state.ndim, 0, rank_axis)
+
+
+def transfer_reduced(
+    state: Tensor, partner: Tensor, factor: Tensor, degree: int, rank_axis: int
+) -> Tensor:
+    """Return a state that was averaged over the rank axis (Adafactor's other factor), moved.
+
+    ``mean_j g_ij^2`` does not remember its columns.  Under the rank-one model in which Adafactor
+    keeps second moments, ``v_ij = R_i C_j / mean(C)``, scaling column j by ``f_j^2`` multiplies
+    ``R`` by ``mean_j(f_j^2 C_j) / mean_j(C_j)``: exact where the model is.
+
+    Args:
+        state: (layers, ...), size 1 along ``rank_axis``.
+        partner: (layers, ...), the factor that runs along ``rank_axis``, before its transfer.
+        factor, degree, rank_axis: as in `transfer`.
+    """
+    weights = along(factor.pow(degree).to(_compute(state)), partner.ndim, 0, rank_axis)
+    total = partner.sum(rank_axis, keepdim=True)
+    ratio = (partner * weights).sum(rank_axis, keepdim=True) / total
+    return state * ratio.where(total > 0, weights.mean(rank_axis, keepdim=True))
+
+
+def _compute(state: Tensor) -> torch.dtype:
+    return torch.promote_types(state.dtype, torch.float32)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Return the tensor in float32, or in its own dtype if that is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def times(stacked: Tensor, factors: Tensor) -> Tensor:
     """Return the product in the dtype of ``stacked``, rounded once."""
     return torch.mul(stacked, factors, out=torch.empty_like(stacked))
 
 
-def _along(factors: Tensor, ndim: int, axis: int) -> Tensor:
-    """Return (kinds, layers, r) shaped to broadcast along one axis of (kinds, layers, ...)."""
+def along(factors: Tensor, ndim: int, *axes: int) -> Tensor:
+    """Return factors shaped to broadcast, with one axis of ``ndim`` for each of their own."""
     shape = [1] * ndim
-    shape[0], shape[1], shape[axis] = factors.shape
+    for axis, size in zip(axes, factors.shape, strict=True):
+        shape[axis] = size
     return factors.reshape(shape)

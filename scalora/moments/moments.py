@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scalora import sharding
 from scalora.moments.directions import Direction
-from scalora.moments.history import Averaged, Column, Kept
-from scalora.sharding.stacks import stack, widened
+from scalora.moments.history import Averaged, Column, FactorHistory, Kept, widened
 
 States = Sequence[Mapping[str, Any]]
 """``optimizer.state`` of one factor of each layer of a batch; all have the same entries."""
@@ -52,6 +51,82 @@ class Moments:
         """Whether every shard of a state depends on its own shard of the gradients alone."""
         return self.partners is None
 
+    def stacked_states(
+        self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]
+    ) -> dict[str, Tensor]:
+        """Return every state of a batch by torch's name for it, as the direction functions take it.
+
+        Returns:
+            Tensors (layers, ...) on the parameters' device, float32 at least; a counter that is
+            kept on the host, equal within a batch, is 0-d.
+        """
+        states = [optimizer.state.get(p, {}) for p in parameters]
+        device = parameters[0].device
+        # A fill does not wait for the device.
+        counters = {
+            name: torch.full((), float(value), device=device)
+            for name, value in states[0].items()
+            if _is_on_host_alone(value, device)
+        }
+        others = [{k: v for k, v in state.items() if k not in counters} for state in states]
+        return counters | self.stacked(others, device)
+
+    def gradient_and_direction(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Sequence[nn.Parameter],
+        stacks: tuple[Tensor, Tensor],
+        group: Mapping[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        """Return one factor's descent gradient and its coming direction, of every layer.
+
+        Only where the direction is known.
+
+        Args:
+            optimizer: the inner optimizer.
+            parameters: the factor of every layer of a batch.
+            stacks: parameters and gradients, (layers, *parameter shape) each; the rows held here.
+            group: their parameter group.
+
+        Returns:
+            Both (layers, *parameter shape), float32 at least.
+        """
+        assert self.direction is not None
+        parameter, gradient = map(widened, stacks)
+        gradient = -gradient if group.get("maximize") else gradient
+        state = self.stacked_states(optimizer, parameters)
+        return gradient, self.direction(parameter, gradient, state, group)
+
+    def history(
+        self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], axis: int
+    ) -> FactorHistory:
+        """Return one factor of every layer of a batch, with its gradients and state.
+
+        Args:
+            optimizer: the inner optimizer.
+            parameters: the factor of every layer, with gradients.
+            axis: which axis of (layers, *parameter shape) runs over the r columns.
+
+        Raises:
+            TypeError: a state that is not known, or that cannot be carried across.
+        """
+        states = [optimizer.state.get(p, {}) for p in parameters]
+        first, name_of_class = parameters[0], type(optimizer).__name__
+        for name, value in states[0].items():
+            if isinstance(value, Tensor) and name not in self.tensor_names:
+                raise TypeError(
+                    f"{name_of_class} keeps a state {name!r} whose degree is not known; "
+                    "nothing was changed. Register it with scalora.register_moments."
+                )
+            if isinstance(value, Tensor) and value.ndim and not _spread_alike(value, first):
+                raise TypeError(
+                    f"{name_of_class}'s state {name!r} is not sharded as its parameter is: "
+                    "it cannot be carried across a re-basing. Nothing was changed."
+                )
+        own, grads = [sharding.local(p) for p in parameters], sharding.gradients(parameters)
+        columns, others = self.kept(states, own[0], axis, name_of_class)
+        return FactorHistory.of(own, grads, columns, others, axis)
+
     def stacked(self, states: States, device: torch.device) -> dict[str, Tensor]:
         """Return the state tensors by torch's names: (layers, ...), float32 at least.
 
@@ -60,7 +135,7 @@ class Moments:
             device: the parameters'.
         """
         return {
-            name: widened(stack([state[name] for state in states]))
+            name: widened(sharding.stack([state[name] for state in states]))
             for name, value in states[0].items()
             if isinstance(value, Tensor)
         }
@@ -103,3 +178,16 @@ class Moments:
                     "cannot be carried across a re-basing. Nothing was changed."
                 )
         return columns, others
+
+
+def _spread_alike(value: Tensor, parameter: Tensor) -> bool:
+    if not sharding.is_sharded(parameter):
+        return True
+    return value.shape == parameter.shape and sharding.layout(value) == sharding.layout(parameter)
+
+
+def _is_on_host_alone(value: Any, device: torch.device) -> bool:
+    """Return whether this is a counter: a number, or a 0-d tensor that is not on the device."""
+    if isinstance(value, Tensor):
+        return value.ndim == 0 and value.device != device
+    return isinstance(value, (int, float))

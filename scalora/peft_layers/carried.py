@@ -5,6 +5,7 @@ Held by tests/carry/test_carry.py.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,70 +27,55 @@ def attach_carry(module: Any, adapter: str, carry: Carry) -> None:
 
     The carry is switched on, scaled, dropped out, merged and deleted with the adapter.
     """
+    # Partial functions can be pickled; a bound method would be restored as that of the class.
     if not isinstance(module, lora_layers.Embedding):
         put_carry(module.lora_A[adapter], module.lora_B[adapter], carry)
     else:
         if attached_carry(module, adapter) is None:
-            module.register_forward_hook(_EmbeddingCarry(adapter), with_kwargs=True)
+            module.register_forward_hook(partial(_embed_with_carry, adapter), with_kwargs=True)
         module.scalora_carries = {**getattr(module, "scalora_carries", {}), adapter: carry}
-        module.delete_adapter = _DeleteAdapter(module)
+        module.delete_adapter = partial(_delete_adapter, module)
     # PEFT merges and unmerges adapters by this method alone, where it can merge them.
     if hasattr(type(module), "get_delta_weight"):
-        module.get_delta_weight = _DeltaWeight(module)
+        module.get_delta_weight = partial(_delta_weight, module)
 
 
-class _DeltaWeight:
-    """``layer.get_delta_weight`` with the carry added; an object, so that it can be pickled."""
-
-    def __init__(self, module: Any) -> None:
-        self.module = module
-
-    def __call__(self, adapter: str) -> Tensor:
-        module = self.module
-        delta = type(module).get_delta_weight(module, adapter)
-        carry = attached_carry(module, adapter)
-        if carry is None or adapter not in module.scaling:
-            return delta
-        carry = carry.on(delta.device)
-        product = module.scaling[adapter] * (carry.whole_up() @ carry.whole_down())
-        transposed = delta.ndim == 2 and (
-            isinstance(module, lora_layers.Embedding) or getattr(module, "fan_in_fan_out", False)
-        )
-        product = product.T if transposed else product.view(delta.shape)
-        return (delta + product).to(delta.dtype)
+def _delta_weight(module: Any, adapter: str) -> Tensor:
+    """Do what ``layer.get_delta_weight`` does, and add the carry."""
+    delta = type(module).get_delta_weight(module, adapter)
+    carry = attached_carry(module, adapter)
+    if carry is None or adapter not in module.scaling:
+        return delta
+    carry = carry.on(delta.device)
+    product = module.scaling[adapter] * (carry.whole_up() @ carry.whole_down())
+    transposed = delta.ndim == 2 and (
+        isinstance(module, lora_layers.Embedding) or getattr(module, "fan_in_fan_out", False)
+    )
+    product = product.T if transposed else product.view(delta.shape)
+    return (delta + product).to(delta.dtype)
 
 
-class _DeleteAdapter:
-    """``layer.delete_adapter`` of an embedding, which also deletes the carry."""
-
-    def __init__(self, module: Any) -> None:
-        self.module = module
-
-    def __call__(self, adapter_name: str) -> None:
-        type(self.module).delete_adapter(self.module, adapter_name)
-        self.module.scalora_carries.pop(adapter_name, None)
+def _delete_adapter(module: Any, adapter_name: str) -> None:
+    """Do what ``layer.delete_adapter`` of an embedding does, and delete the carry."""
+    type(module).delete_adapter(module, adapter_name)
+    module.scalora_carries.pop(adapter_name, None)
 
 
-class _EmbeddingCarry:
-    """A forward hook of an embedding, whose factors are parameters and not modules."""
-
-    def __init__(self, adapter: str) -> None:
-        self.adapter = adapter
-
-    def __call__(
-        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> Tensor:
-        carry = attached_carry(module, self.adapter)
-        rows = kwargs.get("adapter_names")  # one per row of a batch that mixes adapters
-        runs = self.adapter in (module.active_adapters if rows is None else rows)
-        if carry is None or module.merged or module.disable_adapters or not runs:
-            return output
-        down, up = (x.to(output.device) for x in (carry.whole_down(), carry.whole_up()))
-        codes = torch.nn.functional.embedding(args[0], down.T)
-        added = module.scaling[self.adapter] * (codes @ up.T)
-        if rows is not None:
-            own = torch.tensor([name == self.adapter for name in rows], device=output.device)
-            added = added * own.view(-1, *(1,) * (added.ndim - 1))
-        scale = module._get_embed_scale()  # Gemma scales its embeddings
-        added = added if scale is None else added * scale.to(added.dtype)
-        return output + added.to(output.dtype)
+def _embed_with_carry(
+    adapter: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> Tensor:
+    """Add the carry to an embedding's output: its factors are parameters and not modules."""
+    carry = attached_carry(module, adapter)
+    rows = kwargs.get("adapter_names")  # one per row of a batch that mixes adapters
+    runs = adapter in (module.active_adapters if rows is None else rows)
+    if carry is None or module.merged or module.disable_adapters or not runs:
+        return output
+    down, up = (x.to(output.device) for x in (carry.whole_down(), carry.whole_up()))
+    codes = torch.nn.functional.embedding(args[0], down.T)
+    added = module.scaling[adapter] * (codes @ up.T)
+    if rows is not None:
+        own = torch.tensor([name == adapter for name in rows], device=output.device)
+        added = added * own.view(-1, *(1,) * (added.ndim - 1))
+    scale = module._get_embed_scale()  # Gemma scales its embeddings
+    added = added if scale is None else added * scale.to(added.dtype)
+    return output + added.to(output.dtype)

@@ -7,6 +7,14 @@ imported when the first figure is made.
 """
 
 from scalora.plotting.figures import encoded, new_figure, write_figure
+from scalora.plotting.layers import LayerNumbers, layers_figure
 from scalora.plotting.spectra import spectra_figure
 
-__all__ = ["encoded", "new_figure", "spectra_figure", "write_figure"]
+__all__ = [
+    "LayerNumbers",
+    "encoded",
+    "layers_figure",
+    "new_figure",
+    "spectra_figure",
+    "write_figure",
+]

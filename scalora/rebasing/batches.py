@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from scalora import sharding
 from scalora.peft_layers import FoundLayer, LayerLookup, LoRAPair
-from scalora.sharding.stacks import stack
 from scalora.step_length.rates import host_rate, is_zero
 
 # Elements of P and of Q that are moved at once: larger batches are launched one after the other,
@@ -59,8 +58,8 @@ class Batching:
 
     Args:
         layers: finds their tensors.
-        key_of: what must agree within a batch, beyond factors, state and hyperparameters, for as
-            long as a layer's tensors are the same ones.
+        key_of: what must agree within a batch, beyond factors, state and hyperparameters, until a
+            layer's tensors are others or `forget` is called.
     """
 
     def __init__(self, layers: LayerLookup, key_of: Callable[[LoRAPair], Hashable]) -> None:
@@ -70,6 +69,10 @@ class Batching:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_known": None}
+
+    def forget(self) -> None:
+        """Look at every layer anew in the next step: what must agree may have changed."""
+        self._known = None
 
     def of_step(
         self,
@@ -255,4 +258,4 @@ def places(batches: Sequence[LayerBatch]) -> list[slice]:
 def thin_factors(pairs: Sequence[LoRAPair]) -> tuple[Tensor, Tensor]:
     """Return P (layers, m, r) and Q (layers, r, n); of sharded ones the m and the n held here."""
     P, Q = [pair.P_parameter for pair in pairs], [pair.Q_parameter for pair in pairs]
-    return stack(P).flatten(2), sharding.own_columns(stack(Q), Q[0])
+    return sharding.stack(P).flatten(2), sharding.own_columns(sharding.stack(Q), Q[0])

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from scalora import sharding
-from scalora.moments.history import FactorHistory, Moved, Powers, sums, times
-from scalora.rebasing.accumulators import increment, increment_of_P
+from scalora.moments.history import FactorHistory, Moved, Powers, Write, along, sums, times
+from scalora.peft_layers import LoRAPair
 from scalora.rebasing.batches import LayerBatch, places
-from scalora.sharding.stacks import Write, stack
 
 _LEAST = torch.float32  # increments are computed in that or wider
+_EXACT = (torch.float32, torch.float64)
 P_RANK_AXIS, Q_RANK_AXIS = 2, 1  # of a stack (layers, *parameter shape)
 
 
@@ -58,7 +58,7 @@ def with_P_scaled(
     """
     first = batches[0]
     wide = torch.promote_types(torch.promote_types(first.P[0].dtype, first.Q[0].dtype), _LEAST)
-    factors = [stack(batch.P).to(wide) for batch in batches]
+    factors = [sharding.stack(batch.P).to(wide) for batch in batches]
     totals = [[sums(P.unsqueeze(0)), *Q.totals] for P, Q in zip(factors, histories, strict=True)]
     kept = _broken(totals, first.P[0]).unsqueeze(-1)
     alpha = alpha.masked_fill(kept, 1.0)
@@ -68,9 +68,9 @@ def with_P_scaled(
     for batch, layers, P, Q in zip(batches, places(batches), factors, histories, strict=True):
         shape, dtype = (len(batch.pairs), batch.rank), batch.P[0].dtype
         new = torch.empty_like(P, dtype=dtype)
-        torch.mul(P, _along(of_P.first(P.dtype)[layers], P.ndim, P_RANK_AXIS), out=new)
+        torch.mul(P, along(of_P.first(P.dtype)[layers], P.ndim, 0, P_RANK_AXIS), out=new)
         columns = sharding.own_columns(Q.parameter, batch.Q[0])
-        left, right = increment_of_P(P, new, columns, kept[layers])
+        left, right = _increment_of_P(P, new, columns, kept[layers])
         writes: list[Write] = [(batch.P, P, new), *_writes(Q.moved(of_Q, layers))]
         yield Rebased(batch, alpha[layers].expand(shape), None, left, right, writes)
 
@@ -115,8 +115,62 @@ def with_both_scaled(
     for batch, layers, moved in zip(batches, places(batches), found, strict=True):
         moved = [part.unless(broken[layers]) for part in moved]
         factors = _factors(batch, moved, beta[layers])
-        left, right = increment(*factors, product[layers])
+        left, right = _increment(*factors, product[layers])
         yield Rebased(batch, alpha[layers], beta[layers], left, right, _writes(moved))
+
+
+def increment_columns(pair: LoRAPair, *, P_alone: bool) -> int:
+    """Return k of the layer's increments.
+
+    Args:
+        pair: the layer.
+        P_alone: whether Q stays as it is.
+    """
+    P, Q = pair.P_parameter, pair.Q_parameter
+    exact = P.dtype in _EXACT and Q.dtype == P.dtype
+    return pair.rank if P_alone or exact else 2 * pair.rank
+
+
+def _increment(
+    P: Tensor, P_new: Tensor, Q: Tensor, Q_new: Tensor, alpha_beta: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return ``P Q^T - P_new Q_new^T`` as two factors, (layers, m, k) and (layers, n, k).
+
+    In float32 ``P diag(1 - alpha beta) Q^T`` is that to round-off, with k = r.  Half-precision
+    factors were rounded when they were scaled: there the difference is taken as it is, k = 2r.
+
+    Args:
+        P, P_new: (layers, m, r, ...), as PEFT stores them.
+        Q, Q_new: (layers, r, n, ...), likewise.
+        alpha_beta: (layers, r), alpha times beta.
+    """
+    P, P_new = P.flatten(2), P_new.flatten(2)
+    Q, Q_new = Q.flatten(2).mT, Q_new.flatten(2).mT
+    if P.dtype in _EXACT and Q.dtype == P.dtype:
+        share = (1 - alpha_beta).to(P.dtype).unsqueeze(-2)
+        zero = torch.zeros_like(share)
+        return torch.where(share == 0, zero, P * share), torch.where(share == 0, zero, Q)
+    left = torch.cat([P.float(), -P_new.float()], dim=-1)
+    right = torch.cat([Q.float(), Q_new.float()], dim=-1)
+    changed = (alpha_beta != 1).any(-1)[:, None, None]
+    zero = torch.zeros_like(left[:, :1, :1])
+    return torch.where(changed, left, zero), torch.where(changed, right, zero)
+
+
+def _increment_of_P(P: Tensor, P_new: Tensor, Q: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``(P - P_new) Q^T`` as two factors, (layers, m, r) and (layers, n, r).
+
+    Args:
+        P: (layers, m, r, ...), in a dtype that holds all factors exactly: that of the result.
+        P_new: (layers, m, r, ...), as PEFT stores it.
+        Q: (layers, r, n, ...), likewise.
+        kept: (layers, 1), which layers keep all they have: their factors are zero.
+    """
+    kept = kept.unsqueeze(-1)
+    left = (P.flatten(2) - P_new.flatten(2)).masked_fill_(kept, 0)
+    # Zero where it is looked at, and it says in which dtype: a process may hold no rows.
+    zero = left[:, :1, :1] if left.numel() else left.new_zeros((1, 1, 1))
+    return left, torch.where(kept, zero, Q.flatten(2).mT)
 
 
 def _factors(
@@ -134,13 +188,7 @@ def _factors(
 
 def _scaled(stacked: Tensor, powers: Powers, layers: slice, axis: int) -> Tensor:
     """Return the columns of (layers, *parameter shape) times their factors, rounded once."""
-    return times(stacked, _along(powers.first(stacked.dtype)[layers], stacked.ndim, axis))
-
-
-def _along(factor: Tensor, ndim: int, axis: int) -> Tensor:
-    shape = [1] * ndim
-    shape[0], shape[axis] = factor.shape
-    return factor.reshape(shape)
+    return times(stacked, along(powers.first(stacked.dtype)[layers], stacked.ndim, 0, axis))
 
 
 def _broken(totals: Sequence[Sequence[Tensor]], like: Tensor) -> Tensor:

@@ -1,31 +1,60 @@
 """The rules that scale P alone, so that an adapter remembers its last K steps: leak and age.
 
-Held by tests/scaling/test_memory.py.
+With ``P~ = P diag(alpha)``, ``alpha`` in (0, 1], and Q as it is, what an adapter has learned moves
+into the frozen weight at the pace at which new things are learned.  A column that is kept small can
+turn; one that has grown for long cannot (docs/mathematics.md, the memory of an adapter).
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from scalora import sharding
 from scalora.moments import Moments
-from scalora.moments.inner_states import factor_history, gradient_and_direction
+from scalora.moments.history import widened
 from scalora.options import RebasingOptions
 from scalora.peft_layers import LoRAPair
 from scalora.rebasing.batches import LayerBatch, at_once
 from scalora.rebasing.coordinates import Q_RANK_AXIS, Rebased, with_P_scaled
-from scalora.scaling.memory import bounded_age, leak
 from scalora.scaling.quadratic import solver_dtype
-from scalora.sharding.stacks import gradients, stack, widened
-from scalora.step_length.learned_steps import LearnedSteps
-from scalora.step_length.rates import host_rate
+from scalora.step_length.rates import LearnedSteps, Number, host_rate
+
+
+def leak(memory: float, steps: Number) -> Number:
+    """Return the alpha, in (0, 1], that forgets ``steps`` steps of a memory of ``memory``.
+
+    ``(1 - 1/K)^steps``: every step loses a share 1/K of P to the weight, whatever the size of P, of
+    its gradients and of the learning rate.
+
+    Args:
+        memory: K > 1.
+        steps: steps since the last re-basing, at the highest learning rate: one at half of it is
+            half a step.  A number, or a 0-d tensor.
+    """
+    return (1 - 1 / memory) ** steps
+
+
+def bounded_age(lengths: Tensor, step: Tensor, memory: float) -> Tensor:
+    """Return the alpha, in (0, 1], that leaves no column of P older than ``memory`` steps.
+
+    A column's age is the number of steps, all in one direction, that it is made of: its length over
+    that of one step.  ``alpha_j = min(1, K / age_j)``, (..., r): younger columns stay as they are.
+
+    Args:
+        lengths: (..., r), ``|p_j|``.
+        step: (...,), how far one step at the highest learning rate moves a column of P.
+        memory: K, in steps.
+    """
+    longest = memory * step.unsqueeze(-1)
+    older = (lengths > longest) & (longest > 0)
+    return torch.where(older, longest / lengths, torch.ones_like(lengths))
 
 
 class Forgetting:
-    """Moves what an adapter learned long ago into the weight (docs/mathematics.md, the memory).
+    """Moves what an adapter learned long ago into the weight.
 
     Args:
         options: the user's.
@@ -38,8 +67,11 @@ class Forgetting:
         self.moments = moments
         self.learned = learned
 
-    def step_key(self, pair: LoRAPair, group_P: int) -> Hashable:
-        """Return the steps that a layer has learned for: layers that agree share one alpha."""
+    def step_key(self, pair: LoRAPair, group_P: int) -> float | None:
+        """Return the steps that a layer has learned for: layers that agree share one alpha.
+
+        None if they are counted on a device.
+        """
         steps = self.learned.since(pair.name, group_P)
         return None if isinstance(steps, Tensor) else steps
 
@@ -56,9 +88,7 @@ class Forgetting:
             for batch in together:
                 (due if self._has_learned(batch) else others).append(batch)
             if due:
-                histories = [
-                    factor_history(optimizer, self.moments, batch.Q, Q_RANK_AXIS) for batch in due
-                ]
+                histories = [self.moments.history(optimizer, batch.Q, Q_RANK_AXIS) for batch in due]
                 for found in with_P_scaled(due, histories, self._alpha(due, optimizer)):
                     yield found
                     self._mark(found.batch)
@@ -76,9 +106,8 @@ class Forgetting:
         return steps is None or steps > 0
 
     def _steps(self, batch: LayerBatch) -> float | None:
-        """Return the steps of all layers of a batch since then; None if they are on a device."""
-        steps = self.learned.since(batch.pairs[0].name, batch.index_P)
-        return None if isinstance(steps, Tensor) else steps
+        """Return `step_key` of all layers of a batch."""
+        return self.step_key(batch.pairs[0], batch.index_P)
 
     def _alpha(self, batches: Sequence[LayerBatch], optimizer: torch.optim.Optimizer) -> Tensor:
         """Return (layers, r), or (layers, 1) where all columns have the same.
@@ -109,9 +138,9 @@ class Forgetting:
 
     def _bounded(self, batch: LayerBatch, optimizer: torch.optim.Optimizer) -> Tensor:
         """Return (layers, r), as `bounded_age` does."""
-        parameter, rows = stack(batch.P), sharding.rows_of(batch.P[0])
-        stacks = parameter, stack(gradients(batch.P))
-        _, moves = gradient_and_direction(optimizer, self.moments, batch.P, stacks, batch.group_P)
+        parameter, rows = sharding.stack(batch.P), sharding.rows_of(batch.P[0])
+        stacks = parameter, sharding.stack(sharding.gradients(batch.P))
+        _, moves = self.moments.gradient_and_direction(optimizer, batch.P, stacks, batch.group_P)
         P = widened(parameter).flatten(2)
         squares = torch.stack([P.square().sum(1), moves.flatten(2).square().sum(1)])
         columns, moved = rows.sum(squares.to(solver_dtype(P.device)))

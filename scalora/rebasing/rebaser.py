@@ -11,22 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scalora.carry import Carry
 from scalora.moments import Moments
 from scalora.options import RebasingOptions
 from scalora.peft_layers import LayerLookup, LoRAPair
-from scalora.rebasing.accumulators import (
-    Accumulator,
-    CarryAccumulator,
-    DenseAccumulator,
-    LayerMemory,
-    increment_columns,
-)
+from scalora.rebasing.accumulators import CarryAccumulator, DenseAccumulator
 from scalora.rebasing.batches import Batching
 from scalora.rebasing.forgetting import Forgetting
 from scalora.rebasing.optimal_step import OptimalStep
 from scalora.rebasing.sketch import FrozenSketches
-from scalora.step_length.learned_steps import LearnedSteps
+from scalora.step_length.rates import LearnedSteps
 
 
 class Rebaser:
@@ -41,7 +34,8 @@ class Rebaser:
         pairs: the layers.
         layers: finds their tensors.
         places: layer name -> "dense" or "carry".
-        memory: layer name -> what is kept of it from step to step.
+        lipschitz_lr: layer name -> the smoothness constant L times the learning rate, 0-d, matched
+            at the layer's first re-basing and held from then on; by rules that match it.
         learned: what each layer has learned since it was last re-based.
         frozen: sketches of what was frozen, for reports and logs alone.
     """
@@ -53,18 +47,15 @@ class Rebaser:
         self.places = {pair.name: place for pair, place in pairs.items()}
         self.options = options
         self.moments = moments
-        self.memory = {pair.name: LayerMemory(i) for i, pair in enumerate(self.pairs)}
+        self.lipschitz_lr: dict[str, Tensor] = {}
+        self._dense_accumulator = DenseAccumulator(options, self.pairs)
         self._carry_accumulator = CarryAccumulator(options)
-        self._accumulators: dict[str, Accumulator] = {
-            "dense": DenseAccumulator(options, self.memory),
-            "carry": self._carry_accumulator,
-        }
         self.learned = LearnedSteps()
         self._rule: Forgetting | OptimalStep
         if options.scales_P_alone:
             self._rule = Forgetting(options, moments, self.learned)
         else:
-            self._rule = OptimalStep(options, moments, self.memory)
+            self._rule = OptimalStep(options, moments, self.lipschitz_lr)
         self.frozen = FrozenSketches(pairs)
         self.layers = LayerLookup(self.pairs)
         self._batching = Batching(self.layers, self._key)
@@ -82,29 +73,29 @@ class Rebaser:
     def kept_tensors(self) -> list[Tensor]:
         """Return all that is kept between steps."""
         kept = [factor for _, *both in self._last for factor in both if factor is not None]
-        for carry in self._carries().values():
-            kept += [carry.up, carry.down, carry.cut]
-        for memory in self.memory.values():
-            kept += [t for t in (memory.lipschitz_lr, memory.residual) if t is not None]
-        return kept
+        for pair in self.pairs:
+            if (carry := pair.carry) is not None:
+                kept += [carry.up, carry.down, carry.cut]
+        return [*kept, *self.lipschitz_lr.values(), *self._dense_accumulator.residuals.values()]
 
     def forget(self) -> None:
         """Begin anew, as if nothing had been re-based."""
-        for memory in self.memory.values():
-            memory.lipschitz_lr = memory.residual = None
+        self.lipschitz_lr.clear()
+        self._dense_accumulator.residuals.clear()
         self.learned.load(None)
         self._last = []
+        self._batching.forget()
 
     def saved_layers(self) -> dict[str, dict[str, Any]]:
         """Return, for every layer name, what `load_layers` needs."""
-        carries = self._carries()
+        residuals = self._dense_accumulator.residuals
         return {
-            name: {
-                "product": memory.lipschitz_lr,
-                "residual": memory.residual,
-                "carry": carries[name].state() if name in carries else None,
+            pair.name: {
+                "product": self.lipschitz_lr.get(pair.name),
+                "residual": residuals.get(pair.name),
+                "carry": None if (carry := pair.carry) is None else carry.state(),
             }
-            for name, memory in self.memory.items()
+            for pair in self.pairs
         }
 
     def load_layers(
@@ -116,27 +107,24 @@ class Rebaser:
             layers: what `saved_layers` returned.
             rebased: names of the layers whose base weights have taken in increments.
         """
+        held = {"product": self.lipschitz_lr, "residual": self._dense_accumulator.residuals}
+        for kept in held.values():
+            kept.clear()
         for pair in self.pairs:
-            memory, saved, device = (
-                self.memory[pair.name],
-                layers[pair.name],
-                pair.P_parameter.device,
-            )
-            memory.lipschitz_lr = _copy_to(saved["product"], device)
-            memory.residual = _copy_to(saved["residual"], device)
+            saved, device = layers[pair.name], pair.P_parameter.device
+            for name, kept in held.items():
+                if saved[name] is not None:
+                    kept[pair.name] = saved[name].detach().clone().to(device)
             if pair.name in rebased:
                 pair.mark_rebased()
             self._load_carry(pair, saved.get("carry"))
+        self._batching.forget()  # a carry may have another dtype now
 
     def _load_carry(self, pair: LoRAPair, saved: dict[str, Tensor] | None) -> None:
         if saved is not None:
             self._carry_accumulator.carry_of(pair).load(saved)
         elif pair.carry is not None:
             pair.carry.clear()
-
-    def _carries(self) -> dict[str, Carry]:
-        found = {pair.name: pair.carry for pair in self.pairs}
-        return {name: carry for name, carry in found.items() if carry is not None}
 
     @torch.no_grad()
     def rebase(self, optimizer: torch.optim.Optimizer, count: int) -> None:
@@ -158,7 +146,6 @@ class Rebaser:
             for found in self._rule.rebased(batches, optimizer):
                 pairs = found.batch.pairs
                 accumulator = self._accumulator(pairs[0])
-                accumulator.make_room(pairs, self._columns(pairs[0]))
                 accumulator.commit(pairs, found.left, found.right, found.writes, count)
                 seen.append(self.frozen.project(pairs, found.left, found.right))
                 self._last.append(([pair.name for pair in pairs], found.alpha, found.beta))
@@ -167,19 +154,12 @@ class Rebaser:
 
     def _takes(self, pair: LoRAPair) -> bool:
         """Return whether the layer is still re-based: a carry that is held may be full."""
-        accumulator = self._accumulator(pair)
-        return accumulator.takes(pair, self._columns(pair))
+        return self.places[pair.name] == "dense" or self._carry_accumulator.has_room(pair)
 
-    def _columns(self, pair: LoRAPair) -> int:
-        return increment_columns(pair, P_alone=self.options.scales_P_alone)
-
-    def _accumulator(self, pair: LoRAPair) -> Accumulator:
-        return self._accumulators[self.places[pair.name]]
+    def _accumulator(self, pair: LoRAPair) -> DenseAccumulator | CarryAccumulator:
+        is_dense = self.places[pair.name] == "dense"
+        return self._dense_accumulator if is_dense else self._carry_accumulator
 
     def _key(self, pair: LoRAPair) -> Hashable:
         """Return what must agree for layers to be served by one call of an accumulator."""
         return self.places[pair.name], self._accumulator(pair).key(pair)
-
-
-def _copy_to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.detach().clone().to(device)

@@ -5,10 +5,12 @@ Held by tests/rebasing/test_sketch.py and tests/rebasing/test_carry_training.py.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from math import hypot, inf, nan
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -17,13 +19,22 @@ from torch import Tensor
 
 from scalora import sharding
 from scalora.carry import Carry
-from scalora.moments.inner_states import stacked_states
+from scalora.moments.history import widened
 from scalora.peft_layers import LoRAPair
+from scalora.plotting import LayerNumbers, layers_figure, write_figure
 from scalora.rebasing.batches import thin_factors
 from scalora.rebasing.rebaser import Rebaser
-from scalora.rebasing.sketch import FrozenSketches
-from scalora.sharding.stacks import widened
+from scalora.rebasing.sketch import SKETCH_SIZE, FrozenSketches
 from scalora.step_length.rates import host_rate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+_RANK_SO_FAR = (
+    "rank so far: effective rank of the whole change; a lower bound, from sketches of "
+    f"{SKETCH_SIZE} x {SKETCH_SIZE}"
+)
 
 
 @dataclass(frozen=True)
@@ -41,8 +52,8 @@ class LayerReport:
         bytes: of the carry; of a sharded layer's, of what this process keeps.
         frozen_columns: columns frozen so far, r per re-basing; NaN after resuming from a state
             that does not say.
-        effective_rank: of the whole change so far (`SketchedChange.effective_rank`); NaN for
-            sharded layers.
+        effective_rank: of the whole change so far, or less: right where it is small, and never
+            above 64 (`SketchedChange.effective_rank`); NaN for sharded layers.
         frozen_norm: Frobenius norm of the sum of all that was frozen, from its sketch, within about
             a tenth; NaN likewise.
         trainable_norm: likewise, of the adapter's product as it is.
@@ -100,10 +111,7 @@ class RebasingReport:
         return max((row.cut for row in self.rows), default=0.0)
 
     def __str__(self) -> str:
-        title = f"Re-based {_times(self.rebase_count)}"
-        if self.next_rebasing is not None:
-            title += f", next in {_steps(self.next_rebasing)}"
-        table = Table("layer", "accumulator", title=title)
+        table = Table("layer", "accumulator", title=self._title, caption=_RANK_SO_FAR)
         names = ["r", "frozen columns", "rank so far", "frozen norm", "trainable norm", "age"]
         carried = any(row.accumulator == "carry" for row in self.rows)
         for name in [*names, *(["carry", "room", "energy cut", "KiB"] if carried else [])]:
@@ -127,11 +135,47 @@ class RebasingReport:
         console.print(table)
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
+    @property
+    def _title(self) -> str:
+        title = f"Re-based {_times(self.rebase_count)}"
+        if self.next_rebasing is not None:
+            title += f", next in {_steps(self.next_rebasing)}"
+        return title
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
+        """Return a figure of every layer: its rank so far, and its sizes trainable and frozen.
+
+        Left, the effective rank of the whole change stands against the adapter's r, where LoRA
+        ends.  It is a lower bound, as in the rows.  Right are the Frobenius norms of what is
+        trainable and of the sum of all that was frozen.
+
+        Args:
+            path: a file to write the figure to as well; its suffix names the format (.png, .svg,
+                .pdf).
+
+        Returns:
+            A figure of matplotlib's, which ``savefig`` writes and a notebook shows.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: nothing is known of any layer, as of a sharded model; or a path of no known
+                format.
+        """
+        layers = [
+            LayerNumbers(
+                row.layer, row.rank, row.effective_rank, row.frozen_norm, row.trainable_norm
+            )
+            for row in self
+        ]
+        figure = layers_figure(layers, self._title)
+        if path is not None:
+            write_figure(figure, path)
+        return figure
+
 
 @torch.no_grad()
 def rebasing_report(
     rebaser: Rebaser,
-    frozen: FrozenSketches,
     optimizer: torch.optim.Optimizer,
     step_factor: Tensor | None,
     rebase_count: int,
@@ -141,12 +185,12 @@ def rebasing_report(
 
     Args:
         rebaser: of the layers.
-        frozen: what it froze.
         optimizer: the inner one.
         step_factor: length of a step over the inner optimizer's, (); None for 1.
         rebase_count, next_rebasing: of the `RebasingReport`.
     """
     rows = []
+    frozen = rebaser.frozen
     changes = frozen.changes()
     factor = 1.0 if step_factor is None else float(step_factor)
     for pair in rebaser.pairs:
@@ -200,7 +244,7 @@ def _age(pair: LoRAPair, rebaser: Rebaser, optimizer: torch.optim.Optimizer) -> 
     group = groups[index]
     # Without gradients, as after `zero_grad`: the direction that the moments alone give.
     grad = widened(torch.zeros_like(P) if P.grad is None else P.grad)
-    state = stacked_states(optimizer, moments, [P])
+    state = moments.stacked_states(optimizer, [P])
     direction = moments.direction(widened(P.detach())[None], grad[None], state, group)[0]
     peak = float(rebaser.learned.peak(index, host_rate(group["lr"])))
     columns = widened(P.detach()).flatten(1).norm(dim=0)

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from scalora import peft_layers
-from scalora.guards.engines import check_engine
+from scalora.guards.layers import check_engine
 from scalora.options import RebasingOptions
 from scalora.peft_layers import LoRAPair
-from scalora.rebasing.accumulators import increment_columns
+from scalora.rebasing.coordinates import increment_columns
 from scalora.warning import warn
 
 

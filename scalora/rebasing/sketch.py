@@ -20,7 +20,6 @@ from torch import Tensor
 from scalora import sharding
 from scalora.peft_layers import LoRAPair
 from scalora.rebasing.batches import thin_factors
-from scalora.sharding.stacks import to_device
 
 SKETCH_SIZE = 64  # k
 _ROUND_OFF = 1e-6  # of the largest singular value
@@ -222,8 +221,16 @@ class FrozenSketches:
                 generator = torch.Generator("cpu").manual_seed(2 * dimension + side)
                 made = torch.randn(SKETCH_SIZE, dimension, generator=generator, **like)
                 made /= SKETCH_SIZE**0.5
-            self._projections[key] = to_device(scale * made, device)
+            self._projections[key] = _to_device(scale * made, device)
         return self._projections[key]
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a host tensor on a device, without waiting for the device."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    pinned = torch.empty_like(tensor, pin_memory=True).copy_(tensor)
+    return pinned.to(device, non_blocking=True)
 
 
 def _plain(pairs: Iterable[LoRAPair]) -> list[LoRAPair]:

@@ -18,13 +18,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from scalora.resuming.same_run import check_version
+STATE_VERSION = 5
+"""Format of ``optimizer.state_dict()["scalora"]`` and of ``scalora.safetensors``."""
 
 _KEYS = (
     *("version", "steps", "rebase_count", "ranks", "shapes", "places", "base", "adapter"),
     *("learned", "step_length"),
 )
 _CARRY = ("up", "down", "cut", "capacity")
+
+
+def check_version(found: Any) -> None:
+    """Raise a ValueError if a state is in the format of another version of this package."""
+    if found != STATE_VERSION:
+        raise ValueError(
+            f"the checkpoint was written by another version of scalora (its format is {found!r}, "
+            f"this one's {STATE_VERSION}): resume or export it with the version that wrote it. "
+            "Nothing was loaded."
+        )
 
 
 def flattened(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,5 +1,7 @@
 """How far a run has come: what a resumed one takes up besides weights and the inner optimizer.
 
+And what the two must agree on.
+
 Held by tests/resuming/test_training_state.py.
 """
 
@@ -12,10 +14,10 @@ import torch
 from torch import Tensor
 
 from scalora import peft_layers
-from scalora.guards.stale_layers import ExpectedWeights
+from scalora.guards.layers import ExpectedWeights
 from scalora.options import RebasingOptions
 from scalora.rebasing.rebaser import Rebaser
-from scalora.resuming.same_run import STATE_VERSION, check_same_run
+from scalora.resuming.encoding import STATE_VERSION, check_version
 from scalora.step_length.calibration import StepCalibration
 
 
@@ -28,7 +30,6 @@ class RunState:
 
     Attributes:
         calibration: of the length of a step.
-        frozen: sketches of what was frozen, for reports and logs alone.
         steps: done so far.
         rebase_count: re-basings so far; one step is one at most.
         expected: the weights that a loaded state was saved with.
@@ -38,7 +39,6 @@ class RunState:
         self.options = options
         self.rebaser = rebaser
         self.calibration = StepCalibration(options.calibration_steps)
-        self.frozen = rebaser.frozen
         self.steps = self.rebase_count = 0
         self.expected = ExpectedWeights()
 
@@ -54,7 +54,10 @@ class RunState:
         return interval - self.steps % interval if self.rebaser.pairs else None
 
     def kind(self) -> dict[str, Any]:
-        """Return what must agree for one run to continue another (`check_same_run`)."""
+        """Return what must agree for one run to continue another.
+
+        ``ranks``, ``shapes`` and ``places`` map layer names, the rest are single values.
+        """
         pairs = self.rebaser.pairs
         return {
             "version": STATE_VERSION,
@@ -67,6 +70,28 @@ class RunState:
             "shapes": {pair.name: list(pair.shape) for pair in pairs},
             "places": self.rebaser.places,
         }
+
+    def check_same_run(self, saved: Mapping[str, Any]) -> None:
+        """Raise a ValueError that says what differs if this run cannot continue a saved one.
+
+        Args:
+            saved: what `saved` or `kind` returned.
+        """
+        check_version(saved.get("version"))
+        for name, value in self.kind().items():
+            found = saved.get(name)
+            if found == value:
+                continue
+            if name == "ranks":
+                raise ValueError(_other_layers(found or {}, value))
+            if name == "shapes":
+                raise ValueError(_other_shapes(found or {}, value))
+            if name == "places":
+                raise ValueError(_other_place(found or {}, value))
+            raise ValueError(
+                f"the checkpoint was written with {name}={found!r}, this optimizer has "
+                f"{name}={value!r}. Create it with the same {name} to resume. Nothing was loaded."
+            )
 
     def saved(self) -> dict[str, Any]:
         """Return numbers and small tensors, of all processes together."""
@@ -83,7 +108,7 @@ class RunState:
             "layers": self.rebaser.saved_layers(),
             "learned": self.rebaser.learned.saved(),
             "step_length": self.calibration.saved(self._factors()),
-            "frozen": self.frozen.state(),
+            "frozen": self.rebaser.frozen.state(),
         }
 
     def load(self, own: Mapping[str, Any]) -> None:
@@ -92,12 +117,12 @@ class RunState:
         Raises:
             ValueError: this run cannot continue that one; nothing is loaded then.
         """
-        check_same_run(own, self.kind())
+        self.check_same_run(own)
         self.steps, self.rebase_count = own["steps"], own["rebase_count"]
         self.expected.expect(own)
         self.rebaser.load_layers(own["layers"], rebased=own["base"])
         self.rebaser.learned.load(own["learned"])
-        self.frozen.load(own.get("frozen"), self.rebase_count)
+        self.rebaser.frozen.load(own.get("frozen"), self.rebase_count)
         self._load_calibration(own["step_length"])
 
     def forget(self) -> None:
@@ -105,7 +130,7 @@ class RunState:
         self.steps = self.rebase_count = 0
         self.expected.expect(None)
         self.rebaser.forget()
-        self.frozen.load(None)
+        self.rebaser.frozen.load(None)
         self._load_calibration(None)
 
     def _factors(self) -> list[Tensor]:
@@ -116,3 +141,29 @@ class RunState:
         factors = self._factors()
         device = factors[0].device if factors else torch.device("cpu")
         self.calibration.load(state, device, factors)
+
+
+def _other_layers(saved: Mapping[str, int], ranks: Mapping[str, int]) -> str:
+    differing = sorted(k for k in {*saved, *ranks} if saved.get(k) != ranks.get(k))
+    return (
+        f"the checkpoint's LoRA layers are not this model's: {len(differing)} differ in presence "
+        f"or rank, for example {differing[0]!r} (checkpoint: rank {saved.get(differing[0])}, "
+        f"model: rank {ranks.get(differing[0])}). Nothing was loaded."
+    )
+
+
+def _other_shapes(saved: Mapping[str, Any], shapes: Mapping[str, Any]) -> str:
+    layer = next(name for name, shape in shapes.items() if saved.get(name) != shape)
+    return (
+        f"the checkpoint belongs to another model: the weight of {layer!r} is "
+        f"{tuple(saved.get(layer, ()))} there and {tuple(shapes[layer])} here. Nothing was loaded."
+    )
+
+
+def _other_place(saved: Mapping[str, str], places: Mapping[str, str]) -> str:
+    layer = next(name for name, place in places.items() if saved.get(name) != place)
+    return (
+        f"the checkpoint keeps the increments of {layer!r} in its accumulator "
+        f"{saved.get(layer)!r}, this optimizer in {places[layer]!r}: create it with the same "
+        "accumulator, over the same kind of base. Nothing was loaded."
+    )

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from scalora import peft_layers, sharding
 from scalora.arguments import check_model
+from scalora.autocast import without_autocast
 from scalora.carry import compress
 from scalora.files import folder_written_whole, write_tensors
-from scalora.guards.factor_watch import check_factors
+from scalora.guards.watches import check_factors
 from scalora.peft_layers import LoRAPair
 from scalora.saving.pretrained import Base, base_has_moved, has_one_change, weight_changes
 
@@ -27,6 +28,7 @@ Factors = tuple[Tensor, Tensor, float]
 
 
 @torch.no_grad()
+@without_autocast()
 def save_adapter(
     model: nn.Module,
     path: str | PathLike[str],

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from scalora import peft_layers, sharding, transformers_models
 from scalora.arguments import check_model
+from scalora.autocast import without_autocast
 from scalora.files import folder_written_whole
-from scalora.guards.factor_watch import check_factors
+from scalora.guards.watches import check_factors
 from scalora.saving.adapter import factors_beside, save_adapter, write_factors
 from scalora.saving.pretrained import Base, pretrained_weights
 
@@ -25,6 +26,7 @@ MODEL_CONFIG = "config.json"
 _MODEL_FILES = ("model.safetensors*", "model-*-of-*.safetensors")
 
 
+@without_autocast()
 def save_merged(model: nn.Module, path: str | PathLike[str], base: Base | None = None) -> None:
     """Write the model as a plain transformers checkpoint, the adapter merged into its weights.
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from scalora import peft_layers
 from scalora.arguments import check_model
+from scalora.autocast import without_autocast
 from scalora.plotting import spectra_figure, write_figure
 from scalora.saving.pretrained import Base, weight_changes
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
+@without_autocast()
 def delta_spectrum(
     model: nn.Module, base: Base | None = None, *, adapter_name: str | None = None
 ) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from scalora.autocast import without_autocast
 from scalora.scaling.quadratic import quadratic_model
 from scalora.scaling.rules import SOLVERS, LearningRate, column_scaling
 
@@ -17,6 +18,7 @@ DEFAULT_BOUND = 1e3
 
 
 @torch.no_grad()
+@without_autocast()
 def optimal_scaling(
     P: Tensor,
     Q: Tensor,

@@ -1,9 +1,9 @@
-"""Rows of a matrix that one or several processes hold; stacks of many layers' tensors."""
+"""Rows of a matrix that one or several processes hold."""
 
-from scalora.sharding.dtensors import (
-    SharedRows,
+from scalora.sharding.rows import (
     class_under_sharding,
     everywhere,
+    gradients,
     is_sharded,
     is_sharded_alone,
     layout,
@@ -14,14 +14,15 @@ from scalora.sharding.dtensors import (
     require_whole,
     rows_of,
     sharded_modules,
+    stack,
     why_layout_unsupported,
     why_sharding_unsupported,
 )
 
 __all__ = [
-    "SharedRows",
     "class_under_sharding",
     "everywhere",
+    "gradients",
     "is_sharded",
     "is_sharded_alone",
     "layout",
@@ -32,6 +33,7 @@ __all__ = [
     "require_whole",
     "rows_of",
     "sharded_modules",
+    "stack",
     "why_layout_unsupported",
     "why_sharding_unsupported",
 ]

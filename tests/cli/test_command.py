@@ -75,3 +75,16 @@ def test_public_names_are_there_before_they_are_imported() -> None:
         assert getattr(scalora, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         scalora.nothing  # noqa: B018
+
+
+ROOMS = """
+import sys
+import miub, scalora
+assert scalora.warning.warn is sys.modules["scalora.warning"].warn
+assert miub.report.rows and not hasattr(miub, "mask") and not hasattr(scalora, "warnings")
+assert not hasattr(scalora, "__main__")  # which would run the command
+"""
+
+
+def test_rooms_are_attributes_of_a_package_that_imported_none_of_them() -> None:
+    subprocess.run([sys.executable, "-c", ROOMS], check=True, timeout=120)

@@ -352,6 +352,15 @@ def test_independent_samples_share_about_nothing(estimator):
 
 
 @pytest.mark.parametrize("estimator", [*(ESTIMATORS[name] for name in EVERY), ranked])
+def test_autocast_changes_nothing(estimator):
+    u, v = pair(128, 6, 3, dtype=torch.float32)
+    found = estimator(u, v, noise=0.01)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again = estimator(u, v, noise=0.01)
+    assert torch.equal(again.value, found.value) and torch.equal(again.stderr, found.stderr)
+
+
+@pytest.mark.parametrize("estimator", [*(ESTIMATORS[name] for name in EVERY), ranked])
 def test_batches_are_the_loop_over_them(estimator):
     u, v = normal(0, 2, 3, 40, 5), normal(1, 2, 3, 40, 2)
     v = v + u[..., :2]

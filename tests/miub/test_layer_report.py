@@ -370,8 +370,8 @@ def test_picture_needs_no_pyplot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_picture_without_matplotlib_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install scalora\[plot\]"):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r'pip install "scalora\[plot\]"'):
         _training().plot(tmp_path / "miub.png")
     assert not list(tmp_path.iterdir())
 

@@ -37,9 +37,10 @@ class Listener(TrainerCallback):
         self.logs.append(dict(logs))
 
 
-def make_trainer(folder, callbacks, **arguments):
+def make_trainer(folder, callbacks, ranks=None, **arguments):
     torch.manual_seed(0)
-    model = with_lora(bert(), target_modules=["query", "dense"], task_type="SEQ_CLS")
+    config = dict(target_modules=["query", "dense"], task_type="SEQ_CLS", rank_pattern=ranks or {})
+    model = with_lora(bert(), **config)
     defaults = dict(
         max_steps=8,
         per_device_train_batch_size=8,
@@ -61,19 +62,43 @@ def test_the_trainers_own_logs_carry_the_values_also_to_callbacks_that_come_firs
     callback, listener = MIUBCallback(every=4, tokens=32), Listener()
     trainer = make_trainer(tmp_path, [listener, callback])
     trainer.train()
-    logged = [logs for logs in listener.logs if "miub/mean" in logs]
+    logged = [logs for logs in listener.logs if "miub/mean/3_coordinates" in logs]
     report = callback.report()
     assert [row.step for row in next(iter(report.history.values()))] == [4, 8]
     assert len(logged) == 2
-    assert logged[-1]["miub/mean"] == report.mean
-    assert logged[-1]["miub/mean_per_coordinate"] == report.mean_per_coordinate
-    assert logged[-1]["miub/coordinates"] == 3
-    assert logged[-1]["miub/layers_with_folded_base"] == 0
+    last = trainer.state.log_history[-2]  # the last one is of the whole run
+    assert logged[-1]["miub/mean/3_coordinates"] == last["miub/mean"] == report.mean
+    assert last["miub/mean_per_coordinate"] == report.mean_per_coordinate
+    for entry in (logged[-1], last):
+        assert entry["miub/coordinates"] == 3
+        assert entry["miub/layers_with_folded_base"] == 0
     for row in report:
-        assert logged[-1][f"miub/{row.layer}"] == row.value > 0
+        assert last[f"miub/{row.layer}"] == row.value > 0
+        assert logged[-1][f"miub/{row.layer}/3_coordinates"] == row.value
     history = [entry for entry in trainer.state.log_history if "miub/mean" in entry]
     assert [entry["step"] for entry in history] == [4, 8]
     assert "loss" in history[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*16 are needed")
+def test_values_at_different_numbers_of_coordinates_are_never_one_curve(tmp_path):
+    curves = []
+    for ranks in ({}, {"query": 5}, {"query": 5, "dense": 7}):
+        callback, listener = MIUBCallback(every=2, tokens=32), Listener()
+        make_trainer(tmp_path, [listener, callback], ranks, max_steps=2).train()
+        [logs] = [logs for logs in listener.logs if "miub/coordinates" in logs]
+        names = {name for name in logs if name.startswith("miub/")}
+        curves.append(names - {"miub/coordinates", "miub/layers_with_folded_base"})
+        report = callback.report()
+        for number, total in report.by_coordinates().items():
+            alike = [row.value for row in report if row.coordinates == number]
+            assert logs[f"miub/mean/{number}_coordinates"] == total.mean
+            assert total.mean == pytest.approx(sum(alike) / len(alike))
+    three, three_or_five, five_or_seven = curves
+    assert not three & five_or_seven
+    query = "miub/bert.encoder.layer.0.attention.self.query"
+    assert f"{query}/3_coordinates" in three - three_or_five
+    assert f"{query}/5_coordinates" in three_or_five & five_or_seven
 
 
 @pytest.mark.filterwarnings("ignore:.*16 are needed")

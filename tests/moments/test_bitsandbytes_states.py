@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from scalora.moments import Moments, moments_of
 from scalora.moments.blockwise import decode
 from scalora.moments.history import Powers
-from scalora.moments.inner_states import factor_history, stacked_states
 from scalora.moments.table import _TABLE
 
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
@@ -48,7 +47,7 @@ def move(
     optimizer: torch.optim.Optimizer, parameters: list[Tensor], factor: Tensor, axis: int
 ) -> None:
     """Carry the state across, as a re-basing writes it."""
-    history = factor_history(optimizer, moments_of(optimizer), parameters, axis)
+    history = moments_of(optimizer).history(optimizer, parameters, axis)
     for moved in history.moved(Powers(factor), slice(len(parameters))):
         for targets, old, new in moved.writes():
             assert old.dtype == new.dtype == targets[0].dtype
@@ -212,7 +211,7 @@ def check_direction(optimizer: torch.optim.Optimizer, shape: tuple[int, int]) ->
     for t in range(9):
         p.data.zero_()  # so that the step is not rounded on its way into the parameter
         p.grad = torch.randn(shape) * 2.0**-t
-        state = stacked_states(optimizer, moments, [p])
+        state = moments.stacked_states(optimizer, [p])
         assert state.get("step", torch.zeros(())).item() == t
         state = {key: value.double() for key, value in state.items()}
         predicted = moments.direction(p.double()[None], p.grad.double()[None], state, group)
@@ -227,7 +226,7 @@ def test_states_are_read_decoded_by_torchs_names(name: str) -> None:
     optimizer = held_still(name, shape, shape)
     feed(optimizer, [history(*shape), history(*shape)])
     parameters, moments = optimizer.param_groups[0]["params"], moments_of(optimizer)
-    found = stacked_states(optimizer, moments, parameters)
+    found = moments.stacked_states(optimizer, parameters)
     assert found.keys() == moments.degrees.keys() | {"step"}
     for key, value in found.items():
         assert value.dtype == torch.float32
@@ -285,7 +284,7 @@ def test_codes_under_a_users_own_entry_are_refused_not_scaled_as_numbers(
     optimizer = Mine([p])
     feed(optimizer, [history(700, 6)])
     with pytest.raises(TypeError, match=r"Mine's state 'state1' is torch\.uint8"):
-        factor_history(optimizer, moments_of(optimizer), [p], P_AXIS)
+        moments_of(optimizer).history(optimizer, [p], P_AXIS)
 
 
 # On a GPU: kernels that see flat memory
@@ -322,7 +321,7 @@ def test_gpu_states_of_channels_last_parameters_are_read_as_the_kernels_write(na
     found = []
     for parameter in (p, plain):
         move(optimizer, [parameter], factor, Q_AXIS)
-        found.append(stacked_states(optimizer, moments_of(optimizer), [parameter]))
+        found.append(moments_of(optimizer).stacked_states(optimizer, [parameter]))
     for key, value in found[1].items():
         torch.testing.assert_close(found[0][key], value, rtol=0, atol=0)
 
@@ -334,6 +333,4 @@ def test_gpu_ademamix8bit_is_refused_where_its_scales_overlap() -> None:
     (p,) = optimizer.param_groups[0]["params"]
     factor = torch.ones(1, 8, device="cuda", dtype=torch.float64)
     with pytest.raises(TypeError, match=r"overwrite each other's scale .*4104.*min_8bit_size"):
-        factor_history(optimizer, moments_of(optimizer), [p], P_AXIS).moved(
-            Powers(factor), slice(1)
-        )
+        moments_of(optimizer).history(optimizer, [p], P_AXIS).moved(Powers(factor), slice(1))

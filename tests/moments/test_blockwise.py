@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from scalora.moments import transfer
 from scalora.moments.blockwise import BLOCK, decode, encode, transfer_codes
+from scalora.moments.history import transfer
 
 SHAPES = [(600, 3), (128, 2), (3, 256), (1, 1), (5, 2, 3, 3), (2, 300), (257, 1)]
 ROUND_OFF = 4 * 2.0**-24  # of a value in float32, a few operations deep

@@ -15,7 +15,8 @@ from reference import OPTIMIZERS, OptimizerCase
 from torch import Tensor, nn
 
 import scalora
-from scalora.moments import Moments, moments_of, register_moments, transfer, transfer_reduced
+from scalora.moments import Moments, moments_of, register_moments
+from scalora.moments.history import transfer, transfer_reduced
 from scalora.moments.table import _TABLE
 
 M, N, R = 6, 5, 3

@@ -283,7 +283,7 @@ def test_half_precision_base_takes_the_change_to_a_unit_in_the_last_place(
         stored = lora.get_base_layer().weight.detach().flatten(1).double()
         if (
             rounding == "compensated"
-            and (residual := internals.rebaser(optimizer).memory[layer].residual) is not None
+            and (residual := internals.residual(optimizer, layer)) is not None
         ):
             stored = stored + residual
         transposed = layer == "tokens" or lora.__dict__.get("fan_in_fan_out", False)

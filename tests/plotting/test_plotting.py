@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -9,7 +10,14 @@ import matplotlib
 import pytest
 from matplotlib.figure import Figure
 
-from scalora.plotting import encoded, new_figure, spectra_figure, write_figure
+from scalora.plotting import (
+    LayerNumbers,
+    encoded,
+    layers_figure,
+    new_figure,
+    spectra_figure,
+    write_figure,
+)
 from scalora.plotting.figures import style
 from scalora.plotting.spectra import energy_beyond, mean_of_spectra
 
@@ -83,3 +91,38 @@ def test_mean_spectrum_counts_an_ended_one_as_zero() -> None:
 def test_spectra_without_any_change_are_refused() -> None:
     with pytest.raises(ValueError, match="no layer has changed"):
         spectra_figure({"first": [0.0, 0.0]}, {1})
+
+
+def test_layers_have_their_rank_beside_loras_and_two_sizes() -> None:
+    layers = [
+        LayerNumbers("blocks.0.q", 2, 5.5, 3.0, 1.0),
+        LayerNumbers("blocks.0.v", 4, 4.5, 2.0, 0.5),
+    ]
+    ranks, sizes = layers_figure(layers, "Re-based once").axes
+    points = {line.get_label(): line.get_xydata().tolist() for line in ranks.lines}
+    assert points == {
+        "LoRA's r": [[2, 0], [4, 1]],
+        "rank so far, at least": [[5.5, 0], [4.5, 1]],
+    }
+    widths = {bars.get_label(): [bar.get_width() for bar in bars] for bars in sizes.containers}
+    assert widths == {"trainable": [1.0, 0.5], "frozen so far": [3.0, 2.0]}
+    assert [label.get_text() for label in ranks.get_yticklabels()] == ["q", "v"]
+    low, high = ranks.get_ylim()
+    assert low > high  # the first layer is above
+
+
+def test_many_layers_fit_a_page_and_some_are_named() -> None:
+    layers = [LayerNumbers(f"model.layers.{i}.q_proj", 8, 9.0, 1.0, 1.0) for i in range(500)]
+    figure = layers_figure(layers, "")
+    assert figure.get_figheight() < 13
+    named = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert 25 < len(named) < 60 and named[0] == "0.q_proj"
+
+
+def test_layer_of_which_nothing_is_known_has_a_line_and_no_points(tmp_path: Path) -> None:
+    unknown = LayerNumbers("sharded", 2, math.nan, math.nan, math.nan)
+    write_figure(
+        layers_figure([LayerNumbers("a", 2, 3.0, 1.0, 1.0), unknown], ""), tmp_path / "a.svg"
+    )
+    with pytest.raises(ValueError, match="sharded model"):
+        layers_figure([unknown], "")

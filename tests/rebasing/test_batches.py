@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import internals
 import models
 import pytest
 import torch
+import training
 from torch import nn
 
 from scalora.peft_layers import LayerLookup, LoRAPair, lora_pairs
@@ -140,3 +142,21 @@ def test_large_batches_are_moved_one_after_the_other(monkeypatch: pytest.MonkeyP
     assert places(batches) == [slice(0, 2), slice(2, 3)]
     monkeypatch.setattr(module, "_ELEMENTS_AT_ONCE", 1)
     assert [names(part) for part in at_once(batches)] == [[["a", "c"]], [["b"]]]
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+def test_loaded_state_is_looked_at_anew(forgets: bool) -> None:
+    """A carry may come back in another dtype, and then is no batch with the others."""
+    torch.manual_seed(0)
+    model = models.with_lora(Equal(), target_modules=["a", "b", "c"])
+    optimizer = training.optimizer_of(model, rule="auto", interval=2, accumulator="carry")
+    models.train(model, optimizer, models.vectors(4, 6), 4)
+    rebaser = internals.rebaser(optimizer)
+    assert names(rebaser._batching.of_step(optimizer.inner)) == [["a", "b", "c"]]
+    state = optimizer.rebasing_state()
+    carry = state["layers"]["b"]["carry"]
+    carry |= {name: carry[name].double() for name in ("up", "down", "cut")}
+    if forgets:
+        rebaser.forget()
+    optimizer.load_rebasing_state(state)
+    assert names(rebaser._batching.of_step(optimizer.inner)) == [["a", "c"], ["b"]]

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 import scalora
 from scalora.moments import moments_of
-from scalora.moments.inner_states import stacked_states
 from scalora.peft_layers import LayerLookup, lora_pairs
 from scalora.rebasing.batches import Batching, LayerBatch
 
@@ -109,7 +108,7 @@ def test_a_rebasing_carries_every_state_with_the_other_factors_scaling(
     optimizer.zero_grad()
     backward(model, 3)
     moments = moments_of(optimizer.inner)
-    old = {p: stacked_states(optimizer.inner, moments, [p]) for p in models.trainable(model)}
+    old = {p: moments.stacked_states(optimizer.inner, [p]) for p in models.trainable(model)}
     internals.rebase(optimizer)
     for pair in optimizer.rebased_pairs:
         alpha, beta = optimizer.last_scaling[pair.name]
@@ -118,7 +117,7 @@ def test_a_rebasing_carries_every_state_with_the_other_factors_scaling(
             (pair.P_parameter, beta, P_AXIS - 1),
             (pair.Q_parameter, alpha, Q_AXIS - 1),
         ):
-            new = stacked_states(optimizer.inner, moments, [p])
+            new = moments.stacked_states(optimizer.inner, [p])
             for key, degree in moments.degrees.items():
                 wanted = reference.transferred(old[p][key][0].numpy(), factor.numpy(), degree, axis)
                 # The widest gap of a map is 0.0141: half of it, of the largest element.
@@ -142,7 +141,7 @@ def test_layers_at_different_steps_are_no_batch() -> None:
     batches = batches_of(optimizer)
     assert [[pair.name for pair in batch.pairs] for batch in batches] == [["0"], ["2"]]
     steps = [
-        stacked_states(optimizer.inner, moments_of(optimizer.inner), batch.P)["step"].item()
+        moments_of(optimizer.inner).stacked_states(optimizer.inner, batch.P)["step"].item()
         for batch in batches
     ]
     assert steps == [3, 2]
@@ -248,7 +247,7 @@ def rebased(model: nn.Module, optimizer: scalora.ScaLoRA) -> dict[str, dict[str,
     moments = moments_of(optimizer.inner)
     return {
         f"{pair.name} {factor}": {
-            key: value.cpu() for key, value in stacked_states(optimizer.inner, moments, [p]).items()
+            key: value.cpu() for key, value in moments.stacked_states(optimizer.inner, [p]).items()
         }
         for pair in optimizer.rebased_pairs
         for factor, p in (("P", pair.P_parameter), ("Q", pair.Q_parameter))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import models
@@ -186,3 +187,25 @@ def test_table_shows_carries_only_where_there_are_some() -> None:
         table = str(optimizer.report())
         assert "Re-based once, next in 1 step" in table
         assert ("energy cut" in table) is shown
+
+
+def test_report_is_drawn_as_the_numbers_of_its_rows(tmp_path: Path) -> None:
+    model, optimizer = make("dense")
+    models.train(model, optimizer, INPUTS, 5)
+    report = optimizer.report()
+    ranks, sizes = report.plot(tmp_path / "report.svg").axes
+    assert (tmp_path / "report.svg").stat().st_size > 1000
+    found = [line.get_xdata().tolist() for line in ranks.lines]
+    assert found == [[row.rank for row in report], [row.effective_rank for row in report]]
+    widths = [[bar.get_width() for bar in bars] for bars in sizes.containers]
+    assert widths == [
+        [row.trainable_norm for row in report],
+        [row.frozen_norm for row in report],
+    ]
+    with pytest.raises(ValueError, match="names no format"):
+        report.plot(tmp_path / "report")
+
+
+def test_table_says_that_the_rank_is_a_lower_bound() -> None:
+    _, optimizer = make("dense")
+    assert "a lower bound, from sketches of 64 x 64" in str(optimizer.report())

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerated_runs import STACKS, accelerated_run, script, script_run
 from processes import run_processes
 from sharded_runs import Run, plain_run
@@ -75,6 +78,32 @@ def test_gpu_launched_with_the_plugin_trains_as_without() -> None:
     sharded, plain = launched("--use_fsdp", "--fsdp_version", "2"), launched()
     assert sharded[:2] == pytest.approx(plain[:2], rel=1e-2)
     assert sharded[2] < 1e-3
+
+
+@pytest.fixture
+def launcher_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Set what `accelerate launch --use_fsdp --fsdp_version 2` does, for a new state alone."""
+    _forget_accelerate()
+    for name, value in {"USE_FSDP": "true", "MIXED_PRECISION": "no", "USE_CPU": "true"}.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    yield
+    _forget_accelerate()
+
+
+def _forget_accelerate() -> None:
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.mark.usefixtures("launcher_environment")
+def test_script_trains_nothing_where_accelerate_does_not_shard(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["accelerate_fsdp.py", "--steps", "40"])
+    monkeypatch.syspath_prepend(str(STACKS))
+    with pytest.raises(SystemExit, match="accelerate does not shard on this machine"):
+        runpy.run_path(str(STACKS / "accelerate_fsdp.py"), run_name="__main__")
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ import scalora
 from scalora.carry import compress
 from scalora.peft_layers import LoRAPair
 from scalora.rebasing.accumulators import carry
-from scalora.sharding.dtensors import rows_of
+from scalora.sharding.rows import rows_of
 
 CARRIED = Run(options={"rule": "exact", "accumulator": "carry", "carry_rank": 12})
 

@@ -130,6 +130,8 @@ def _change(plan: TaskPlan, results: Sequence[MethodResult]) -> Table:
         "forgetting: loss on what was pretrained, after minus before. The ranks and the energy are "
         "those of the whole change of the weights; MIUB is how much it leans on the frozen model. "
         "All four are means over the layers.",
+        "MIUB compares methods with as many coordinates alone: an adapter has r, a change that was "
+        "folded up to 64.",
     )
     return Table(f"{plan.name}: the change", header, body, notes)
 

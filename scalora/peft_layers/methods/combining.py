@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from scalora.peft_layers.finding import all_lora_pairs
 from scalora.peft_layers.pair import LoRAPair, folded_adapters
@@ -22,35 +22,28 @@ _METHOD = "add_weighted_adapter"
 def guard_combinations(tuner: Any) -> None:
     """Make ``add_weighted_adapter`` of PEFT's LoRA model combine carries too, or warn or refuse."""
     if hasattr(type(tuner), _METHOD) and _METHOD not in vars(tuner):
-        setattr(tuner, _METHOD, _AddWeightedAdapter(tuner))
+        setattr(tuner, _METHOD, partial(_add_weighted_adapter, tuner))
 
 
-class _AddWeightedAdapter:
-    """The method that also combines carries; an object, so that it can be pickled."""
-
-    def __init__(self, tuner: nn.Module) -> None:
-        self.tuner: Any = tuner
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        method = getattr(type(self.tuner), _METHOD)
-        call = inspect.signature(method).bind(self.tuner, *args, **kwargs)
-        call.apply_defaults()
-        combination = call.arguments
-        if combination["adapter_name"] in self.tuner.peft_config:  # PEFT does nothing then
-            return method(self.tuner, *args, **kwargs)
-        pairs = all_lora_pairs(self.tuner)
-        combined = [pair for pair in pairs if pair.adapter in combination["adapters"]]
-        adds_products = _adds_products(combination)
-        if any(pair.has_carry for pair in combined) and not adds_products:
-            _check_carries(combined, combination)
-        _warn_of_folded(pairs)
-        result = method(self.tuner, *args, **kwargs)
-        if adds_products:
-            made = [
-                p for p in all_lora_pairs(self.tuner) if p.adapter == combination["adapter_name"]
-            ]
-            _carry_along(combined, made, combination)
-        return result
+def _add_weighted_adapter(tuner: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """Do what the method does, and combine the carries."""
+    method = getattr(type(tuner), _METHOD)
+    call = inspect.signature(method).bind(tuner, *args, **kwargs)
+    call.apply_defaults()
+    combination = call.arguments
+    if combination["adapter_name"] in tuner.peft_config:  # PEFT does nothing then
+        return method(tuner, *args, **kwargs)
+    pairs = all_lora_pairs(tuner)
+    combined = [pair for pair in pairs if pair.adapter in combination["adapters"]]
+    adds_products = _adds_products(combination)
+    if any(pair.has_carry for pair in combined) and not adds_products:
+        _check_carries(combined, combination)
+    _warn_of_folded(pairs)
+    result = method(tuner, *args, **kwargs)
+    if adds_products:
+        made = [p for p in all_lora_pairs(tuner) if p.adapter == combination["adapter_name"]]
+        _carry_along(combined, made, combination)
+    return result
 
 
 def _adds_products(combination: Mapping[str, Any]) -> bool:

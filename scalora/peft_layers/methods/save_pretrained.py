@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,6 @@ def restore_methods(model: nn.Module) -> None:
 
 class _SavePretrained:
     """``save_pretrained`` that completes what it writes, or warns where it cannot.
-
-    An object, not a bound method: pickle would restore that as the method of the class.
 
     Attributes:
         completing: as in `complete_checkpoints`.
@@ -194,54 +193,46 @@ def _check_push(contents: Mapping[str, Content], options: Mapping[str, Any]) -> 
         )
 
 
-class _LoadAdapter:
-    """``load_adapter`` that warns where increments belong to the adapter it replaces."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = dict(zip(("model_id", "adapter_name"), args, strict=False)) | kwargs
-        source = given.get("model_id", given.get("peft_model_id"))
-        name = given.get("adapter_name") or "default"
-        # A callback that completes checkpoints restores what belongs to the adapter it loads, and a
-        # run that is resumed does so later.
-        save = vars(self.model).get("save_pretrained")
-        completing = getattr(save, "completing", None)
-        resumed = given.get("is_trainable", False) and any(Path(str(source)).glob("scalora*"))
-        if completing is None and not resumed and self._leaves_others(name, Path(str(source))):
-            warn(
-                f"load_adapter replaces the adapter {name!r} alone: what ScaLoRA has put "
-                "into the base weights, or into a carry beside them, belongs to the one that was "
-                f"there, and this is neither model. Call scalora.load_training_state(optimizer, "
-                f"{str(source)!r}) after it; in a Trainer (load_best_model_at_end) pass a "
-                "scalora.ScaLoRACallback, which does that."
-            )
-        return type(self.model).load_adapter(self.model, *args, **kwargs)
-
-    def _leaves_others(self, adapter: str, folder: Path) -> bool:
-        """Return whether increments of the replaced adapter would stay in the model."""
-        replaced = [pair for pair in all_lora_pairs(self.model) if pair.adapter == adapter]
-        if any(pair.has_carry for pair in replaced):
-            return True
-        folded = [pair for pair in replaced if pair.was_rebased]
-        return bool(folded) and not completed_files.has_base_weights(folded, folder)
+def _load_adapter(model: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """Do what ``load_adapter`` does; warn where increments belong to the adapter it replaces."""
+    given = dict(zip(("model_id", "adapter_name"), args, strict=False)) | kwargs
+    source = given.get("model_id", given.get("peft_model_id"))
+    name = given.get("adapter_name") or "default"
+    # A callback that completes checkpoints restores what belongs to the adapter it loads, and a
+    # run that is resumed does so later.
+    save = vars(model).get("save_pretrained")
+    completing = getattr(save, "completing", None)
+    resumed = given.get("is_trainable", False) and any(Path(str(source)).glob("scalora*"))
+    if completing is None and not resumed and _leaves_others(model, name, Path(str(source))):
+        warn(
+            f"load_adapter replaces the adapter {name!r} alone: what ScaLoRA has put "
+            "into the base weights, or into a carry beside them, belongs to the one that was "
+            f"there, and this is neither model. Call scalora.load_training_state(optimizer, "
+            f"{str(source)!r}) after it; in a Trainer (load_best_model_at_end) pass a "
+            "scalora.ScaLoRACallback, which does that."
+        )
+    return type(model).load_adapter(model, *args, **kwargs)
 
 
-class _ModelCard:
-    """``create_or_update_model_card`` that adds what the adapters' files hold."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def __call__(self, output_dir: Any) -> None:
-        type(self.model).create_or_update_model_card(self.model, output_dir)
-        contents = vars(self.model)["save_pretrained"].contents(Path(output_dir), {})
-        note_in_model_card(Path(output_dir), set(contents.values()))
+def _leaves_others(model: nn.Module, adapter: str, folder: Path) -> bool:
+    """Return whether increments of the replaced adapter would stay in the model."""
+    replaced = [pair for pair in all_lora_pairs(model) if pair.adapter == adapter]
+    if any(pair.has_carry for pair in replaced):
+        return True
+    folded = [pair for pair in replaced if pair.was_rebased]
+    return bool(folded) and not completed_files.has_base_weights(folded, folder)
 
 
-_METHODS = {
+def _create_or_update_model_card(model: Any, output_dir: Any) -> None:
+    """Do what ``create_or_update_model_card`` does, and add what the adapters' files hold."""
+    type(model).create_or_update_model_card(model, output_dir)
+    contents = vars(model)["save_pretrained"].contents(Path(output_dir), {})
+    note_in_model_card(Path(output_dir), set(contents.values()))
+
+
+# Each makes a method that can be pickled; a bound one would be restored as that of the class.
+_METHODS: dict[str, Callable[[Any], Any]] = {
     "save_pretrained": _SavePretrained,
-    "load_adapter": _LoadAdapter,
-    "create_or_update_model_card": _ModelCard,
+    "load_adapter": lambda model: partial(_load_adapter, model),
+    "create_or_update_model_card": lambda model: partial(_create_or_update_model_card, model),
 }

@@ -17,12 +17,12 @@ from scalora.carry import (
     rounded,
     rounding_energy,
 )
+from scalora.moments.history import Write
 from scalora.options import RebasingOptions
 from scalora.peft_layers import LoRAPair, is_quantized
 from scalora.rebasing.accumulators.commit import write_all
-from scalora.rebasing.accumulators.increment import increment_columns
 from scalora.rebasing.batches import thin_factors
-from scalora.sharding.stacks import Write, stack
+from scalora.rebasing.coordinates import increment_columns
 from scalora.warning import warn
 
 # Where carry_rank="auto" begins, in re-basings, and where it stops growing, in adapters' ranks.
@@ -43,16 +43,14 @@ class CarryAccumulator:
         self._warned = False
 
     def key(self, pair: LoRAPair) -> Hashable:
-        """Return what must agree beyond the factors: the dtype of the carry, if there is one."""
+        """Return what must agree, beyond the factors, for layers to be served by one call."""
         carry = pair.carry
         return "carry", None if carry is None else carry.dtype
 
-    def takes(self, pair: LoRAPair, columns: int) -> bool:
-        """Return whether the layer is still re-based: with ``"hold"`` until its carry is full."""
+    def has_room(self, pair: LoRAPair) -> bool:
+        """Return whether the layer's carry takes in another increment without being compressed."""
         carry = pair.carry
-        if self.options.when_full != "hold" or carry is None:
-            return True
-        return carry.columns + columns <= carry.capacity
+        return carry is None or carry.columns + self._increment_columns(pair) <= carry.capacity
 
     def carry_of(self, pair: LoRAPair) -> Carry:
         """Return the layer's carry, with as much room as was asked for."""
@@ -64,7 +62,12 @@ class CarryAccumulator:
 
     @torch.no_grad()
     def make_room(self, pairs: Sequence[LoRAPair], columns: int) -> None:
-        """Recompress the carries that are full, or let them grow."""
+        """Recompress the carries that are full, or let them grow; no layer's function changes.
+
+        Args:
+            pairs: the layers.
+            columns: of the increment that each is to take in.
+        """
         full: dict[Hashable, list[LoRAPair]] = {}
         for pair in pairs:
             carry = self.carry_of(pair)
@@ -90,7 +93,11 @@ class CarryAccumulator:
 
         Where the carry is narrower than the adapter, ``writes`` begin with P, and the adapter keeps
         what rounding cuts.
+
+        Args:
+            pairs, left, right, writes, count: as for `DenseAccumulator.commit`.
         """
+        self.make_room(pairs, left.shape[-1])
         carries = [_carry(pair) for pair in pairs]
         dtype = carries[0].dtype
         if _is_narrow(dtype):
@@ -203,7 +210,7 @@ def _rounded(
     (targets, P, _), *others = writes
     share = frozen(P.flatten(2), left, dtype, sharding.rows_of(pairs[0].P_parameter))
     parameters = [pair.Q_parameter for pair in pairs]
-    Q = stack(parameters)
+    Q = sharding.stack(parameters)
     ratio = share.ratio[:, sharding.own_rows(parameters[0])]
     kept = absorbed(Q.flatten(2), ratio, dtype).view_as(Q)
     factors = [(targets, P, share.P.view_as(P)), (parameters, Q, kept)]

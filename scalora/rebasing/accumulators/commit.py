@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from scalora import sharding
-from scalora.sharding.stacks import Write
+from scalora.moments.history import Write
 
 
 def write_all(writes: Sequence[Write], layers: Sequence[int], done: Callable[[], None]) -> None:

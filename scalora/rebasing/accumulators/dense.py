@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
 
 from scalora import sharding
 from scalora.fold import fold, noise_seed
+from scalora.moments.history import Write
 from scalora.options import RebasingOptions
 from scalora.peft_layers import LoRAPair, storage_address
-from scalora.rebasing.accumulators.accumulator import Accumulator
 from scalora.rebasing.accumulators.commit import commit
-from scalora.rebasing.accumulators.memory import LayerMemory
-from scalora.sharding.stacks import Write
 
 _HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 
-class DenseAccumulator(Accumulator):
+class DenseAccumulator:
     """Folds increments into base weights.
 
     Args:
         options: of rounding.
-        memory: layer name -> where the remainder of rounding is kept.
+        pairs: all layers of the model; a layer's place is part of its rounding noise's seed.
+
+    Attributes:
+        residuals: layer name -> what rounding cut from its base weight, shaped as that, as a
+            matrix; with ``rounding="compensated"`` only.
     """
 
-    def __init__(self, options: RebasingOptions, memory: Mapping[str, LayerMemory]) -> None:
+    def __init__(self, options: RebasingOptions, pairs: Sequence[LoRAPair]) -> None:
         self.options = options
-        self.memory = memory
+        self.residuals: dict[str, Tensor] = {}
+        self._places = {pair.name: i for i, pair in enumerate(pairs)}
 
     def key(self, pair: LoRAPair) -> Hashable:
-        """Return the base weight's shape, dtype and layout."""
+        """Return what must agree, beyond the factors, for layers to be served by one call."""
         base = pair.base_weight
         return base.shape, base.dtype, pair.base_is_transposed, sharding.layout(base)
 
@@ -44,7 +47,15 @@ class DenseAccumulator(Accumulator):
         writes: Sequence[Write],
         count: int,
     ) -> None:
-        """Add the increments to the base weights, then write the layers where that was done."""
+        """Add ``s left right^T`` to the base weights, then write the layers where that was done.
+
+        Args:
+            pairs: layers of one `key` and scaling.
+            left: (layers, m, k), the rows held here.
+            right: (layers, n, k), likewise.
+            writes: factors, gradients and moments in the new coordinates.
+            count: the number of this re-basing, part of the rounding noise's seed.
+        """
         bases = [sharding.local(pair.base_weight) for pair in pairs]
         commit(
             lambda: self._fold(pairs, bases, left, right, count),
@@ -89,18 +100,13 @@ class DenseAccumulator(Accumulator):
 
     def _seeds(self, pairs: Sequence[LoRAPair], count: int) -> list[int]:
         """Return the seed of each layer's rounding noise in this re-basing."""
-        return [
-            noise_seed(self.options.seed, count, self.memory[pair.name].index) for pair in pairs
-        ]
+        return [noise_seed(self.options.seed, count, self._places[pair.name]) for pair in pairs]
 
     def _residuals(self, pairs: Sequence[LoRAPair], matrices: Sequence[Tensor]) -> list[Tensor]:
         """Return where each layer keeps the remainder of rounding, zeros at first."""
         if self.options.rounding != "compensated":
             return []
-        residuals = []
         for pair, matrix in zip(pairs, matrices, strict=True):
-            memory = self.memory[pair.name]
-            if memory.residual is None:
-                memory.residual = torch.zeros_like(matrix)
-            residuals.append(memory.residual)
-        return residuals
+            if pair.name not in self.residuals:
+                self.residuals[pair.name] = torch.zeros_like(matrix)
+        return [self.residuals[pair.name] for pair in pairs]

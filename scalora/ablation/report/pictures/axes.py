@@ -18,7 +18,7 @@ _WIDE = 8.0
 """Ratio of the largest to the smallest loss beyond which an axis is logarithmic."""
 _LABELLED = 300.0
 """The same ratio up to which 2 and 5 of each power of ten have labels."""
-_MARGIN = 0.06
+_MARGIN = 0.09
 _LONG_LEGEND = 24
 """Entries of a legend per column."""
 _PANEL, _LINE, _LETTER = 4.3, 0.17, 0.074
@@ -79,8 +79,11 @@ def figure_beside_legend(
 
 
 def add_legend(figure: Figure, axes: Axes) -> None:
-    """Put the legend of these axes to the right of the figure's panels."""
+    """Put the legend of these axes to the right of the figure's panels; without bars of errors."""
+    from matplotlib.container import ErrorbarContainer
+
     handles, labels = axes.get_legend_handles_labels()
+    handles = [h.lines[0] if isinstance(h, ErrorbarContainer) else h for h in handles]
     figure.legend(
         handles,
         labels,

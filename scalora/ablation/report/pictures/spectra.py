@@ -55,6 +55,7 @@ def spectra(plan: TaskPlan, results: Sequence[MethodResult]) -> Figure | None:
         axes.set_title(look.label.replace("\n   ", "\n"), fontsize=9)
     for axes in list(panels.flat)[len(shown) :]:
         axes.set_axis_off()
-    figure.supxlabel("singular value of the change, from the largest", fontsize=9)
+    grey = " (grey: the other methods)" if len(shown) > 1 else ""
+    figure.supxlabel(f"singular value of the change, from the largest{grey}", fontsize=9)
     figure.supylabel("relative to the largest", fontsize=9)
     return figure

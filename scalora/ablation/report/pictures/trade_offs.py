@@ -89,7 +89,8 @@ def _score_against(
     looks = looks_of(plan, results)
     figure, (axes,) = figure_beside_legend(looks)
     _cost_axis(axes, [point.x.mean for point in points])
-    loss_axis(axes, [point.y.mean for point in points])
+    errors = [(point.y.mean, point.y.stderr or 0.0) for point in points]
+    loss_axis(axes, [mean + sign * error for mean, error in errors for sign in (-1, 1)])
     _draw(axes, plan, looks, points)
     _mark_worth(axes, plan, points)
     axes.set_xlabel(name)

@@ -1,21 +1,19 @@
-"""Factors that were exchanged under a base or carry that has moved since.
+"""Watches at one layer of an adapter: hooks of forward passes, which happen between the steps.
 
-Re-basing moves part of what the factors hold into the base weight or a carry.  Factors from another
-moment (the best of a run, kept in memory; an average; another adapter) do not fit what is there
-now, and nothing in PyTorch or PEFT can tell.
+Held by tests/guards/test_watches.py and tests/integrations/test_stack_trl_references.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from scalora import sharding
-from scalora.peft_layers.pair import LoRAPair
+from scalora.peft_layers import LoRAPair
 from scalora.warning import warn
 
 _SAMPLE = 4096  # elements per tensor that are looked at: adapters are exchanged as a whole
@@ -57,6 +55,10 @@ class _Left:
 class FactorWatch:
     """Warns when factors are used that are not those that the newest step has left.
 
+    Re-basing moves part of what the factors hold into the base weight or a carry.  Factors from
+    another moment (the best of a run, kept in memory; an average; another adapter) do not fit what
+    is there now, and nothing in PyTorch or PEFT can tell.
+
     In copies of a model, which no step of its optimizer reaches, it raises if the model was
     re-based since: an average of factors alone, for example, is no model.
 
@@ -65,12 +67,11 @@ class FactorWatch:
 
     Args:
         pair: one layer of the adapter, which stands for all.
-        folds: whether its increments go into its base weight.
     """
 
-    def __init__(self, pair: LoRAPair, folds: bool) -> None:
+    def __init__(self, pair: LoRAPair) -> None:
         self.pair = pair
-        self._folds = folds
+        self._folds = False
         self._lineage = _Lineage()
         self._count = 0
         self._left: _Left | None = None
@@ -83,7 +84,11 @@ class FactorWatch:
         return {**self.__dict__, "_is_copy": True, "_worst": None, "_arrived": None}
 
     def begin(self, folds: bool) -> None:
-        """Note the factors with which a new optimizer begins."""
+        """Note the factors with which a new optimizer begins.
+
+        Args:
+            folds: whether the layer's increments go into its base weight.
+        """
         self._folds, self._count, self._told = folds, 0, False
         self.note(0)
 
@@ -229,8 +234,45 @@ class FactorWatch:
         )
 
 
+class ReferenceWatch:
+    """Notes forward passes in training mode that leave an adapter out.
+
+    They look at the base alone.  One look may have any reason; the reference model of DPO is looked
+    at before every step.
+
+    Args:
+        pair: a layer of the adapter, which is switched off where all are.
+    """
+
+    def __init__(self, pair: LoRAPair) -> None:
+        self.pair = pair
+        self._seen = self._seen_before = False
+
+    def __call__(self, layer: nn.Module, args: Any) -> None:
+        """Note one forward pass; a forward pre-hook of the layer."""
+        if not layer.training or not self.pair.exists or self.pair.runs:
+            return
+        # With another adapter in its place, and gradients, that one is being trained.
+        if self.pair.is_switched_off or not torch.is_grad_enabled():
+            self._seen = True
+
+    def check(self) -> None:
+        """Raise a ValueError if there were such passes before this step and the one before it."""
+        repeated = self._seen and self._seen_before
+        self._seen, self._seen_before = False, self._seen and not repeated
+        if repeated:
+            raise ValueError(
+                f"before this step and the one before it the model computed in training mode "
+                f"without its adapter {self.pair.adapter!r}, as for the reference model of DPO. "
+                "ScaLoRA folds increments into the base weights, so that reference would move. Use "
+                "accumulator='carry', which is switched off with the adapter (in TRL's trainers "
+                "ScaLoRACallback takes it by itself). To look at the base for another purpose, "
+                "call model.eval() before. Nothing was changed in this step."
+            )
+
+
 def watch_factors(places: Mapping[LoRAPair, str]) -> FactorWatch | None:
-    """Watch an adapter at one of its layers; all optimizers of that adapter share one watch.
+    """Watch the factors of an adapter at one of its layers.
 
     Args:
         places: layer -> "dense" or "carry", where its increments go.
@@ -243,24 +285,42 @@ def watch_factors(places: Mapping[LoRAPair, str]) -> FactorWatch | None:
     # A carry tells more: it is left behind even where a model's whole state is put back.  And of
     # an embedding, some columns may never change.
     pair = min(places, key=lambda pair: (places[pair] != "carry", pair.is_embedding))
-    folds = places[pair] == "dense"
-    found = [watch for watch in _watches(pair.module) if watch.pair.adapter == pair.adapter]
-    watch = found[0] if found else FactorWatch(pair, folds)
-    if not found:
-        pair.module.register_forward_pre_hook(watch)
-    watch.begin(folds)
+    watch = _watch_at(pair, FactorWatch)
+    watch.begin(places[pair] == "dense")
     return watch
+
+
+def watch_reference(places: Mapping[LoRAPair, str]) -> ReferenceWatch | None:
+    """Watch for looks at an adapter's base, if any increments go into base weights.
+
+    Args:
+        places: as for `watch_factors`.
+    """
+    return _watch_at(next(iter(places)), ReferenceWatch) if "dense" in places.values() else None
 
 
 def check_factors(model: nn.Module) -> None:
     """Check every adapter of a model that is to be saved, as `FactorWatch.check` does."""
     for module in model.modules():
-        for watch in _watches(module):
+        for watch in _watches(module, FactorWatch):
             watch.check(wait=True)
 
 
-def _watches(module: nn.Module) -> list[FactorWatch]:
-    return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, FactorWatch)]
+_Watch = TypeVar("_Watch", FactorWatch, ReferenceWatch)
+
+
+def _watch_at(pair: LoRAPair, kind: type[_Watch]) -> _Watch:
+    """Return the watch of an adapter at a layer; all optimizers of that adapter share one."""
+    for watch in _watches(pair.module, kind):
+        if watch.pair.adapter == pair.adapter:
+            return watch
+    watch = kind(pair)
+    pair.module.register_forward_pre_hook(watch)
+    return watch
+
+
+def _watches(module: nn.Module, kind: type[_Watch]) -> list[_Watch]:
+    return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, kind)]
 
 
 def _sample(tensor: Tensor) -> Tensor:

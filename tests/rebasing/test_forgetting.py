@@ -23,10 +23,9 @@ from torch import Tensor, nn
 
 import scalora
 from scalora.moments import moments_of
-from scalora.moments.inner_states import stacked_states
 from scalora.peft_layers import lora_pairs
-from scalora.scaling.memory import bounded_age, leak
-from scalora.step_length.learned_steps import LearnedSteps
+from scalora.rebasing.forgetting import bounded_age, leak
+from scalora.step_length.rates import LearnedSteps
 
 R = 3
 RULES = ("leak", "age")
@@ -296,7 +295,7 @@ def test_moments_of_Q_move_with_alpha_and_those_of_P_stay(case: OptimizerCase) -
     optimizer.zero_grad()
     backward(model, 3)
     moments = moments_of(inner)
-    old = {p: stacked_states(inner, moments, [p]) for p in models.trainable(model)}
+    old = {p: moments.stacked_states(inner, [p]) for p in models.trainable(model)}
     gradients = {p: p.grad.clone() for p in models.trainable(model) if p.grad is not None}
     internals.rebase(optimizer, 1)
     for pair in optimizer.rebased_pairs:
@@ -305,9 +304,9 @@ def test_moments_of_Q_move_with_alpha_and_those_of_P_stay(case: OptimizerCase) -
         assert P.grad is not None and Q.grad is not None
         assert torch.equal(P.grad, gradients[P])
         torch.testing.assert_close(Q.grad, gradients[Q] * alpha.float()[:, None])
-        for name, found in stacked_states(inner, moments, [P]).items():
+        for name, found in moments.stacked_states(inner, [P]).items():
             assert torch.equal(found, old[P][name]), name
-        for name, found in stacked_states(inner, moments, [Q]).items():
+        for name, found in moments.stacked_states(inner, [Q]).items():
             if name == "col_var":  # averaged over the columns: tests/test_moments.py
                 continue
             wanted = (

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from scalora.rebasing.accumulators import LayerMemory
-from scalora.rebasing.held_lipschitz import ArrivingFlag, HeldLipschitz
+from scalora.rebasing.optimal_step import ArrivingFlag, HeldLipschitz
 
 
 def batch(*names: str) -> Any:
@@ -16,8 +15,7 @@ def batch(*names: str) -> Any:
 
 
 def make(*names: str) -> tuple[HeldLipschitz, list[Any]]:
-    memory = {name: LayerMemory(i) for i, name in enumerate(names)}
-    return HeldLipschitz(memory), [batch(*names[:2]), batch(*names[2:])]
+    return HeldLipschitz({}), [batch(*names[:2]), batch(*names[2:])]
 
 
 def settled(held: HeldLipschitz, batches: list[Any], values: torch.Tensor) -> None:
@@ -48,10 +46,10 @@ def test_stack_is_made_once_and_anew_where_another_state_was_loaded() -> None:
     held.of(batches)
     settled(held, batches, torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
     assert held.of(batches).lipschitz_lr is held.of(batches).lipschitz_lr
-    held.memory["b"].lipschitz_lr = None
+    del held.values["b"]
     found = held.of(batches)
     assert not found.is_known and found.lipschitz_lr[1].isnan()
-    held.memory["b"].lipschitz_lr = torch.tensor(5.0, dtype=torch.float64)
+    held.values["b"] = torch.tensor(5.0, dtype=torch.float64)
     assert held.of(batches).is_known
     assert held.of(batches[:1]).lipschitz_lr.tolist() == [1.0, 5.0]
 

@@ -1,19 +1,75 @@
-"""Layers that are no longer those that an optimizer was made for, or its state was saved with.
+"""Layers that are not, or no longer, what an optimizer can re-base or its state was saved with.
 
-Held by tests/guards/test_situations.py.
+Held by tests/guards/test_situations.py, tests/sharding/test_deepspeed.py and
+tests/sharding/test_sharded_training.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from scalora import peft_layers
+from scalora import peft_layers, sharding
+from scalora.moments import Moments
+from scalora.options import RebasingOptions
 from scalora.peft_layers import LayerLookup, LoRAPair
+
+
+def check_engine(model: nn.Module) -> None:
+    """Raise a ValueError if an engine keeps the parameters in a way that is not supported."""
+    reason = sharding.why_sharding_unsupported(model)
+    if reason is not None:
+        raise ValueError(
+            f"ScaLoRA cannot re-base this model: {reason}. Use torch.distributed.fsdp.fully_shard "
+            "(accelerate: fsdp_version=2), or DistributedDataParallel."
+        )
+
+
+def check_processes(
+    optimizer: torch.optim.Optimizer,
+    places: Mapping[LoRAPair, str],
+    options: RebasingOptions,
+    moments: Moments,
+) -> None:
+    """Raise a ValueError if the parameters, as wrappers have made them, cannot be re-based.
+
+    Wrappers (accelerate, DeepSpeed) shard a model after its optimizer was made.
+
+    Args:
+        optimizer: the inner one.
+        places: layer -> "dense" or "carry", where its increments go.
+        options: the user's.
+        moments: how the optimizer's state depends on the gradient.
+    """
+    for pair, place in places.items():
+        if not sharding.is_sharded(pair.P_parameter):
+            continue
+        in_place = peft_layers.why_not_dense if place == "dense" else None
+        reason = (in_place or peft_layers.why_no_carry)(pair)
+        if reason is not None:
+            raise ValueError(f"{pair.name!r} cannot be re-based any more: {reason}.")
+    spread = sharding.layouts(pair.P_parameter for pair in places)
+    if not spread:
+        return
+    if len(spread) > 1 or not all(sharding.is_sharded(pair.P_parameter) for pair in places):
+        raise ValueError(
+            "LoRA layers are sharded in different ways: call fully_shard with one mesh for all of "
+            "them, or leave the others out of target_modules."
+        )
+    if not moments.can_be_sharded:
+        raise ValueError(
+            f"the state of {type(optimizer).__name__} cannot be re-based where it is sharded: use "
+            "an optimizer of torch.optim other than Adafactor."
+        )
+    if options.rounding == "compensated":
+        raise ValueError(
+            "rounding='compensated' keeps a residual beside every base weight, which a checkpoint "
+            "of a sharded model would lose: use rounding='stochastic'."
+        )
 
 
 class CheckedFactors:
@@ -40,13 +96,13 @@ class CheckedFactors:
             optimizer: the inner one.
 
         Raises:
-            ValueError: as `checked_factors` does; or the state is not where, or of the dtype that,
-                the factors are.
+            ValueError: an adapter was deleted, another ScaLoRA has taken over, or factors were
+                replaced; or the state is not where, or of the dtype that, the factors are.
         """
         stepped = [list(map(id, group["params"])) for group in optimizer.param_groups]
         if stepped != self._stepped or not self._layers.has_same_factors:
             self._stepped = None
-            self._factors = checked_factors(self._layers.pairs, optimizer, self._owner)
+            self._factors = _checked(self._layers.pairs, optimizer, self._owner)
             self._layers.found()
             self._stepped = stepped
         if self._factors:
@@ -54,20 +110,10 @@ class CheckedFactors:
         return self._factors
 
 
-def checked_factors(
-    pairs: Iterable[LoRAPair], optimizer: torch.optim.Optimizer, owner: object
+def _checked(
+    pairs: Sequence[LoRAPair], optimizer: torch.optim.Optimizer, owner: object
 ) -> list[nn.Parameter]:
-    """Return P and Q of every layer in turn, or raise if the optimizer no longer fits the model.
-
-    Args:
-        pairs: the layers to re-base.
-        optimizer: the inner one.
-        owner: whoever claimed the layers when it was made (`LoRAPair.claim`).
-
-    Raises:
-        ValueError: an adapter was deleted, another ScaLoRA has taken over, or factors were
-            replaced.
-    """
+    """Return P and Q of every layer in turn, or raise if the optimizer no longer fits."""
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     factors: list[nn.Parameter] = []
     for pair in pairs:
