@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,19 +37,29 @@ class TokenSample:
         return read
 
     def fill(self, rows: Tensor) -> Tensor:
-        """Put the mean of the tokens' rows (k, d) in the place of rows that are padding, in place.
+        """Put the mean of the tokens' rows (k, d), float32, in the place of padding's, in place.
 
         Such a row has no deviation: it scales all covariances of the samples alike, down by its
         share, and their ratios, and so the mutual information of their moments, not at all.  For
         estimates that are not of moments alone this is an approximation: `l1out` and `infonce` fall
         with the share of padding.
         """
-        if self.valid is None:
+        if self._padding is None:
             return rows
-        padding = ~self.valid
+        padding, indicator, shares = self._padding
         rows.masked_fill_(padding, 0)
-        mean = rows.sum(0) / self.valid.sum().clamp_min(1)
-        return rows.addcmul_(padding.to(rows.dtype), mean)
+        return rows.addmm_(indicator, shares @ rows)
+
+    @cached_property
+    def _padding(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return which rows are padding, (k, 1), as bool and float32; shares of the mean, (1, k).
+
+        Made once for all layers of the sample.
+        """
+        if self.valid is None:
+            return None
+        padding = ~self.valid
+        return padding, padding.float(), self.valid.mT / self.valid.sum().clamp_min(1)
 
     def interleaved(self) -> TokenSample:
         """Return the same positions, every second one first: each half has its share of tokens."""

@@ -147,6 +147,22 @@ def test_gpu_and_cpu_agree(dtype, rounding):
         )
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_calibrated_step_is_as_long_as_on_the_cpu(fused):
+    """A fused optimizer reads the factor from its learning rate, on the device."""
+    found = {}
+    for device in ("cpu", "cuda"):
+        model = make_model(device)
+        optimizer = optimizer_for(model, rule="leak", calibration=3, interval=4, fused=fused)
+        for seed in range(8):
+            set_gradients(model, seed)
+            optimizer.step()
+        assert optimizer.param_groups[0]["lr"] == 1e-3
+        found[device] = [p.detach().cpu() for p in models.trainable(model)]
+    for one, other in zip(found["cpu"], found["cuda"], strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rebasing_preserves_the_function(dtype):
     model = make_model("cuda", dtype)

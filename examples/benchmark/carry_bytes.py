@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ _CASES: dict[str, dict[str, Any] | None] = {
     "plain LoRA": None,
     "ScaLoRA, dense": {**_RULE, "accumulator": "dense"},
     **{f"carry of {c} columns": {**_CARRY, "carry_rank": c} for c in (16, 32, 64, 128, 256)},
-    "carry of 64, rule='exact'": {"rule": "exact", "accumulator": "carry", "carry_rank": 64},
+    "carry of 64, rule='exact'": {**_CARRY, "rule": "exact", "carry_rank": 64},
 }
 
 
@@ -27,8 +28,10 @@ def run(device: torch.device) -> str:
     """Return the table of a layer, 1024 x 1024, r = 8, under AdamW in float32.
 
     Every number but the base weight's is counted: factors, gradients, moments, carry and whatever
-    else is kept for a layer from one step to the next.
+    else is kept for a layer from one step to the next.  A carry is beside a base in NF4.
     """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return "Not run: bitsandbytes is not installed."
     measured = {name: _bytes(_RANK, options, device) for name, options in _CASES.items()}
     column = _bytes(_RANK + 1, None, device) - measured["plain LoRA"]
     rows = [
@@ -36,7 +39,8 @@ def run(device: torch.device) -> str:
         for name, found in measured.items()
     ]
     header = ["training", "KiB", "bytes / (m + n)", "plain LoRA of the same bytes: r"]
-    note = f"{_SIZE} x {_SIZE}, r = {_RANK}, AdamW in float32; calibration is over."
+    what = f"{_SIZE} x {_SIZE}, r = {_RANK}, AdamW in float32"
+    note = f"{what}; a carry is beside NF4; calibration is over."
     return markdown(header, rows) + "\n\n" + note
 
 
@@ -45,11 +49,22 @@ def _bytes(rank: int, options: dict[str, Any] | None, device: torch.device) -> i
     return _bytes_of_model(2, rank, options, device) - _bytes_of_model(1, rank, options, device)
 
 
+def _layer(quantized: bool) -> nn.Module:
+    """Return a layer to adapt, which is quantized once it is moved to its device."""
+    if not quantized:
+        return nn.Linear(_SIZE, _SIZE, bias=False)
+    from bitsandbytes.nn import LinearNF4
+
+    return LinearNF4(_SIZE, _SIZE, bias=False, compute_dtype=torch.float32)
+
+
 def _bytes_of_model(
     layers: int, rank: int, options: dict[str, Any] | None, device: torch.device
 ) -> int:
     """Return the bytes that four steps of training have added to a model of such layers."""
-    base = nn.Sequential(*(nn.Linear(_SIZE, _SIZE, bias=False) for _ in range(layers))).to(device)
+    quantized = options is not None and options["accumulator"] == "carry"
+    base: Any = nn.Sequential(*(_layer(quantized) for _ in range(layers))).to(device)
+    base.is_loaded_in_4bit = quantized  # as transformers says it to PEFT
     pretrained = bytes_of_model(base)
     names = [str(layer) for layer in range(layers)]
     model: PeftModel = get_peft_model(base, LoraConfig(r=rank, target_modules=names))

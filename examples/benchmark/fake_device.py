@@ -28,6 +28,8 @@ _WITHOUT_KERNEL = {
     "new_empty",
     "new_empty_strided",
 }
+# Write in place and return nothing; torch has no fake of those that read a learning rate there.
+_WITHOUT_RESULT = {"_fused_adam_", "_fused_adamw_"}
 # Read an answer of the device on the host: a value, a number of elements, or if it has converged.
 _READ_ON_HOST = {
     "_linalg_check_errors",
@@ -83,7 +85,7 @@ class FakeDevice(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if self._operations is not None and _waits(name, given, args, kwargs):
             raise DeviceWaitError(f"{name} waits for the device.")
-        result = func(*args, **kwargs)
+        result = None if name in _WITHOUT_RESULT else func(*args, **kwargs)
         touched = [*given, *_tensors(result)]
         on_device = any(t.device.type == "cuda" for t in touched)
         if self._operations is not None and on_device and _launches(func):

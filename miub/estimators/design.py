@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from miub.estimators.positive_definite import add_outer_product
@@ -72,14 +73,14 @@ def design_by_columns(
     n = v.shape[-2]
     check_number(n, noise)
     fewer = d < n
-    gram, squared_mean = v.new_zeros(min(n, d), min(n, d)), v.new_zeros(1, 1)
+    gram, means = v.new_zeros(min(n, d), min(n, d)), v.new_empty(1, d)
     step = d if fewer else max(1, _AT_ONCE // n)
     for start in range(0, d, step):
-        x = columns(start, min(start + step, d))
-        mean = x.mean(-2, keepdim=True)
-        squared_mean += mean.square().sum(-1, keepdim=True) / d
-        x.sub_(mean)
+        end = min(start + step, d)
+        x = columns(start, end)
+        x.sub_(torch.mean(x, -2, keepdim=True, out=means[:, start:end]))
         add_outer_product(gram, x.mT if fewer else x)
+    squared_mean = means.square().mean(-1, keepdim=True)
     v, moments_v = centred(v)
     moments_u = SideMoments.of(squares_of(x) if fewer else gram.diagonal(), d, squared_mean)
     informative, heaviest = both_sides(moments_u, moments_v)

@@ -15,12 +15,12 @@ _LEAF = 64  # size from which halves of a triangle are inverted apart
 def add_outer_product(gram: Tensor, x: Tensor) -> None:
     """Add ``x x^T`` to a Gram matrix (..., k, k) in place, for x (..., k, l).
 
-    By blocks of rows, and only as far as the last block on the diagonal: a factorisation reads the
-    lower triangle alone.
+    On a CPU by blocks of rows, and only as far as the last block on the diagonal: a factorisation
+    reads the lower triangle alone.  Elsewhere more calls would cost more than the other half.
     """
     size = x.shape[-2]
     gram, x = gram.view(-1, size, size), x.reshape(-1, size, x.shape[-1])
-    step = max(_LEAST_BLOCK, -(-size // 4))
+    step = max(_LEAST_BLOCK, -(-size // 4)) if x.device.type == "cpu" else size
     for start in range(0, size, step):
         end = min(start + step, size)
         gram[:, start:end, :end].baddbmm_(x[:, start:end], x[:, :end].mT)
@@ -41,12 +41,13 @@ def cholesky(gram: Tensor, penalty: Tensor) -> Tensor:
 def inverse_of_triangle(factor: Tensor) -> Tensor:
     """Return the inverse of a lower triangular matrix (..., k, k).
 
-    The blocks on the diagonal are inverted together, then pairs of neighbours are put together,
-    ``[[A, 0], [C, B]]^-1 = [[A^-1, 0], [-B^-1 C A^-1, B^-1]]``: products, where a triangular solve
-    with the identity takes several times as long.
+    On a CPU the blocks on the diagonal are inverted together, then pairs of neighbours are put
+    together, ``[[A, 0], [C, B]]^-1 = [[A^-1, 0], [-B^-1 C A^-1, B^-1]]``: products, where a
+    triangular solve with the identity takes several times as long.  Elsewhere it is one call.
     """
     size, halvings = factor.shape[-1], 0
-    while size > _LEAF << halvings:
+    leaf = _LEAF if factor.device.type == "cpu" else size
+    while size > leaf << halvings:
         halvings += 1
     width = -(-size >> halvings)
     blocks = 1 << halvings

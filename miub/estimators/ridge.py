@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -109,9 +109,9 @@ def fit_penalised(design: Design, penalties: Sequence[float]) -> Ridge:
     """Return `fit_ridge` with its penalty, before its weights are shrunk."""
     margins = design.margins
     own = margins.n * margins.noise_u + _least_penalty(design)
-    added = [penalty * design.energy / margins.n for penalty in penalties]
-    chosen = added[0] if len(added) == 1 else _chosen(design, added, own)
-    return _fit(design, chosen + own)
+    unit = design.energy / margins.n
+    tried = [penalty * unit + own for penalty in penalties]
+    return _fit(design, tried[0]) if len(tried) == 1 else _best_fit(design, tried)
 
 
 def best_shrinkage(fit: Fit, v: Tensor) -> Tensor:
@@ -119,22 +119,33 @@ def best_shrinkage(fit: Fit, v: Tensor) -> Tensor:
     return (_scores(fit, v).argmin(-1).to(v.dtype) / (_SHRINKAGES - 1))[..., None, None]
 
 
-def _chosen(design: Design, added: Sequence[Tensor], own: Tensor) -> Tensor:
-    """Return the best (..., 1, 1) of some penalties on top of the noise's.
+def _best_fit(design: Design, penalties: Sequence[Tensor]) -> Ridge:
+    """Return the fit at the best of some penalties (..., 1, 1), before its weights are shrunk.
 
     Each is judged at its best shrinkage.  Beyond 512 samples in fewer dimensions by generalised
     cross-validation (Golub, Heath and Wahba 1979): every leverage is taken to be their mean.
     """
     v = design.margins.v
-    estimate = _fit if v.shape[-2] <= _OWN_LEVERAGE_UP_TO else _fit_at_mean_leverage
-    best, chosen = v.new_full(added[0].shape, math.inf), added[0]
-    # Not all at once, which would hold a factor of the Gram matrix for each.
-    for penalty in added:
-        score = _scores(estimate(design, penalty + own).fit, v).amin(-1)[..., None, None]
-        # Kept on the device: each leading index has a penalty of its own.
-        better = score < best
-        best, chosen = torch.where(better, score, best), torch.where(better, penalty, chosen)
-    return chosen
+    own_leverage = v.shape[-2] <= _OWN_LEVERAGE_UP_TO
+    estimate = _fit if own_leverage else _fit_at_mean_leverage
+    # One after the other: a factor of the Gram matrix for each would be held otherwise.
+    ridges = [estimate(design, penalty) for penalty in penalties]
+    fits = Fit(*_stacked([vars(ridge.fit).values() for ridge in ridges]))
+    scores = _scores(fits, v).amin(-1)
+    # A score that is not a number is never the best.
+    best = scores.nan_to_num(math.inf, math.inf, -math.inf).argmin(0, keepdim=True)
+    # Kept on the device: each leading index has a penalty of its own.
+    best = best[..., None, None]
+    if not own_leverage:
+        return _fit(design, torch.stack(list(penalties)).take_along_dim(best, 0)[0])
+    [coefficients] = _stacked([[ridge.coefficients] for ridge in ridges])
+    chosen = [x.take_along_dim(best, 0)[0] for x in (coefficients, *vars(fits).values())]
+    return Ridge(chosen[0], Fit(*chosen[1:]))
+
+
+def _stacked(parts: Sequence[Iterable[Tensor]]) -> list[Tensor]:
+    """Return, of several lists of tensors alike, each tensor stacked along a new first axis."""
+    return [torch.stack(alike) for alike in zip(*parts, strict=True)]
 
 
 def _least_penalty(design: Design) -> Tensor:

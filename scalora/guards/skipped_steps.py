@@ -95,8 +95,8 @@ def not_finite(optimizer: torch.optim.Optimizer) -> Tensor | None:
     for grad in map(sharding.local, found) if spread else found:
         if not grad.is_sparse and grad.numel():  # a small parameter has no rows on some processes
             grads.setdefault((grad.device, grad.dtype), []).append(grad)
-    norms = map(_largest, grads.values())
-    flags = [(norm - norm).ne(0) for norm in norms]  # inf - inf and nan - nan are no zeros
+    norms = map(_magnitudes, grads.values())
+    flags = [(norm - norm).any() for norm in norms]  # inf - inf and nan - nan are no zeros
     if spread and not flags:
         flags = [torch.zeros((), dtype=torch.bool, device=spread[0].device)]
     if not flags:
@@ -111,11 +111,11 @@ def not_finite(optimizer: torch.optim.Optimizer) -> Tensor | None:
     return overflow
 
 
-def _largest(grads: list[Tensor]) -> Tensor:
-    """Return the largest magnitude in tensors of one device and dtype: ()."""
-    if sum(map(Tensor.numel, grads)) <= _FEW:
+def _magnitudes(grads: list[Tensor]) -> Tensor:
+    """Return the largest magnitude in tensors of one device and dtype: of each, or () of all."""
+    if grads[0].device.type == "cpu" and sum(map(Tensor.numel, grads)) <= _FEW:
         return torch.linalg.vector_norm(_flatten_dense_tensors(grads), torch.inf)
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, torch.inf)), torch.inf)
+    return torch.stack(torch._foreach_norm(grads, torch.inf))
 
 
 def can_skip(optimizer: torch.optim.Optimizer) -> bool:

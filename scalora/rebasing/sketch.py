@@ -56,12 +56,14 @@ class Projected(NamedTuple):
 
     Attributes:
         names: of the layers.
-        left, right: (layers, k, r) and (layers, r, k), whose product is the increments' sketch.
+        left, right: (layers, k, r) and (layers, r, k).
+        scaling: factor of their product, which is the increments' sketch.
     """
 
     names: list[str]
     left: Tensor
     right: Tensor
+    scaling: float
 
 
 class FrozenSketches:
@@ -105,10 +107,10 @@ class FrozenSketches:
             self._is_known = not self._frozen  # sharded since: the sketches are stale
             self._frozen, self._stacks = {}, {}
             return None
-        psi = self._projection(left.shape[-2], 0, left.device, first.scaling)
+        psi = self._projection(left.shape[-2], 0, left.device)
         omega = self._projection(right.shape[-2], 1, left.device)
         names = [pair.name for pair in pairs]
-        return Projected(names, psi @ left.float(), right.float().mT @ omega.mT)
+        return Projected(names, psi @ left.float(), right.float().mT @ omega.mT, first.scaling)
 
     @torch.no_grad()
     def add(self, increments: Sequence[Projected | None]) -> None:
@@ -117,25 +119,27 @@ class FrozenSketches:
         for increment in increments:
             if increment is not None:
                 left, right = increment.left, increment.right
-                key = left.shape[1:], right.shape[1:], left.device
+                key = left.shape[1:], right.shape[1:], left.device, increment.scaling
                 alike.setdefault(key, []).append(increment)
         for group in alike.values():
             left, right = torch.cat([i.left for i in group]), torch.cat([i.right for i in group])
-            names = tuple(name for increment in group for name in increment.names)
-            self._add(names, left @ right)
+            names = [name for increment in group for name in increment.names]
+            self._add(Projected(names, left, right, group[0].scaling))
 
-    def _add(self, names: tuple[str, ...], new: Tensor) -> None:
-        """Add (layers, k, k).  Layers that are added together mostly were before: one stack."""
-        stack = self._stacks.get(names)
-        if stack is not None and stack.device == new.device:
-            stack.add_(new)
+    def _add(self, increments: Projected) -> None:
+        """Add to the sketches.  Layers that are added together mostly were before: one stack."""
+        names, left, right, scaling = increments
+        stack = self._stacks.get(tuple(names))
+        if stack is not None and stack.device == left.device:
+            stack.baddbmm_(left, right, alpha=scaling)
             return
+        new = (left @ right) * scaling
         before = [self._frozen.get(name) for name in names]
         if any(sketch is not None for sketch in before):
             none = torch.zeros_like(new[0])
             new = new + torch.stack([none if s is None else s.to(new.device) for s in before])
         apart = {other: s for other, s in self._stacks.items() if not {*other} & {*names}}
-        self._stacks = {**apart, names: new}
+        self._stacks = {**apart, tuple(names): new}
         self._frozen.update(zip(names, new.unbind(), strict=True))
 
     @torch.no_grad()
@@ -207,11 +211,9 @@ class FrozenSketches:
         left = self._projection(P.shape[-2], 0, P.device) @ P.float()
         return left @ (Q.float() @ self._projection(Q.shape[-1], 1, Q.device).mT)
 
-    def _projection(
-        self, dimension: int, side: int, device: torch.device, scale: float = 1.0
-    ) -> Tensor:
-        """Return ``scale`` times Psi (side 0) or Omega (side 1), (k, dimension), of every run."""
-        key = dimension, side, device, scale
+    def _projection(self, dimension: int, side: int, device: torch.device) -> Tensor:
+        """Return Psi (side 0) or Omega (side 1), (k, dimension), the same in every run."""
+        key = dimension, side, device
         if key not in self._projections:
             # The same whatever torch's default dtype and device are.
             like: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
@@ -221,7 +223,7 @@ class FrozenSketches:
                 generator = torch.Generator("cpu").manual_seed(2 * dimension + side)
                 made = torch.randn(SKETCH_SIZE, dimension, generator=generator, **like)
                 made /= SKETCH_SIZE**0.5
-            self._projections[key] = _to_device(scale * made, device)
+            self._projections[key] = _to_device(made, device)
         return self._projections[key]
 
 

@@ -1,4 +1,4 @@
-"""The optimal column scaling: pure functions of tensors that know no optimizer and no PEFT."""
+"""Column scalings: pure functions of tensors that know no optimizer and no PEFT."""
 
 from scalora.scaling.optimal import DEFAULT_BOUND, optimal_scaling
 

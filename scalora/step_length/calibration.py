@@ -149,7 +149,7 @@ class StepCalibration:
         if linear and self._left == 0 and self._numbers is not None:
             alone = _groups_of_these_alone(parameters, groups)
             if alone is not None:
-                with _rates_times(float(self._numbers["factor"]), alone):
+                with _rates_times(self._numbers["factor"], alone):
                     yield
                 return
         own = [sharding.local(p) for p in parameters]
@@ -258,26 +258,32 @@ def _groups_of_these_alone(
 ) -> list[dict[str, Any]] | None:
     """Return the groups of these parameters if they hold no others and the rates are numbers.
 
-    On the host alone: reading the factor from a device would wait for it.
+    On a device only those of a fused optimizer, whose kernels read the rate there: nobody waits.
     """
-    if parameters[0].device.type != "cpu":
-        return None
+    first = parameters[0]
     found = list(groups)
     if sum(len(group["params"]) for group in found) != len(parameters):  # a head is trained as well
         these = set(map(id, parameters))
         found = [group for group in groups if any(id(p) in these for p in group["params"])]
         if sum(len(group["params"]) for group in found) != len(these):
             return None
+    if first.device.type != "cpu":
+        fused = first.device.type == "cuda" and all(group.get("fused") for group in found)
+        spread = sharding.is_sharded(first) or any(p.device != first.device for p in parameters)
+        if not fused or spread:
+            return None
     numbers = all(isinstance(group["lr"], (int, float)) for group in found)
     return found if numbers else None
 
 
 @contextmanager
-def _rates_times(factor: float, groups: Sequence[dict[str, Any]]) -> Iterator[None]:
-    """Multiply the groups' learning rates while entered."""
+def _rates_times(factor: Tensor, groups: Sequence[dict[str, Any]]) -> Iterator[None]:
+    """Multiply the groups' learning rates by a factor () while entered."""
+    on_host = float(factor) if factor.device.type == "cpu" else None
     rates = [group["lr"] for group in groups]
     for group, rate in zip(groups, rates, strict=True):
-        group["lr"] = factor * rate
+        # The kernels take a float32.
+        group["lr"] = (factor * rate).float() if on_host is None else on_host * rate
     try:
         yield
     finally:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import scalora
 from scalora.moments import moments_of
 from scalora.peft_layers import lora_pairs
-from scalora.rebasing.forgetting import bounded_age, leak
+from scalora.scaling.memory import bounded_age, leak
 from scalora.step_length.rates import LearnedSteps
 
 R = 3

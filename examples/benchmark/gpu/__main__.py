@@ -98,7 +98,7 @@ def environment(wheels: Path | None, folder: str) -> dict[str, str]:
 
     Args:
         wheels: a folder of them, or None.
-        folder: where to install them; it comes before what is installed.
+        folder: to write to; wheels in it come before what is installed.
 
     Raises:
         SystemExit: there are no wheels.
@@ -111,7 +111,10 @@ def environment(wheels: Path | None, folder: str) -> dict[str, str]:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
         subprocess.run([*pip, "--target", folder, *files], check=True)
         paths.insert(1, folder)
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    # Triton writes what it compiles to the home folder, where not everybody may write.
+    compiled = {"TRITON_CACHE_DIR": os.path.join(folder, "triton")}
+    own = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    return {**compiled, **os.environ, **own}
 
 
 if __name__ == "__main__":
