@@ -31,8 +31,9 @@ def attach_carry(module: Any, adapter: str, carry: Carry) -> None:
     if not isinstance(module, lora_layers.Embedding):
         put_carry(module.lora_A[adapter], module.lora_B[adapter], carry)
     else:
-        if attached_carry(module, adapter) is None:
-            module.register_forward_hook(partial(_embed_with_carry, adapter), with_kwargs=True)
+        # Once: a hook stays where an adapter is deleted, and made anew by the same name.
+        if not hasattr(module, "scalora_carries"):
+            module.register_forward_hook(_embed_with_carries, with_kwargs=True)
         module.scalora_carries = {**getattr(module, "scalora_carries", {}), adapter: carry}
         module.delete_adapter = partial(_delete_adapter, module)
     # PEFT merges and unmerges adapters by this method alone, where it can merge them.
@@ -61,21 +62,30 @@ def _delete_adapter(module: Any, adapter_name: str) -> None:
     module.scalora_carries.pop(adapter_name, None)
 
 
-def _embed_with_carry(
-    adapter: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+def _embed_with_carries(
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
 ) -> Tensor:
-    """Add the carry to an embedding's output: its factors are parameters and not modules."""
-    carry = attached_carry(module, adapter)
-    rows = kwargs.get("adapter_names")  # one per row of a batch that mixes adapters
-    runs = adapter in (module.active_adapters if rows is None else rows)
-    if carry is None or module.merged or module.disable_adapters or not runs:
+    """Add the carries to an embedding's output: its factors are parameters and not modules."""
+    if module.merged or module.disable_adapters:
         return output
-    down, up = (x.to(output.device) for x in (carry.whole_down(), carry.whole_up()))
-    codes = torch.nn.functional.embedding(args[0], down.T)
-    added = module.scaling[adapter] * (codes @ up.T)
-    if rows is not None:
-        own = torch.tensor([name == adapter for name in rows], device=output.device)
-        added = added * own.view(-1, *(1,) * (added.ndim - 1))
+    rows = kwargs.get("adapter_names")  # one per row of a batch that mixes adapters
+    runs = module.active_adapters if rows is None else rows
+    for adapter, carry in module.scalora_carries.items():
+        if adapter in runs:
+            added = _embedded(module, adapter, carry, args[0], output.device)
+            if rows is not None:
+                own = torch.tensor([name == adapter for name in rows], device=output.device)
+                added = added * own.view(-1, *(1,) * (added.ndim - 1))
+            output = output + added.to(output.dtype)
+    return output
+
+
+def _embedded(
+    module: Any, adapter: str, carry: Carry, codes: Tensor, device: torch.device
+) -> Tensor:
+    """Return what a carry adds to the embedding of each code: (*codes, m)."""
+    down, up = (x.to(device) for x in (carry.whole_down(), carry.whole_up()))
+    columns = torch.nn.functional.embedding(codes, down.T)
+    added = module.scaling[adapter] * (columns @ up.T)
     scale = module._get_embed_scale()  # Gemma scales its embeddings
-    added = added if scale is None else added * scale.to(added.dtype)
-    return output + added.to(output.dtype)
+    return added if scale is None else added * scale.to(added.dtype)

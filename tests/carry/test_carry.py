@@ -265,6 +265,22 @@ def test_carry_is_switched_with_its_adapter(name: str) -> None:
     torch.testing.assert_close(models.answers(model, inputs), pretrained, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["linear", "embedding"])
+def test_adapter_made_anew_by_the_same_name_computes_with_its_carry_once(name: str) -> None:
+    model, pair, inputs = _model(name)
+    layer = [pair.name]
+    model.add_adapter("other", LoraConfig(r=2, target_modules=layer))
+    _with_carry(pair)
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    model.add_adapter("default", LoraConfig(r=3, target_modules=layer))
+    model.set_adapter("default")
+    _with_carry(pair)
+    before = models.answers(model, inputs)
+    model.merge_adapter()
+    torch.testing.assert_close(models.answers(model, inputs), before, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_copies_and_pickles_of_a_model_keep_their_own_carry(name: str) -> None:
     model, pair, inputs = _model(name)
