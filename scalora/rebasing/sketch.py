@@ -89,6 +89,10 @@ class FrozenSketches:
         self._is_known = True
         self._projections: dict[Hashable, Tensor] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Pickled, a stack and its views would be apart, and what is added to one not in the other.
+        return {**self.__dict__, "_stacks": {}}
+
     @torch.no_grad()
     def project(self, pairs: Sequence[LoRAPair], left: Tensor, right: Tensor) -> Projected | None:
         """Return an increment's factors as the sketches see them; None where it is not followed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -209,3 +210,15 @@ def test_report_is_drawn_as_the_numbers_of_its_rows(tmp_path: Path) -> None:
 def test_table_says_that_the_rank_is_a_lower_bound() -> None:
     _, optimizer = make("dense")
     assert "a lower bound, from sketches of 64 x 64" in str(optimizer.report())
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+def test_copy_of_a_run_reports_as_the_run(clone: Callable[[Any], Any]) -> None:
+    model, optimizer = make("dense")
+    models.train(model, optimizer, INPUTS, 5)
+    other, copied = clone((model, optimizer))
+    models.train(model, optimizer, INPUTS, 6)
+    models.train(other, copied, INPUTS, 6)
+    for row, found in zip(optimizer.report(), copied.report(), strict=True):
+        assert found.frozen_norm == pytest.approx(row.frozen_norm, rel=1e-5)
+        assert found.effective_rank == pytest.approx(row.effective_rank, rel=1e-3)
