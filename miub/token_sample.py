@@ -59,7 +59,8 @@ class TokenSample:
         if self.valid is None:
             return None
         padding = ~self.valid
-        return padding, padding.float(), self.valid.mT / self.valid.sum().clamp_min(1)
+        # Not of two integers: that quotient is in torch's default dtype.
+        return padding, padding.float(), self.valid.mT.float() / self.valid.sum().clamp_min(1)
 
     def interleaved(self) -> TokenSample:
         """Return the same positions, every second one first: each half has its share of tokens."""

@@ -121,6 +121,20 @@ def test_padding_that_was_drawn_does_not_raise_an_estimate_of_mixtures(name):
     assert 0.4 * exact < found < 1.05 * exact
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_padding_is_filled_the_same_whatever_torchs_default_dtype_is(dtype):
+    rows, is_token = torch.randn(6, 4), torch.tensor([1, 1, 0, 1, 0, 1]) > 0
+    score = torch.rand(6)
+    expected = sample_uncounted(is_token, score.clone(), 6).fill(rows.clone())
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = sample_uncounted(is_token, score, 6).fill(rows.clone())
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(found, expected)
+
+
 def test_the_models_own_random_numbers_are_not_drawn_from():
     model = with_lora(bert(), target_modules=["query"])
     before = torch.get_rng_state()
