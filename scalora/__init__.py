@@ -86,7 +86,9 @@ if not TYPE_CHECKING:  # a type checker would take any name for one of this modu
         if name in _MODULES:
             found = globals()[name] = getattr(import_module(_MODULES[name]), name)
             return found
-        if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+        # A name with a dot would be looked for in a package that may not be there.
+        is_public = name.isidentifier() and not name.startswith("_")
+        if is_public and find_spec(f"{__name__}.{name}") is not None:
             return import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

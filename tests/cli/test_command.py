@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import miub
 import scalora
 from scalora.cli import main
 
@@ -75,6 +76,8 @@ def test_public_names_are_there_before_they_are_imported() -> None:
         assert getattr(scalora, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         scalora.nothing  # noqa: B018
+    for package in (scalora, miub):
+        assert not hasattr(package, "nothing.there")
 
 
 ROOMS = """
