@@ -1,7 +1,8 @@
 """Formats that a base weight is stored in, and two ways of rounding to them.
 
 bitsandbytes quantizes to nearest only.  To round stochastically to the same levels they are written
-out here; `tests/test_survival.py` holds rounding to nearest together with bitsandbytes' own.
+out here; `tests/examples/test_survival.py` holds rounding to nearest together with bitsandbytes'
+own.
 """
 
 from __future__ import annotations

@@ -307,7 +307,7 @@ def test_moments_of_Q_move_with_alpha_and_those_of_P_stay(case: OptimizerCase) -
         for name, found in moments.stacked_states(inner, [P]).items():
             assert torch.equal(found, old[P][name]), name
         for name, found in moments.stacked_states(inner, [Q]).items():
-            if name == "col_var":  # averaged over the columns: tests/test_moments.py
+            if name == "col_var":  # averaged over the columns: tests/moments/test_moments.py
                 continue
             wanted = (
                 reference.transferred(old[Q][name].numpy(), alpha.numpy(), moments.degrees[name], 1)
