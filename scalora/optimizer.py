@@ -230,7 +230,8 @@ class ScaLoRA(torch.optim.Optimizer):
             the layers of the effective rank of the whole change, a lower bound where that is high
             (`scalora.rebasing.sketch`).  ``frozen_norm``: Frobenius norm of all that was frozen,
             over that of what is trainable, all layers together.  What is not known is left out:
-            the factor before it is calibrated; the last two of a sharded model.
+            the factor before it is calibrated; the last two of a sharded model, and of one that is
+            not finite.
         """
         return progress(self._rebaser.frozen, self.step_factor, self.rebase_count)
 

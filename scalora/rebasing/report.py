@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import StringIO
-from math import hypot, inf, nan
+from math import hypot, inf, isfinite, nan
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,7 +53,8 @@ class LayerReport:
         frozen_columns: columns frozen so far, r per re-basing; NaN after resuming from a state
             that does not say.
         effective_rank: of the whole change so far, or less: right where it is small, and never
-            above 64 (`SketchedChange.effective_rank`); NaN for sharded layers.
+            above 64 (`SketchedChange.effective_rank`); NaN for sharded layers, and for one that is
+            not finite.
         frozen_norm: Frobenius norm of the sum of all that was frozen, from its sketch, within about
             a tenth; NaN likewise.
         trainable_norm: likewise, of the adapter's product as it is.
@@ -131,7 +132,8 @@ class RebasingReport:
                 cells += [str(row.columns), str(row.capacity), f"{row.cut:.1e}"]
                 cells += [f"{row.bytes / 1024:.0f}"]
             table.add_row(*cells)
-        console = Console(file=StringIO(), width=240)  # the table takes what it needs
+        # The table takes of the width what it needs; a name in brackets is no markup.
+        console = Console(file=StringIO(), width=240, markup=False)
         console.print(table)
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
@@ -223,8 +225,9 @@ def progress(
     if step_factor is not None:
         found["step_factor"] = float(step_factor)
     changes = frozen.changes().values()
-    if changes:
-        found["rank"] = sum(change.effective_rank for change in changes) / len(changes)
+    ranks = [change.effective_rank for change in changes]
+    if ranks and all(map(isfinite, ranks)):
+        found["rank"] = sum(ranks) / len(ranks)
         trainable = hypot(*(float(change.trainable.norm()) for change in changes))
         if trainable > 0:
             everything = hypot(*(float(change.frozen.norm()) for change in changes))

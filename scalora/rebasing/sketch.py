@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import nan
 from typing import Any, NamedTuple
 
 import torch
@@ -42,9 +43,13 @@ class SketchedChange:
         """Effective rank of the whole change, as `scalora.effective_rank` defines it, or less.
 
         It is right where a side of the weight has at most 64 rows or columns, a tenth too small for
-        16 equal singular values, and never reaches 64 (tests/rebasing/test_sketch.py).
+        16 equal singular values, and never reaches 64 (tests/rebasing/test_sketch.py).  NaN where
+        the layer is not finite.
         """
-        values = torch.linalg.svdvals(self.frozen + self.trainable)
+        change = self.frozen + self.trainable
+        if not change.isfinite().all():  # which LAPACK refuses
+            return nan
+        values = torch.linalg.svdvals(change)
         values = values.where(values > _ROUND_OFF * values.max(), 0.0)
         if not values.any():
             return 0.0

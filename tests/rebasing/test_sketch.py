@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -222,3 +223,22 @@ def test_copy_of_a_run_reports_as_the_run(clone: Callable[[Any], Any]) -> None:
     for row, found in zip(optimizer.report(), copied.report(), strict=True):
         assert found.frozen_norm == pytest.approx(row.frozen_norm, rel=1e-5)
         assert found.effective_rank == pytest.approx(row.effective_rank, rel=1e-3)
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_layer_that_is_not_finite_is_reported_and_has_no_rank(broken: float) -> None:
+    model, optimizer = make("dense")
+    models.train(model, optimizer, INPUTS, 3)
+    with torch.no_grad():
+        optimizer.rebased_pairs[0].P_parameter[0, 0] = broken
+    first, second = optimizer.report()
+    assert math.isnan(first.effective_rank) and second.effective_rank > 0
+    optimizer.report().plot()
+    assert optimizer.progress().keys() == {"rebased", "step_factor"}
+
+
+def test_table_shows_a_name_in_brackets_as_it_is() -> None:
+    layers = nn.ModuleDict({"[red]a b": nn.Linear(12, 8)})
+    model = models.with_lora(nn.Sequential(layers), target_modules=["0.[red]a b"])
+    optimizer = training.optimizer_of(model)
+    assert "0.[red]a b" in str(optimizer.report())
