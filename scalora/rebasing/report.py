@@ -183,7 +183,7 @@ def rebasing_report(
     rebase_count: int,
     next_rebasing: int | None,
 ) -> RebasingReport:
-    """Report on every layer.  Waits for the device, and more than once per layer.
+    """Report on every layer that still has its adapter.  Waits for the device, often.
 
     Args:
         rebaser: of the layers.
@@ -196,6 +196,8 @@ def rebasing_report(
     changes = frozen.changes()
     factor = 1.0 if step_factor is None else float(step_factor)
     for pair in rebaser.pairs:
+        if not pair.exists:
+            continue
         carry, change = pair.carry, changes.get(pair.name)
         rows.append(
             LayerReport(

@@ -242,3 +242,15 @@ def test_table_shows_a_name_in_brackets_as_it_is() -> None:
     model = models.with_lora(nn.Sequential(layers), target_modules=["0.[red]a b"])
     optimizer = training.optimizer_of(model)
     assert "0.[red]a b" in str(optimizer.report())
+
+
+@pytest.mark.filterwarnings("ignore:ScaLoRA has folded", "ignore:Adapter default was active")
+def test_layer_whose_adapter_was_deleted_is_left_out() -> None:
+    model, optimizer = make("dense")
+    models.train(model, optimizer, INPUTS, 3)
+    first = optimizer.rebased_pairs[0]
+    first.module.delete_adapter("default")
+    assert [row.layer for row in optimizer.report()] == ["second"]
+    assert optimizer.progress()["rank"] == optimizer.report()["second"].effective_rank
+    model.delete_adapter("default")
+    assert not list(optimizer.report()) and "Re-based once" in str(optimizer.report())
