@@ -278,6 +278,8 @@ class ScaLoRA(torch.optim.Optimizer):
             # Afterwards: count how far the step went, and note the factors that it has left.
             self._rebaser.learned.count(self.param_groups)
             self._guard.note_step(run.rebase_count)
+        # Casts of the factors as they were would not go with the base as it is.
+        torch.clear_autocast_cache()
         return loss
 
     def _rebase(self) -> None:

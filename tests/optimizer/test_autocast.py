@@ -88,6 +88,18 @@ def test_closure_is_evaluated_under_the_scripts_own_autocast() -> None:
     assert seen == [torch.bfloat16]
 
 
+def test_next_forward_pass_under_the_same_autocast_sees_the_step() -> None:
+    model, optimizer = trained("exact")
+    with autocast(True):
+        for _ in range(3):
+            optimizer.zero_grad()
+            models.loss(model, INPUTS).backward()
+            optimizer.step()
+        found = model(INPUTS)
+    with autocast(True):
+        assert torch.equal(found, model(INPUTS))
+
+
 def test_files_and_spectra_are_the_same_under_autocast(tmp_path: Path) -> None:
     base = models.bert()
     pretrained = copy.deepcopy(base)
