@@ -1,4 +1,4 @@
-"""What the runs are compared by: memory, the table, the plot."""
+"""Report that compares the runs: memory, the table, the plot."""
 
 import json
 import tempfile

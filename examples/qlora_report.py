@@ -1,4 +1,4 @@
-"""What the four runs are compared by: bytes, the base's own bytes, the table, the plot."""
+"""Report that compares the four runs: bytes, the base's own bytes, the table, the plot."""
 
 import hashlib
 import json

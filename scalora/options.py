@@ -1,4 +1,4 @@
-"""What a user chooses about re-basing, validated where it is made.
+"""Options of re-basing, validated where it is made.
 
 Held by tests/guards/test_wrong_arguments.py.
 """
@@ -142,7 +142,7 @@ class RebasingOptions:
 
     @property
     def scales_P_alone(self) -> bool:
-        """Whether the rule leaves Q as it is."""
+        """Return whether the rule leaves Q as it is."""
         return self.rule in _WITH_MEMORY
 
     @property

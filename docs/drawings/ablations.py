@@ -16,16 +16,20 @@ from scalora import cli
 
 ABLATIONS = Path(__file__).parents[1] / "ablations"
 
-TWO_RATES = ("--learning-rates", "1e-2,2e-2", "--seeds", "3", "--search-seeds", "1")
+TWO_RATES = ("--learning-rates", "1e-2,2e-2")
 ONE_SEARCHED = ("--seeds", "3", "--search-seeds", "1")
 
 PICTURES = {
     "domain-shift": (
-        ("--methods", "lora,scalora", "--learning-rates", "1e-2,2e-2", *ONE_SEARCHED),
+        ("--methods", "lora,scalora", *TWO_RATES, *ONE_SEARCHED),
         ("learning-curves", "spectra"),
     ),
+    "4000-steps": (
+        ("--methods", "lora,scalora", "--steps", "4000", *TWO_RATES, "--seeds", "1"),
+        ("learning-curves",),
+    ),
     "capacity": (
-        ("--methods", "lora,lora:ranks=2,scalora", *TWO_RATES),
+        ("--methods", "lora,lora:ranks=2,scalora", *TWO_RATES, *ONE_SEARCHED),
         ("trainable-parameters", "learning-and-forgetting"),
     ),
     "regression": (
@@ -40,16 +44,20 @@ PICTURES = {
         ("learning-rates",),
     ),
 }
-"""Prefix of the pictures, a task with or without a suffix -> what is compared, what is drawn."""
+"""Prefix of the pictures (records' folder, a suffix or none) -> what is compared, what is drawn."""
+
+TASKS = {"4000-steps": "domain-shift"}
+"""Folder of records -> its task, where that is not its name."""
 
 
 def main() -> None:
     """Draw all of them."""
     for prefix, (compared, names) in PICTURES.items():
-        task = prefix.removesuffix("-rules")
+        records = prefix.removesuffix("-rules")
+        task = TASKS.get(records, records)
         with tempfile.TemporaryDirectory() as folder:
-            output = Path(folder) / task
-            shutil.copytree(ABLATIONS / "records" / task, output)
+            output = Path(folder) / records
+            shutil.copytree(ABLATIONS / "records" / records, output)
             cli.main(
                 ["ablate", "--report-only", "--task", task, *compared, "--output", str(output)]
             )

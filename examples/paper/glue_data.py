@@ -19,7 +19,7 @@ STS_B_RANGE = (0.0, 5.0)
 
 @dataclass(frozen=True)
 class Task:
-    """What a task's files are called and hold, and how it is scored.
+    """Names and columns of a task's files, and how it is scored.
 
     columns: of the one or two sentences. labels: as written in the files, in the order of their
     numbers; none for scores. metrics: the first is the one of the paper's table.
@@ -33,11 +33,11 @@ class Task:
     metrics: dict[str, Metric]
     dev: tuple[str, ...] = ("dev",)
     header: tuple[str, ...] | None = None
-    """Of files that have none."""
+    """Names for the columns of files that have none."""
     hub: tuple[str, ...] | None = None
     """The hub's names of the columns, where they differ."""
     drops: bool = False
-    """Whether lines with missing columns are known to occur, and left out."""
+    """True where lines with missing columns are known to occur; they are left out."""
 
     @property
     def outputs(self) -> int:

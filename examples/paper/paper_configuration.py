@@ -44,11 +44,11 @@ class Configuration:
     warmup_steps: int
     weight_decay: float
     base: str = "float32"
-    """What the pretrained weights are stored in."""
+    """Format that the pretrained weights are stored in."""
     micro_batch: int | None = None
     """Sequences that are on the device at once; None: the batch."""
     checkpointing: bool = False
-    """Whether activations are computed again instead of kept."""
+    """True where activations are computed again instead of kept."""
     steps: int | None = None
     """Instead of epochs."""
     rank: int | None = None
@@ -61,9 +61,9 @@ class Configuration:
     rule: str | None = None
     rounding: str | None = None
     protocol: str | None = None
-    """Of commonsense reasoning: "options" or "records"."""
+    """Kind of commonsense reasoning: "options" or "records"."""
     beams: int = 1
-    """Of answers that are generated."""
+    """Beams of the search that generates answers."""
 
     def __post_init__(self) -> None:
         self._check_choices()

@@ -1,4 +1,4 @@
-"""What the scripts beside this one train: a tiny byte-level Llama and a few lines of text.
+"""Model and data of the scripts beside this one: a tiny byte-level Llama and a few lines of text.
 
 Everything is made on the spot, nothing is downloaded.  The model has random weights, so the runs
 show that a stack works, not that one optimizer is better than another.
@@ -36,7 +36,7 @@ LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAU
 
 @dataclass
 class Run:
-    """What a script has trained."""
+    """Result of a script: what it has trained."""
 
     model: nn.Module
     optimizer: scalora.ScaLoRA

@@ -1,4 +1,4 @@
-"""From a command line to plans and an engine."""
+"""Plans and an engine from a command line."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Task(ABC):
     """Score that a learning rate is chosen by, a key of :meth:`score`."""
 
     lower_is_better: ClassVar[bool] = True
-    """Whether the metric is a loss (or an accuracy)."""
+    """True where the metric is a loss, False where it is an accuracy."""
 
     steps: ClassVar[int]
     """Training steps of a full run."""

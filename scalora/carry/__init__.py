@@ -1,4 +1,4 @@
-"""Where the frozen increment goes when the base must not be touched: low-rank factors beside it."""
+"""Low-rank factors beside a base that must not be touched: they hold the frozen increments."""
 
 from scalora.carry.carry import Carry
 from scalora.carry.factors import (

@@ -16,7 +16,7 @@ from scalora import sharding
 from scalora.step_length.rates import is_zero
 from scalora.warning import warn
 
-_FEW = 1 << 22  # elements: so many are copied into a row sooner than asked for one by one
+_FEW = 1 << 22  # elements; up to so few, copying all into a row is faster than asking one by one
 
 
 class DummyStep:

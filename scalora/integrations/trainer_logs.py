@@ -1,4 +1,4 @@
-"""What a `ScaLoRACallback` tells: a line when training begins and ends, and numbers in the logs."""
+"""Messages of a `ScaLoRACallback`: lines when training begins and ends, and numbers in the logs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How an inner optimizer's state depends on the gradient, and how it is read and carried across.
+"""An inner optimizer's state: how it depends on the gradient, is read and is carried across.
 
 A state that is homogeneous of degree k in the gradient history moves with a re-basing: column j
 of P's is multiplied by ``beta_j**k`` and of Q's by ``alpha_j**k`` (docs/mathematics.md, moments).
@@ -48,7 +48,7 @@ class Moments:
 
     @property
     def can_be_sharded(self) -> bool:
-        """Whether every shard of a state depends on its own shard of the gradients alone."""
+        """Return whether every shard of a state depends on its own shard of the gradients alone."""
         return self.partners is None
 
     def stacked_states(

@@ -73,7 +73,7 @@ class LayerLookup:
 
     @property
     def has_same_factors(self) -> bool:
-        """Whether there was a look, and every layer still has the factors and owner of then."""
+        """Return whether there was a look, and all layers still have the factors of then."""
         return self._found is not None and self._to_factors.hold
 
 
@@ -81,7 +81,7 @@ _Link = tuple[dict[Any, Any], Any, Any]  # a module's dictionary, a name in it, 
 
 
 class _Links:
-    """Where things were found."""
+    """Places where things were found."""
 
     def __init__(self, links: Iterable[_Link] = ()) -> None:
         all_links = list(links)
@@ -91,7 +91,7 @@ class _Links:
 
     @property
     def hold(self) -> bool:
-        """Whether every dictionary still holds the very thing that was found in it."""
+        """Return whether every dictionary still holds the very thing that was found in it."""
         return all(map(is_, map(dict.get, self._holders, self._names), self._held))
 
 

@@ -20,15 +20,15 @@ SCALORA = "#cc3311"
 """Paul Tol's vibrant blue and red, which the colour-blind can tell apart."""
 FULL = "#222222"
 FROZEN = "#9aa2ab"
-"""Of what is no longer trained."""
+"""Colour of what is no longer trained."""
 MUTED = "#c9c9c9"
-"""Of what stands behind, to compare with."""
+"""Colour of what stands behind, to compare with."""
 TEXT = "#444444"
 SERIES = (
     *("#332288", "#ee7733", "#009988", "#ee3377", "#33bbee", "#999933"),
     *("#882255", "#ddaa33", "#117733", "#aa4499", "#888888", "#661100"),
 )
-"""Of what is no method, in turn; Paul Tol's vibrant and muted schemes without the colours above."""
+"""Colours of what is no method, in turn: Paul Tol's vibrant and muted ones without those above."""
 SCALE = "viridis"
 """Name of the colours of a heat map, dark for little."""
 

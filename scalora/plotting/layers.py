@@ -1,4 +1,4 @@
-"""What re-basing has done to each layer: the rank so far, and what is trainable beside frozen."""
+"""A figure of what re-basing did to each layer: its rank so far, trainable beside frozen."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LETTER = 0.075
 
 
 class LayerNumbers(NamedTuple):
-    """What is drawn of one layer; NaN where it is not known.
+    """Numbers that are drawn of one layer; NaN where it is not known.
 
     Attributes:
         name: of the layer.

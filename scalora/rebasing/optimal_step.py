@@ -62,7 +62,7 @@ class OptimalStep:
 
     @property
     def _holds(self) -> bool:
-        """Whether L times the learning rate is matched once, and held from then on."""
+        """Return whether L times the learning rate is matched once, and held from then on."""
         return self.options.resolved_rule != "direction" and self._lipschitz is None
 
     @property

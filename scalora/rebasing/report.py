@@ -1,4 +1,4 @@
-"""What re-basing has done to every layer, as numbers for a log and as a table.
+"""Report of what re-basing has done to every layer: numbers for a log, a table, a figure.
 
 Held by tests/rebasing/test_sketch.py and tests/rebasing/test_carry_training.py.
 """
@@ -39,7 +39,7 @@ _RANK_SO_FAR = (
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What re-basing has done to one layer; numbers that are not known are NaN.
+    """Report of one layer; numbers that are not known are NaN.
 
     Attributes:
         layer: its name.

@@ -1,4 +1,6 @@
-"""Which LoRA layers are re-based, where their increments go, and why the others are not.
+"""Selection of the LoRA layers that are re-based, and the places that their increments go to.
+
+Of every other layer it says why it is left out.
 
 Held by tests/peft_layers/test_layers.py and tests/rebasing/test_carry_training.py.
 """

@@ -1,4 +1,4 @@
-"""How far a run has come: what a resumed one takes up besides weights and the inner optimizer.
+"""State of a run: what a resumed one takes up besides weights and the inner optimizer.
 
 And what the two must agree on.
 
@@ -44,7 +44,7 @@ class RunState:
 
     @property
     def is_due(self) -> bool:
-        """Whether the coming step re-bases."""
+        """Return whether the coming step re-bases."""
         return self.next_rebasing == 1
 
     @property

@@ -1,4 +1,4 @@
-"""From the quadratic model to column scalings: the rules, their magnitude, and the safe cases.
+"""Column scalings from the quadratic model: the rules, their magnitude, and the safe cases.
 
 Held by tests/scaling/test_scaling.py.
 """

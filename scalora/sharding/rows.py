@@ -1,4 +1,4 @@
-"""Which process holds which rows of a matrix; DTensors, which only this module knows.
+"""Rows of a matrix, and which process holds them; DTensors, which only this module knows.
 
 Held by tests/sharding/test_sharded_training.py and test_sharded_carry.py.
 

@@ -1,1 +1,1 @@
-"""How long a step of the inner optimizer is: rates read, steps counted, the length calibrated."""
+"""Length of the inner optimizer's steps: rates read, steps counted, the length calibrated."""

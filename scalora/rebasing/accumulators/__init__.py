@@ -1,4 +1,4 @@
-"""Where the frozen increments of a re-basing go: into the base weight, or beside it.
+"""Places for the frozen increments of a re-basing: the base weight, or a carry beside it.
 
 Held by tests/rebasing/test_carry_training.py and tests/optimizer/test_optimizer.py.
 """

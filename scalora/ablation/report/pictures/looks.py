@@ -32,9 +32,9 @@ _COLOURS = {
     "miss": "#661100",
     "gralora": "#888888",
 }
-"""By the name of a recipe; Paul Tol's vibrant and muted schemes."""
+"""Colours by the name of a recipe; Paul Tol's vibrant and muted schemes."""
 _VARIANTS = ("#ee7733", "#aa3377", "#c9a227", "#882255", "#ee3377", "#8c510a", "#e07b91")
-"""Of ScaLoRA with other options than the default's, in turn."""
+"""Colours of ScaLoRA with other options than the default's, in turn."""
 _LINES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))
 _MARKERS = {"lora": "o", "scalora": "D", "full": "*", "full-adapted": "P"}
 _OTHER_MARKERS = ("s", "^", "v", "X", "<", ">", "p", "h", "d")
