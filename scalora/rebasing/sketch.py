@@ -2,10 +2,10 @@
 
 What was folded into a dense base is in the weight and nowhere else, and a singular value
 decomposition of big weights is not for a training loop.  So the sum D of what was frozen, (m, n),
-is followed as ``Psi D Omega^T``, k = 64: with fixed Gaussian ``Psi`` (k, m) and ``Omega`` (k, n) of
-variance 1/k, or the identity where a side has at most 64.  On average such a sketch has the squared
-norm of D, and it has its singular values as long as those are few (Halko, Martinsson and Tropp,
-arXiv 0909.4061).
+is followed as ``Psi D Omega^T``, k = 64: with fixed ``Psi`` (k, m) and ``Omega`` (k, n) of random
+signs over ``sqrt(k)``, or the identity where a side has at most 64.  On average such a sketch has
+the squared norm of D, and it has its singular values as long as those are few (Halko, Martinsson
+and Tropp, arXiv 0909.4061).
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class FrozenSketches:
         self._frozen: dict[str, Tensor] = {}  # none before the first re-basing
         self._stacks: dict[tuple[str, ...], Tensor] = {}  # of layers that are added together
         self._is_known = True
-        self._projections: dict[Hashable, Tensor] = {}
+        self._kept_signs: dict[Hashable, Tensor] = {}  # int8: most of what is kept
 
     def __getstate__(self) -> dict[str, Any]:
         # Pickled, a stack and its views would be apart, and what is added to one not in the other.
@@ -116,10 +116,11 @@ class FrozenSketches:
             self._is_known = not self._frozen  # sharded since: the sketches are stale
             self._frozen, self._stacks = {}, {}
             return None
-        psi = self._projection(left.shape[-2], 0, left.device)
-        omega = self._projection(right.shape[-2], 1, left.device)
+        psi = self._signs(left.shape[-2], 0, left.device)
+        omega = self._signs(right.shape[-2], 1, left.device)
+        scaling = first.scaling * _norm(left.shape[-2]) * _norm(right.shape[-2])
         names = [pair.name for pair in pairs]
-        return Projected(names, psi @ left.float(), right.float().mT @ omega.mT, first.scaling)
+        return Projected(names, psi @ left.float(), right.float().mT @ omega.mT, scaling)
 
     @torch.no_grad()
     def add(self, increments: Sequence[Projected | None]) -> None:
@@ -177,7 +178,7 @@ class FrozenSketches:
 
     def kept_tensors(self) -> list[Tensor]:
         """Return the tensors that are kept between steps."""
-        return [*self._frozen.values(), *self._projections.values()]
+        return [*self._frozen.values(), *self._kept_signs.values()]
 
     def state(self) -> dict[str, Any] | None:
         """Return what `load` needs to go on; None where not even the columns are known."""
@@ -217,23 +218,27 @@ class FrozenSketches:
 
     def _sketch(self, P: Tensor, Q: Tensor) -> Tensor:
         """Return ``Psi P Q Omega^T``, (..., k, k), of P (..., m, r) and Q (..., r, n)."""
-        left = self._projection(P.shape[-2], 0, P.device) @ P.float()
-        return left @ (Q.float() @ self._projection(Q.shape[-1], 1, Q.device).mT)
+        left = self._signs(P.shape[-2], 0, P.device) @ P.float()
+        right = Q.float() @ self._signs(Q.shape[-1], 1, Q.device).mT
+        return left @ right * (_norm(P.shape[-2]) * _norm(Q.shape[-1]))
 
-    def _projection(self, dimension: int, side: int, device: torch.device) -> Tensor:
-        """Return Psi (side 0) or Omega (side 1), (k, dimension), the same in every run."""
+    def _signs(self, dimension: int, side: int, device: torch.device) -> Tensor:
+        """Return sqrt(k) Psi (side 0) or sqrt(k) Omega (side 1), (k, dimension), float32.
+
+        They are the same in every run.  Where a side has at most k: the identity.
+        """
         key = dimension, side, device
-        if key not in self._projections:
+        if key not in self._kept_signs:
             # The same whatever torch's default dtype and device are.
-            like: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+            like: dict[str, Any] = {"dtype": torch.int8, "device": "cpu"}
             if dimension <= SKETCH_SIZE:
                 made = torch.eye(dimension, **like)
             else:
                 generator = torch.Generator("cpu").manual_seed(2 * dimension + side)
-                made = torch.randn(SKETCH_SIZE, dimension, generator=generator, **like)
-                made /= SKETCH_SIZE**0.5
-            self._projections[key] = _to_device(made, device)
-        return self._projections[key]
+                bits = torch.randint(2, (SKETCH_SIZE, dimension), generator=generator, **like)
+                made = 2 * bits - 1
+            self._kept_signs[key] = _to_device(made, device)
+        return self._kept_signs[key].float()
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -242,6 +247,11 @@ def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
         return tensor.to(device)
     pinned = torch.empty_like(tensor, pin_memory=True).copy_(tensor)
     return pinned.to(device, non_blocking=True)
+
+
+def _norm(dimension: int) -> float:
+    """Return what the signs of a side of this length are multiplied by."""
+    return 1.0 if dimension <= SKETCH_SIZE else SKETCH_SIZE**-0.5
 
 
 def _plain(pairs: Iterable[LoRAPair]) -> list[LoRAPair]:
