@@ -93,6 +93,7 @@ class FrozenSketches:
         self._stacks: dict[tuple[str, ...], Tensor] = {}  # of layers that are added together
         self._is_known = True
         self._kept_signs: dict[Hashable, Tensor] = {}  # int8: most of what is kept
+        self._widened: dict[Hashable, Tensor] = {}  # in float32, while a re-basing uses them
 
     def __getstate__(self) -> dict[str, Any]:
         # Pickled, a stack and its views would be apart, and what is added to one not in the other.
@@ -135,6 +136,7 @@ class FrozenSketches:
             left, right = torch.cat([i.left for i in group]), torch.cat([i.right for i in group])
             names = [name for increment in group for name in increment.names]
             self._add(Projected(names, left, right, group[0].scaling))
+        self._widened.clear()
 
     def _add(self, increments: Projected) -> None:
         """Add to the sketches.  Layers that are added together mostly were before: one stack."""
@@ -166,6 +168,7 @@ class FrozenSketches:
             if frozen is None:
                 frozen = self._frozen.get(pair.name, torch.zeros_like(trainable[pair.name]))
             found.append(torch.stack([frozen.to(pair.P_parameter.device), trainable[pair.name]]))
+        self._widened.clear()
         if not found:
             return {}
         first = found[0].device
@@ -238,7 +241,9 @@ class FrozenSketches:
                 bits = torch.randint(2, (SKETCH_SIZE, dimension), generator=generator, **like)
                 made = 2 * bits - 1
             self._kept_signs[key] = _to_device(made, device)
-        return self._kept_signs[key].float()
+        if key not in self._widened:
+            self._widened[key] = self._kept_signs[key].float()
+        return self._widened[key]
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -203,7 +203,7 @@ def _mark_worth(axes: Axes, plan: TaskPlan, points: Sequence[_Point]) -> None:
     axes.annotate(
         f"LoRA: × {place / ours.x.mean:.1f}",
         (math.sqrt(place * ours.x.mean), ours.y.mean),
-        xytext=(0, 7),
+        xytext=(0, -9),
         textcoords="offset points",
         ha="center",
         va="center",
