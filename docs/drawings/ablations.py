@@ -16,6 +16,7 @@ from scalora import cli
 
 ABLATIONS = Path(__file__).parents[1] / "ablations"
 
+BY_RANK = "lora:r=1,lora,lora:r=8,lora:r=32,scalora,scalora:accumulator=carry:carry_rank=16"
 TWO_RATES = ("--learning-rates", "1e-2,2e-2")
 ONE_SEARCHED = ("--seeds", "3", "--search-seeds", "1")
 
@@ -23,6 +24,10 @@ PICTURES = {
     "domain-shift": (
         ("--methods", "lora,scalora", *TWO_RATES, *ONE_SEARCHED),
         ("learning-curves", "spectra"),
+    ),
+    "domain-shift-ranks": (
+        ("--methods", BY_RANK, *TWO_RATES, "--seeds", "1"),
+        ("training-state", "trainable-parameters", "learning-and-forgetting"),
     ),
     "4000-steps": (
         ("--methods", "lora,scalora", "--steps", "4000", *TWO_RATES, "--seeds", "1"),
@@ -53,7 +58,7 @@ TASKS = {"4000-steps": "domain-shift"}
 def main() -> None:
     """Draw all of them."""
     for prefix, (compared, names) in PICTURES.items():
-        records = prefix.removesuffix("-rules")
+        records = prefix.removesuffix("-rules").removesuffix("-ranks")
         task = TASKS.get(records, records)
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / records

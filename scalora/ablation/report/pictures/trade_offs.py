@@ -202,10 +202,10 @@ def _mark_worth(axes: Axes, plan: TaskPlan, points: Sequence[_Point]) -> None:
     )
     axes.annotate(
         f"LoRA: × {place / ours.x.mean:.1f}",
-        (math.sqrt(place * ours.x.mean), ours.y.mean),
-        xytext=(0, -9),
+        (place, ours.y.mean),
+        xytext=(-2, -10),
         textcoords="offset points",
-        ha="center",
+        ha="right",
         va="center",
         fontsize=8,
         color=TEXT,
