@@ -61,13 +61,13 @@ def test_what_a_step_adds_does_not_grow_with_the_depth(device: FakeDevice, case:
         pytest.importorskip("bitsandbytes")
     found = operations_added(device, 1, case)
     assert found == operations_added(device, 3, case)
-    assert found["ordinary"].total() > 0
+    assert found["ordinary"].total() > 0 or case.rule == "none"
 
 
 MOST = {
     Case(rule="none"): {"ordinary": 0},
-    Case(rule="auto"): {"ordinary": 12, "calibrating": 69, "re-basing": 76},
-    Case("AdamW fused", "auto"): {"ordinary": 16, "calibrating": 76, "re-basing": 80},
+    Case(rule="auto"): {"ordinary": 12, "calibrating": 69, "re-basing": 80},
+    Case("AdamW fused", "auto"): {"ordinary": 16, "calibrating": 76, "re-basing": 84},
 }
 """Case -> kind of step -> the operations of docs/measurements.md."""
 
