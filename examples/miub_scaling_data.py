@@ -57,6 +57,6 @@ def complexity(name: str) -> float:
 
 
 def pieces(text: torch.Tensor, count: int, length: int, generator: torch.Generator) -> torch.Tensor:
-    """Return so many random pieces of the text: (count, length)."""
+    """Return `count` random pieces of the text: (count, length)."""
     starts = torch.randint(0, len(text) - length, (count,), generator=generator)
     return torch.stack([text[start : start + length] for start in starts])

@@ -282,7 +282,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--rank", type=positive, default=8, help="r of LoRA (default: %(default)s)")
     add("--lr", type=float, default=1e-3, help="learning rate (default: %(default)s)")
     add("--optimizer", choices=OPTIMIZERS, default="adamw", help="default: %(default)s")
-    add("--interval", type=positive, help="re-base every that many steps (default: 10; short: 2)")
+    add("--interval", type=positive, help="re-base once in N steps (default: 10; short: 2)")
     add("--carry-rank", type=carry_rank, help="columns of a carry (default: auto; short: 32)")
     add("--seed", type=int, default=0, help="default: %(default)s")
     args = parser.parse_args(argv)

@@ -35,7 +35,7 @@ ROWS = (
     ("re-basings", "rebasings", "{}"),
     ("largest cut energy", "largest_cut", "{:.1e}"),
     ("base after training", "base", "{}"),
-    ("seconds a step (median)", "seconds_a_step", "{:.3f}"),
+    ("seconds per step (median)", "seconds_a_step", "{:.3f}"),
 )
 
 
@@ -177,7 +177,7 @@ def plot_losses(losses: dict[str, list[float]], held_out: dict[str, float], path
     axes.plot([], [], "o", color="black", label="held out, at the end, NF4")
     axes.plot([], [], "x", color="black", label="held out, at the end, float32")
     axes.set_xlabel("step")
-    axes.set_ylabel("cross-entropy (nats a token)")
+    axes.set_ylabel("cross-entropy (nats per token)")
     axes.set_title(f"Training loss, mean of {window} steps", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)

@@ -27,7 +27,7 @@ from miub import MIUBMonitor
 
 PADDING, END = 0, 2
 BATCH, LENGTH = 8, 12
-# Of each text so many tokens are left: sources and targets have other numbers of them.
+# Tokens that are left of each text: sources and targets have other numbers of them.
 SOURCES = torch.arange(BATCH) % 5 + 5
 TARGETS = torch.arange(BATCH) % 7 + 3
 _FAIRSEQ = dict(
