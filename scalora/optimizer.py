@@ -84,7 +84,7 @@ class ScaLoRA(torch.optim.Optimizer):
             float weight that nothing else shares, carry elsewhere (quantized, tied, offloaded).
         adapter_name: which adapter to re-base.
         rounding: for bfloat16 and float16 base weights: ``"stochastic"`` (unbiased),
-            ``"compensated"`` (keeps what was cut, 2 bytes per weight) or ``"nearest"`` (loses
+            ``"compensated"`` (keeps what was cut, a byte per weight) or ``"nearest"`` (loses
             nearly all of a small increment; for comparison).
         bound: columns are scaled by factors within ``[1/bound, bound]``.
         seed: of the stochastic rounding; use the same on every replica.

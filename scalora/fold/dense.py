@@ -10,7 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from scalora.fold.rounding import noise_bits, round_stochastically
+from scalora.fold.rounding import (
+    decode_residual,
+    encode_residual,
+    noise_bits,
+    round_stochastically,
+)
 
 ROUNDINGS = ("stochastic", "compensated", "nearest")
 _ELEMENTS_AT_ONCE = 1 << 20
@@ -33,7 +38,7 @@ def fold(
 
     - ``"stochastic"`` rounding is unbiased;
     - ``"compensated"`` keeps what rounding to nearest cut off in ``residuals`` and adds it the next
-      time; a residual has few bits too, so it is itself rounded stochastically;
+      time; a residual has 8 bits, to which it is itself rounded stochastically;
     - ``"nearest"`` loses increments below half a unit in the last place.
 
     Args:
@@ -42,7 +47,7 @@ def fold(
         right: (layers, n, k), float32 or wider.
         rounding: one of `ROUNDINGS`; read in half precision only.
         seeds: one `noise_seed` per layer; ``"nearest"`` needs none.
-        residuals: each (m, n), in the weights' dtype; for ``"compensated"`` only.
+        residuals: each (m, n), int8, as `encode_residual` returns; for ``"compensated"`` only.
         first_row: index of the weights' first row in the whole weight, where each process holds
             some rows: an element's noise depends on its place in the whole.
         scale: a factor of all increments.
@@ -118,9 +123,9 @@ def _half_precision_sum(
             continue
         bits = noise_bits(seed, (first_row + start) * columns, exact.numel(), weight.device)
         if residual is not None and cut is not None:
-            exact += residual[part]
+            exact += decode_residual(residual[part], weight[part])
             result[part] = exact
-            cut[part] = round_stochastically(exact - result[part], residual.dtype, bits)
+            cut[part] = encode_residual(exact - result[part], result[part], bits)
         else:
             result[part] = round_stochastically(exact, weight.dtype, bits)
     return result, cut

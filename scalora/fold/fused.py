@@ -64,16 +64,18 @@ def _fold_kernel(
     inside = (row[:, None] < rows) & (column[None, :] < columns)
     position = row[:, None].to(tl.int64) * columns + column[None, :]
     weight = _matrix(weight_addresses + layer, element, aligned) + position
-    exact = tl.load(weight, mask=inside, other=0.0).to(tl.float32) + scale * increment
+    old = tl.load(weight, mask=inside, other=0.0).to(tl.float32)
+    exact = old + scale * increment
     if mode != _NEAREST:
         place = position + tl.cast(first_row, tl.int64) * columns
         bits = _noise_bits(tl.load(seeds + layer), place)
     if mode == _COMPENSATED:
-        residual = _matrix(residual_addresses + layer, element, aligned) + position
-        exact += tl.load(residual, mask=inside, other=0.0).to(tl.float32)
+        residual = _matrix(residual_addresses + layer, tl.int8, aligned) + position
+        code = tl.load(residual, mask=inside, other=0).to(tl.float32)
+        exact += code * (_unit(old, element) * 0.003937007874015748)
         rounded = exact.to(element)
-        cut = _round_stochastically(exact - rounded.to(tl.float32), bits, element)
-        tl.store(residual, cut, mask=inside)
+        nearest = rounded.to(tl.float32)
+        tl.store(residual, _encode_residual(exact - nearest, nearest, bits, element), mask=inside)
     elif mode == _STOCHASTIC:
         rounded = _round_stochastically(exact, bits, element)
     else:
@@ -118,6 +120,35 @@ def _round_stochastically(exact, bits, element: tl.constexpr):
     finite = tl.abs(exact) < float("inf")
     bounded = tl.minimum(tl.maximum(rounded, -largest), largest)
     return tl.where(finite, bounded, exact).to(element)
+
+
+@triton.jit
+def _encode_residual(cut, rounded, bits, element: tl.constexpr):
+    """Return the codes of `scalora.fold.rounding.encode_residual`."""
+    uniform = (bits & 0xFFFFFF).to(tl.float32) * 5.9604644775390625e-08
+    parts = cut * _inverse_unit(rounded, element) * 254.0
+    below = tl.floor(parts)
+    parts = below + tl.where(uniform < parts - below, 1.0, 0.0)
+    return parts.to(tl.int8)
+
+
+@triton.jit
+def _unit(value, element: tl.constexpr):
+    """Return the unit in the last place of a number of that type, a power of two."""
+    return (_unit_exponent(value, element) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _inverse_unit(value, element: tl.constexpr):
+    return ((254 - _unit_exponent(value, element)) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _unit_exponent(value, element: tl.constexpr):
+    lowest: tl.constexpr = 32 if element == tl.bfloat16 else 113
+    mantissa: tl.constexpr = 7 if element == tl.bfloat16 else 10
+    exponent = (value.to(tl.int32, bitcast=True) >> 23) & 0xFF
+    return tl.maximum(exponent, lowest) - mantissa
 
 
 def fold_fused(

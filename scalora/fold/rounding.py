@@ -1,4 +1,4 @@
-"""Stochastic rounding, with which half-precision weights do not lose small increments.
+"""Roundings with which half-precision weights do not lose small increments.
 
 One unit in the last place of a bfloat16 weight of 0.02 is about 1e-4, larger than most increments.
 Rounding to nearest would silently lose all increments below half of it.
@@ -12,6 +12,9 @@ from torch import Tensor
 _MASK_32 = 0xFFFFFFFF
 _INT32_SIGN = 1 << 31
 _DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
+# The exponent field, as float32 has it, below which units in the last place count as no smaller.
+_LOWEST_EXPONENT = {torch.bfloat16: 32, torch.float16: 113}
+_PARTS_OF_A_UNIT = 254  # the resolution of a residual: half a unit is an int8, 127
 _FLOAT16_SMALLEST_NORMAL = 2.0**-14
 _FLOAT16_SUBNORMAL_STEP = 2.0**-24
 
@@ -68,6 +71,37 @@ def round_stochastically(value: Tensor, dtype: torch.dtype, bits: Tensor) -> Ten
     largest = torch.finfo(dtype).max
     rounded = torch.where(value.isfinite(), rounded.clamp(-largest, largest), value)
     return rounded.to(dtype)
+
+
+def encode_residual(cut: Tensor, rounded: Tensor, bits: Tensor) -> Tensor:
+    """Return what rounding to nearest cut off, as int8 multiples of 1/254 of a unit.
+
+    The unit is that in the last place of what it was rounded to; a cut is half of it at most.  It
+    is rounded up or down so that the expectation is the cut.
+
+    Args:
+        cut: float32, any shape.
+        rounded: bfloat16 or float16, in the same shape.
+        bits: int32 noise, one word per element.
+    """
+    uniform = (bits.view_as(cut) & 0xFFFFFF).to(torch.float32) * 2.0**-24
+    parts = cut * _unit(rounded, inverse=True) * _PARTS_OF_A_UNIT  # -127 to 127
+    below = parts.floor()
+    parts = below + (uniform < parts - below)  # exact; the sum parts + uniform would round
+    return parts.to(torch.int8)
+
+
+def decode_residual(residual: Tensor, rounded: Tensor) -> Tensor:
+    """Return in float32 what `encode_residual` was given, in the expectation."""
+    return residual.to(torch.float32) * (_unit(rounded) * (1 / _PARTS_OF_A_UNIT))
+
+
+def _unit(value: Tensor, *, inverse: bool = False) -> Tensor:
+    """Return the unit in the last place of half-precision numbers, a power of two, in float32."""
+    exponent = (value.to(torch.float32).view(torch.int32) >> 23) & 0xFF
+    exponent = exponent.clamp_min(_LOWEST_EXPONENT[value.dtype])
+    exponent = exponent - (23 - _DROPPED_BITS[value.dtype])
+    return ((254 - exponent if inverse else exponent) << 23).view(torch.float32)
 
 
 def _signed(word: int) -> int:

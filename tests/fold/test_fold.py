@@ -10,6 +10,7 @@ from samplers import RANKS, SEEDS, SIDES
 from torch import Tensor
 
 from scalora.fold import ROUNDINGS, dense, fold, noise_seed
+from scalora.fold.rounding import decode_residual, encode_residual, noise_bits
 
 HALVES = [torch.bfloat16, torch.float16]
 STEP = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # spacing / binade's upper end
@@ -27,7 +28,9 @@ def _problem(
 
 def _options(rounding: str, weights: list[Tensor]) -> dict[str, object]:
     seeds = [noise_seed(0, 0, layer) for layer in range(len(weights))]
-    residuals = [torch.zeros_like(w) for w in weights] if rounding == "compensated" else []
+    residuals = []
+    if rounding == "compensated":
+        residuals = [torch.zeros_like(w, dtype=torch.int8) for w in weights]
     return {"rounding": rounding, "seeds": seeds, "residuals": residuals}
 
 
@@ -135,8 +138,8 @@ def _accumulate(
         options["seeds"] = [noise_seed(0, count, 0)]
         fold([weight], left, right, **options)
         true += left[0].double() @ right[0].double().T
-    residual = options["residuals"][0].double() if options["residuals"] else torch.zeros(())
-    return weight.double(), residual, true, start
+    kept = [decode_residual(code, weight).double() for code in options["residuals"]]
+    return weight.double(), sum(kept, torch.zeros(())), true, start
 
 
 def test_stochastic_rounding_accumulates_a_thousand_small_increments_without_bias() -> None:
@@ -164,6 +167,45 @@ def test_compensation_keeps_the_sum_within_one_unit_in_the_last_place(dtype: tor
     assert np.all((weight - true).abs().numpy() <= spacing)
     # With the residual the sum is known much more closely.
     assert np.median((weight + residual - true).abs().numpy() / spacing) < 0.1
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_residual_is_what_was_cut_to_a_254th_of_a_unit(dtype: torch.dtype) -> None:
+    sizes = 2.0 ** torch.arange(-12, 4, dtype=torch.float32)
+    exact = sizes[:, None] * (1 + torch.rand(16, 4096))
+    exact *= torch.randn_like(exact).sign()
+    rounded = exact.to(dtype)
+    cut = exact - rounded.float()
+    bits = noise_bits(noise_seed(5), 0, cut.numel(), cut.device)
+    kept = decode_residual(encode_residual(cut, rounded, bits), rounded)
+    _, exponent = torch.frexp(rounded.double())
+    part = torch.finfo(dtype).eps * 2.0 ** (exponent - 1) / 254
+    error = (kept - cut).double() / part
+    assert error.abs().max() <= 1
+    assert error.mean().abs() < 4 * error.std() / error.numel() ** 0.5
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_compensated_errors_do_not_grow_with_the_number_of_folds(dtype: torch.dtype) -> None:
+    weight = (0.02 * torch.randn(32, 24)).to(dtype)
+    true, residual = weight.double(), torch.zeros(32, 24, dtype=torch.int8)
+    unit = torch.from_numpy(_spacing(weight.double().numpy(), dtype))
+    change = 0.004 * unit * torch.rand(32, 24)
+    left, right = change.float()[None], torch.eye(24)[None]
+    for count in range(4_600):  # up to eight units there and back: stochastic rounding is off by 3
+        seeds, sign = [noise_seed(1, count)], 1.0 if count % 1_000 < 500 else -1.0
+        fold(
+            [weight],
+            sign * left,
+            right,
+            rounding="compensated",
+            seeds=seeds,
+            residuals=[residual],
+        )
+        true += sign * left[0].double()
+    error = (weight.double() - true) / unit
+    once = (true.to(dtype).double() - true) / unit
+    assert error.square().mean().sqrt() < 1.2 * once.square().mean().sqrt()
 
 
 def test_float32_accumulates_a_thousand_small_increments() -> None:

@@ -23,6 +23,7 @@ from training import optimizer_of
 from transformers import BertForMaskedLM
 
 import scalora
+from scalora.fold.rounding import decode_residual
 
 
 def _rebase_alone(optimizer: scalora.ScaLoRA) -> None:
@@ -285,7 +286,8 @@ def test_half_precision_base_takes_the_change_to_a_unit_in_the_last_place(
             rounding == "compensated"
             and (residual := internals.residual(optimizer, layer)) is not None
         ):
-            stored = stored + residual
+            weight = lora.get_base_layer().weight.detach().flatten(1)
+            stored = stored + decode_residual(residual, weight).double()
         transposed = layer == "tokens" or lora.__dict__.get("fan_in_fan_out", False)
         stored = stored.T if transposed else stored
         return stored, stored + lora.scaling["default"] * P.double() @ Q.double().T
@@ -298,8 +300,8 @@ def test_half_precision_base_takes_the_change_to_a_unit_in_the_last_place(
         base_after, effective_after = weight(layer)
         change = (base_after - base_before).norm()
         assert change > 0
-        # Stochastic rounding errs by at most a unit in the last place; compensation by one of that.
-        unit = HALF_BITS[dtype] * (HALF_BITS[dtype] if rounding == "compensated" else 1)
+        # Stochastic rounding errs by at most a unit in the last place, compensation by a 254th.
+        unit = HALF_BITS[dtype] / (254 if rounding == "compensated" else 1)
         largest = torch.maximum(base_before.abs(), base_after.abs())
         error = (effective_after - effective_before).abs()
         assert (error <= unit * largest + 1e-6).all(), layer

@@ -288,7 +288,7 @@ def test_step_that_fails_keeps_the_moments_of_those_before() -> None:
 
 def test_compensation_that_fails_anywhere_belongs_to_the_weight() -> None:
     left, right = torch.randn(1, 8, 2), torch.randn(1, 6, 2)
-    old = torch.randn(8, 6).bfloat16(), 1e-3 * torch.randn(8, 6).bfloat16()
+    old = torch.randn(8, 6).bfloat16(), torch.randint(-127, 128, (8, 6), dtype=torch.int8)
 
     def folded(k: int) -> tuple[Tensor, Tensor, int]:
         weight, residual = (tensor.clone() for tensor in old)

@@ -108,5 +108,5 @@ class DenseAccumulator:
             return []
         for pair, matrix in zip(pairs, matrices, strict=True):
             if pair.name not in self.residuals:
-                self.residuals[pair.name] = torch.zeros_like(matrix)
+                self.residuals[pair.name] = torch.zeros_like(matrix, dtype=torch.int8)
         return [self.residuals[pair.name] for pair in pairs]
