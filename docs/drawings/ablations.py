@@ -16,7 +16,21 @@ from scalora import cli
 
 ABLATIONS = Path(__file__).parents[1] / "ablations"
 
-BY_RANK = "lora:r=1,lora,lora:r=8,lora:r=32,scalora,scalora:accumulator=carry:carry_rank=16"
+BY_RANK = ",".join(
+    [
+        *(
+            "lora:r=1",
+            "lora:r=2",
+            "lora",
+            "lora:r=8",
+            "lora:r=16",
+            "lora:r=32",
+            "full-adapted",
+            "full",
+        ),
+        *("scalora", "scalora:accumulator=carry:carry_rank=16"),
+    ]
+)
 TWO_RATES = ("--learning-rates", "1e-2,2e-2")
 ONE_SEARCHED = ("--seeds", "3", "--search-seeds", "1")
 

@@ -26,8 +26,12 @@ if TYPE_CHECKING:
 
 _MARGIN = 0.1
 """Share of the axis of costs, as of its logarithm, that is left free at an end."""
-_NARROW = 30.0
+_NARROW = 300.0
 """Ratio of costs up to which the axis has more ticks than one per power of ten."""
+_LONG = 1e5
+"""Cost from which labels are as short as 200k."""
+_VISIBLE = 1.3
+"""Ratio of costs that an arrow is drawn for."""
 
 
 class _Point(NamedTuple):
@@ -102,7 +106,7 @@ def _score_against(
 
 def _cost_axis(axes: Axes, costs: Sequence[float]) -> None:
     """Make the horizontal axis logarithmic, with room for labels beside the last point."""
-    from matplotlib.ticker import LogLocator, NullLocator
+    from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
     low, high = min(costs), max(costs)
     room = max(high / low, 2.0) ** _MARGIN
@@ -111,7 +115,7 @@ def _cost_axis(axes: Axes, costs: Sequence[float]) -> None:
     narrow = high < _NARROW * low
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_major_formatter(EngFormatter(sep="") if high > _LONG else "{x:,.0f}")
 
 
 def _points(
@@ -192,7 +196,7 @@ def _mark_worth(axes: Axes, plan: TaskPlan, points: Sequence[_Point]) -> None:
     if ours is None:
         return
     place = cost_of(curve, ours.y.mean)
-    if place is None or place <= ours.x.mean:
+    if place is None or place < _VISIBLE * ours.x.mean:
         return
     axes.annotate(
         "",
