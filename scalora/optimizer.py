@@ -323,8 +323,10 @@ class ScaLoRA(torch.optim.Optimizer):
 
         Raises:
             ValueError: another version, rule, memory, calibration, rounding, seed,
-                accumulator, set of layers or rank; nothing is loaded then.
+                accumulator, set of layers or rank; or the adapter was deleted; nothing is loaded
+                then.
         """
+        self._guard.check_adapters()
         own, state = unpacked(state_dict)
         if own is not None:
             self.check_same_run(own)
@@ -342,7 +344,12 @@ class ScaLoRA(torch.optim.Optimizer):
             self.load_rebasing_state(own)
 
     def rebasing_state(self) -> dict[str, Any]:
-        """Return what re-basing itself remembers: numbers and small tensors."""
+        """Return what re-basing itself remembers: numbers and small tensors.
+
+        Raises:
+            ValueError: the adapter was deleted.
+        """
+        self._guard.check_adapters()
         self._guard.reshard()
         self._guard.check_factors()
         return self._run.saved()
@@ -353,6 +360,7 @@ class ScaLoRA(torch.optim.Optimizer):
         Raises:
             ValueError: as `load_state_dict` does; nothing is loaded then.
         """
+        self._guard.check_adapters()
         self._guard.reshard()
         self._run.load(own)
         self._guard.forget_factors()

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from scalora import sharding
-from scalora.guards.layers import CheckedFactors, ExpectedWeights, check_engine, check_processes
+from scalora.guards.layers import (
+    CheckedFactors,
+    ExpectedWeights,
+    check_adapters,
+    check_engine,
+    check_processes,
+)
 from scalora.guards.skipped_steps import (
     DummyStep,
     can_skip,
@@ -146,6 +152,10 @@ class Guard:
         """
         if self._factor_watch is not None:
             self._factor_watch.note(rebase_count)
+
+    def check_adapters(self) -> None:
+        """Raise a ValueError if the adapter of a layer was deleted."""
+        check_adapters(self.places)
 
     def check_factors(self) -> None:
         """Warn or raise if factors were exchanged since the newest step.  Waits for the device."""

@@ -6,7 +6,7 @@ tests/sharding/test_sharded_training.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,18 +110,24 @@ class CheckedFactors:
         return self._factors
 
 
-def _checked(
-    pairs: Sequence[LoRAPair], optimizer: torch.optim.Optimizer, owner: object
-) -> list[nn.Parameter]:
-    """Return P and Q of every layer in turn, or raise if the optimizer no longer fits."""
-    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    factors: list[nn.Parameter] = []
+def check_adapters(pairs: Iterable[LoRAPair]) -> None:
+    """Raise a ValueError if the adapter of a layer was deleted."""
     for pair in pairs:
         if not pair.exists:
             raise ValueError(
                 f"{pair.name!r} has no adapter {pair.adapter!r} any more: it was deleted. Make a "
                 "new optimizer over the adapter to train, or put this one aside."
             )
+
+
+def _checked(
+    pairs: Sequence[LoRAPair], optimizer: torch.optim.Optimizer, owner: object
+) -> list[nn.Parameter]:
+    """Return P and Q of every layer in turn, or raise if the optimizer no longer fits."""
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    factors: list[nn.Parameter] = []
+    check_adapters(pairs)
+    for pair in pairs:
         if not pair.belongs_to(owner):
             raise ValueError(
                 f"another ScaLoRA, made later, re-bases {pair.name!r} too, and each would take the "

@@ -160,8 +160,8 @@ class RebasingReport:
 
         Raises:
             ImportError: matplotlib is not installed.
-            ValueError: nothing is known of any layer, as of a sharded model; or a path of no known
-                format.
+            ValueError: nothing is known of any layer, as with rule='none' or of a sharded model;
+                or a path of no known format.
         """
         layers = [
             LayerNumbers(

@@ -213,6 +213,20 @@ def test_layers_that_are_not_the_optimizers_any_more_are_refused(
     models.assert_same_bits(model, before)
 
 
+def test_a_deleted_adapter_leaves_nothing_to_save_or_load_into() -> None:
+    model, optimizer = make({})
+    state = copy.deepcopy(optimizer.state_dict())
+    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+    deleted(model)
+    before = copy.deepcopy(optimizer.inner.state_dict()["state"])
+    saves = [optimizer.state_dict, optimizer.rebasing_state]
+    for call in [*saves, lambda: optimizer.load_state_dict(state)]:
+        with pytest.raises(ValueError, match="has no adapter 'default' any more"):
+            call()
+    after = optimizer.inner.state_dict()["state"]
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
 # Optimizers
 
 
