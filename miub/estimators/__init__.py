@@ -1,6 +1,6 @@
 """Estimators of mutual information: pure functions of samples, in nats.
 
-Held by tests/miub/test_estimators.py.
+Held by tests/miub/test_estimators.py, test_ridge.py, test_ranked.py and test_heavy_samples.py.
 """
 
 from collections.abc import Callable

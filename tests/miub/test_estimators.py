@@ -1,225 +1,38 @@
-"""The estimators of mutual information against slow references, and on known answers."""
+"""The estimators of mutual information against their definitions, and on known answers."""
 
 from __future__ import annotations
 
 import math
-import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from estimating import EVERY, bracketed, design, pair, repeated
 from samplers import normal
 
 from examples.benchmark.miub.beyond_normal import paired
 from examples.benchmark.miub.distributions import (
     correlated,
-    identity,
     layer_paths,
-    mapped,
     mixture,
     student,
     student_information,
 )
 from miub.estimators import (
     ESTIMATORS,
-    Estimate,
     club,
     gaussian,
-    infonce,
-    l1out,
     ranked,
     tempered,
     vub,
 )
-from miub.estimators.bracket import bracket, fit_bracket
 from miub.estimators.conditional import fit_linear
-from miub.estimators.design import Design, design_by_columns, design_of
-from miub.estimators.positive_definite import add_outer_product, cholesky, inverse_of_triangle
-from miub.estimators.ranked import normal_scores
-from miub.estimators.ridge import _fit, _fit_at_mean_leverage, fit_ridge
-from miub.estimators.samples import Samples, prepare
-
-EVERY = sorted(ESTIMATORS)
-OF_MOMENTS = [tempered, gaussian, club, vub, l1out]
-
-
-def pair(n: int, d: int, r: int, seed: int = 0, dtype=torch.float64):
-    """Linearly dependent samples with noise of their own."""
-    u = normal(seed, n, d, dtype=dtype)
-    v = u @ normal(seed + 1, d, r, dtype=dtype) / d**0.5 + 0.5 * normal(seed + 2, n, r, dtype=dtype)
-    return u, v
-
-
-def design(u, v, noise=0.0) -> Design:
-    return design_of(prepare(u, v, noise))
-
-
-def bracketed(samples: Design, **options):
-    """The bounds of one fit."""
-    upper, lower = bracket([fit_bracket(samples, **options)])
-    return tuple(Estimate(e.value[0], e.stderr[0], e.n, e.heaviest[0]) for e in (upper, lower))
-
-
-def repeated(sampler, count: int, n: int, seed: int = 0):
-    return sampler((count, n), torch.Generator().manual_seed(seed))
-
-
-def reference_ridge(u, v, penalty):
-    """Weights and intercept by the normal equations."""
-    mean_u, mean_v = u.mean(0), v.mean(0)
-    a, b = u - mean_u, v - mean_v
-    identity = torch.eye(u.shape[1], dtype=u.dtype)
-    weight = torch.linalg.solve(a.T @ a + penalty * identity, a.T @ b)
-    return weight, mean_v - mean_u @ weight
+from miub.estimators.samples import Samples
 
 
 def log_normal(x, mean, covariance):
     d = x - mean
     square = d @ torch.linalg.solve(covariance, d)
     return -(square + torch.logdet(covariance) + len(x) * math.log(2 * math.pi)) / 2
-
-
-@settings(max_examples=25)
-@given(n=st.integers(9, 24), d=st.integers(1, 30), r=st.integers(1, 3), seed=st.integers(0, 99))
-def test_the_fit_is_ridge_regression_and_its_left_out_errors_are_those_of_refitting(n, d, r, seed):
-    u, v = pair(n, d, r, seed)
-    samples = prepare(u, v, 0.05)
-    ridge = fit_ridge(design_of(samples), penalties=(0.3,))
-    found, fit = ridge.weight(samples.u), ridge.fit
-    eps = 4 * torch.finfo(u.dtype).eps
-    a = u - u.mean(0)
-    penalty = (0.3 / n + eps) * a.square().sum() + n * samples.noise_u.item()
-    weight, intercept = reference_ridge(u, v, penalty)
-    size = weight.square().sum()
-    shrinkage = ((found * weight).sum() / size).item()
-    torch.testing.assert_close(found, shrinkage * weight, atol=1e-9, rtol=1e-7)
-    torch.testing.assert_close(fit.squared_weight, found.T @ found, atol=1e-9, rtol=1e-7)
-    assert round(shrinkage * 20) == pytest.approx(shrinkage * 20, abs=1e-6)
-    fitted = v.mean(0) + shrinkage * (u @ weight + intercept - v.mean(0))
-    torch.testing.assert_close(fit.residual, v - fitted, atol=1e-9, rtol=1e-7)
-    # Without shrinkage and with the others' means: leaving one out by hand.
-    hat = torch.linalg.solve(a.T @ a + penalty * torch.eye(d, dtype=u.dtype), a.T)
-    leverage = (a * hat.T).sum(1)
-    torch.testing.assert_close(
-        fit.freedom[:, 0],
-        (1 - 1 / n) - shrinkage * leverage,
-        atol=1e-9,
-        rtol=1e-7,
-    )
-    if shrinkage == 1:
-        for i in (0, n - 1):
-            kept = torch.arange(n) != i
-            others_u, others_v = u[kept], v[kept]
-            w = reference_penalised_about_own_mean(others_u, others_v, penalty)
-            error = v[i] - (others_v.mean(0) + (u[i] - others_u.mean(0)) @ w)
-            torch.testing.assert_close(fit.left_out_error[i], error, atol=1e-8, rtol=1e-6)
-
-
-def reference_penalised_about_own_mean(u, v, penalty):
-    return reference_ridge(u, v, penalty)[0]
-
-
-def test_primal_and_dual_agree_where_samples_and_coordinates_are_about_as_many():
-    u, v = pair(30, 29, 2)
-    wide = torch.cat([u, torch.zeros(30, 2, dtype=u.dtype)], 1)
-    narrow, dual = (fit_ridge(design(x, v), penalties=(0.1,)) for x in (u, wide))
-    torch.testing.assert_close(narrow.fit.residual, dual.fit.residual, atol=1e-8, rtol=1e-6)
-    torch.testing.assert_close(narrow.fit.freedom, dual.fit.freedom, atol=1e-8, rtol=1e-6)
-    weight = dual.weight(prepare(wide, v, 0.0).u)
-    torch.testing.assert_close(narrow.coefficients, weight[:29], atol=1e-8, rtol=1e-6)
-    torch.testing.assert_close(
-        narrow.fit.squared_weight, dual.fit.squared_weight, atol=1e-8, rtol=1e-6
-    )
-
-
-@pytest.mark.parametrize(("n", "d"), [(24, 24), (24, 300), (600, 700), (40, 9)])
-def test_a_design_that_is_read_by_columns_is_the_one_of_whole_samples(n, d, monkeypatch):
-    monkeypatch.setattr("miub.estimators.design._AT_ONCE", 100 * n)
-    u, v = pair(n, d, 2)
-    u = 3 + u
-    read = []
-
-    def columns(start, end):
-        read.append(end - start)
-        return u[:, start:end].clone()
-
-    found, expected = design_by_columns(columns, d, v, 0.05), design(u, v, 0.05)
-    assert sum(read) == d
-    assert d < n or max(read) <= 100
-    torch.testing.assert_close(found.gram.tril(), expected.gram.tril())
-    assert (found.u is None) == (d >= n)
-    torch.testing.assert_close(found.energy, expected.energy)
-    for name, value in vars(expected.margins).items():
-        torch.testing.assert_close(getattr(found.margins, name), value)
-
-
-def test_fits_that_are_evaluated_together_are_those_alone():
-    pairs = [design(*pair(40, d, 2, seed), noise=0.05) for seed, d in enumerate((3, 50, 7))]
-    fits = [fit_bracket(samples, (0.0, 0.1)) for samples in pairs]
-    upper, lower = bracket(fits)
-    alone = [bracket([fit]) for fit in fits]
-    torch.testing.assert_close(upper.value, torch.cat([one.value for one, _ in alone]))
-    torch.testing.assert_close(upper.stderr, torch.cat([one.stderr for one, _ in alone]))
-    torch.testing.assert_close(upper.heaviest, torch.cat([one.heaviest for one, _ in alone]))
-    # The noise that is drawn for the lower bound is each fit's own.
-    torch.testing.assert_close(
-        lower.value, torch.cat([one.value for _, one in alone]), atol=0.2, rtol=0
-    )
-
-
-def test_a_constant_read_by_columns_shares_nothing():
-    _, v = pair(24, 3, 2, dtype=torch.float32)
-    constant = design_by_columns(lambda start, end: torch.full((24, end - start), 3.7), 40, v, 0.0)
-    assert not constant.margins.informative
-    assert bracketed(constant)[0].value == 0
-
-
-@pytest.mark.parametrize("size", [1, 63, 64, 65, 200, 513])
-def test_triangles_are_inverted_and_grams_are_products(size):
-    x = normal(0, 2, size, size + 3)
-    gram = torch.zeros(2, size, size, dtype=x.dtype)
-    for part in x.split(7, -1):
-        add_outer_product(gram, part)
-    torch.testing.assert_close(gram.tril(), (x @ x.mT).tril())
-    penalty = torch.tensor([0.5, 2.0], dtype=x.dtype)[:, None, None]
-    factor = cholesky(gram, penalty)
-    identity = torch.eye(size, dtype=x.dtype)
-    torch.testing.assert_close(factor @ factor.mT, x @ x.mT + penalty * identity)
-    torch.testing.assert_close(inverse_of_triangle(factor) @ factor, identity.expand(2, -1, -1))
-
-
-def test_the_mean_leverage_is_the_mean_of_the_leverages_and_the_fit_is_the_same():
-    samples = design(*pair(60, 7, 2), 0.05)
-    penalty = 3 * torch.ones(1, 1, dtype=samples.gram.dtype)
-    own, mean = _fit(samples, penalty), _fit_at_mean_leverage(samples, penalty)
-    torch.testing.assert_close(own.coefficients, mean.coefficients)
-    torch.testing.assert_close(own.fit.residual, mean.fit.residual)
-    torch.testing.assert_close(own.fit.freedom.mean(), mean.fit.freedom.squeeze())
-
-
-@pytest.mark.parametrize("n", [512, 513, 4096])
-def test_the_penalty_is_the_one_that_predicts_samples_that_were_left_out_best(n):
-    """By refitting without a tenth at a time; the choice may be a neighbour where two are close."""
-    u, v = pair(n, 100, 2)
-    v = v + 8 * normal(5, n, 2)
-    penalties = (0.0, 0.1, 1.0, 10.0, 1000.0)
-    whole = fit_ridge(design(u, v), penalties)
-    size = (u - u.mean(0)).square().sum() / n
-    losses = []
-    for penalty in penalties:
-        error = []
-        for out in torch.arange(n).chunk(10):
-            kept = torch.ones(n, dtype=torch.bool)
-            kept[out] = False
-            weight, intercept = reference_ridge(u[kept], v[kept], penalty * size)
-            error.append(v[out] - intercept - u[out] @ weight)
-        losses.append(torch.logdet(torch.cov(torch.cat(error).T)).item())
-    alone = [fit_ridge(design(u, v), (penalty,)) for penalty in penalties]
-    distances = [(whole.fit.residual - one.fit.residual).norm().item() for one in alone]
-    best = distances.index(min(distances))
-    assert distances[best] < 1e-9
-    assert abs(best - losses.index(min(losses))) <= 1
 
 
 @pytest.mark.parametrize("estimator", [gaussian, vub])
@@ -231,13 +44,6 @@ def test_more_samples_lead_to_the_truth(estimator):
     for found in (few, many):
         assert abs(found.value - truth) < 3 * found.stderr
     assert many.stderr < 0.5 * few.stderr
-
-
-def test_with_many_samples_nothing_is_shrunk():
-    u, v = pair(20_000, 20, 2)
-    weight, _ = reference_ridge(u, v, 0.0)
-    found = fit_ridge(design(u, v)).coefficients
-    assert (found - weight).norm() < 0.01 * weight.norm()
 
 
 def test_the_order_leads_from_club_to_the_gaussian_value():
@@ -500,107 +306,3 @@ def test_a_well_separated_mixture_tells_its_class():
     assert torch.equal(u.argmax(-1), 4 - v.argmax(-1))
     counts = torch.bincount(u.argmax(-1), minlength=4)
     assert (counts > 850).all()
-
-
-def cauchy(n: int, d: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    angles = torch.rand(2, n, d, generator=generator, dtype=torch.float64) - 0.5
-    u, v = (math.pi * angles).tan()
-    return u, v
-
-
-@pytest.mark.parametrize("estimator", OF_MOMENTS)
-def test_samples_without_moments_are_warned_of_and_give_nothing_negative(estimator):
-    """`club` and `l1out` ran off to tens of nats below zero."""
-    for seed in range(3):
-        u, v = cauchy(2000, 3, seed)
-        with pytest.warns(UserWarning, match=f"{estimator.__name__}: a single sample") as caught:
-            found = estimator(u, v + u)
-        assert len(caught) == 1
-        assert caught[0].filename == __file__
-        assert 0 <= found.value < math.inf
-        assert found.heaviest > 0.2
-
-
-LIGHT = {
-    "normal": identity,
-    "uniform": torch.special.ndtr,
-    "exponential": lambda x: -torch.special.ndtr(x).log(),
-}
-
-
-@pytest.mark.parametrize("n", [16, 64, 512, 8192])
-@pytest.mark.parametrize("name", LIGHT)
-def test_tails_that_have_moments_are_not_warned_of(name, n):
-    u, v = mapped(correlated(3, 1.0), LIGHT[name], LIGHT[name])(
-        (n,), torch.Generator().manual_seed(0)
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        tempered(u, v)
-
-
-def test_a_lower_bound_and_ranks_need_no_moments():
-    u, v = cauchy(2000, 2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert 0 <= infonce(u, v).value < 0.1
-        assert ranked(u, v).value < 0.1
-        assert ranked(u, u + v).value > 0.5
-
-
-@pytest.mark.parametrize("estimator", [club, vub, l1out, infonce])
-def test_halves_that_cannot_give_a_covariance_are_refused(estimator):
-    """64 samples of 64 coordinates gave -4e5 nats, or 7e4, for a truth of 2."""
-    u, v = correlated(64, 2.0)((128,), torch.Generator().manual_seed(0))
-    with pytest.raises(ValueError, match="draw 132"):
-        estimator(u, v)
-    assert estimator(u, v, noise=0.01).value.isfinite()
-    enough = correlated(6, 2.0)((16,), torch.Generator().manual_seed(0))
-    assert club(*enough).value.isfinite()
-
-
-def test_scores_are_the_normal_quantiles_of_mean_ranks():
-    x = torch.tensor([[3.0, 5], [1, 5], [3, 5], [-2, 5], [9, 5], [3, 5]])
-    normal = torch.distributions.Normal(0, 1)
-    # Ranks 4, 2, 4, 1, 6, 4 of the first column, the three that are equal sharing 3, 4 and 5.
-    quantiles = (torch.tensor([4.0, 2, 4, 1, 6, 4]) - 0.5) / 6
-    found = normal_scores(x)
-    torch.testing.assert_close(found[:, 0], normal.icdf(quantiles))
-    assert (found[:, 1] == 0).all()
-    x[2, 0] = math.inf
-    assert normal_scores(x)[2, 0].isnan()
-
-
-def test_increasing_maps_of_the_coordinates_leave_the_ranked_bound():
-    u, v = (x.double() for x in correlated(3, 2.0)((400,), torch.Generator().manual_seed(0)))
-    expected = ranked(u, v)
-    for of_u, of_v in ((lambda x: x**3, torch.exp), (torch.asinh, lambda x: 5 * x - 2)):
-        found = ranked(of_u(u), of_v(v))
-        torch.testing.assert_close(found.value, expected.value)
-        torch.testing.assert_close(found.stderr, expected.stderr)
-
-
-@pytest.mark.parametrize("information", [2.0, 10.0])
-def test_a_side_that_is_cubed_alone_is_covered_by_ranks(information):
-    u, v = repeated(mapped(correlated(4, information), lambda x: x**3, identity), 10, 512)
-    assert tempered(u, v).value.mean() < 0.8 * information
-    found = ranked(u, v).value
-    assert (found > information).all()
-    assert (found < 2.4 * information).all()
-
-
-@pytest.mark.parametrize(("d", "freedom"), [(1, 1), (2, 2), (5, 3)])
-def test_a_scale_that_two_sides_share_is_told_by_ranks(d, freedom):
-    truth = student_information(d, freedom, 0.0)
-    found = ranked(*repeated(student(d, freedom, 0.0), 4, 4000))
-    assert (found.value > truth - 2 * found.stderr - 0.01).all()
-    assert (found.value < 2 * truth).all()
-
-
-def test_ranks_bound_gaussian_samples_under_the_noise_model():
-    truth, sampler = layer_paths(48, 48, 4, 1.0, 0.1)
-    # Not with seed 0, of which the noise is drawn.
-    found = ranked(*repeated(sampler, 6, 1024, seed=1), noise=0.1).value
-    assert (found >= truth).all()
-    assert (found <= 2.2 * truth).all()
