@@ -121,7 +121,9 @@ class MIUBCallback(TrainerCallback):
         if self._measured == self._logged:
             return
         self._logged = self._measured
-        report = self.monitor.report()
+        report = self.monitor.report_if_any()  # too few tokens in every pass: there was a warning
+        if report is None:
+            return
         folded = sum(row.rebased for row in report)
         if folded and not self._warned:
             self._warned = True

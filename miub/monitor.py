@@ -158,6 +158,17 @@ class MIUBMonitor:
         Raises:
             ValueError: nothing was measured.
         """
+        return MIUBReport(self._gathered(), estimator=self._bounds.name, noise=self.noise)
+
+    def report_if_any(self) -> MIUBReport | None:
+        """Return what `report` does, or None if nothing was measured on any process."""
+        records = self._gathered()
+        if not records:
+            return None
+        return MIUBReport(records, estimator=self._bounds.name, noise=self.noise)
+
+    def _gathered(self) -> list[LayerRecord]:
+        """Return the records of all processes, each layer's together and in the order of steps."""
         new = fetched(self._pending)
         self._warn_heavy([record for _, record, heaviest in new if heaviest])
         for place, record, _ in new:
@@ -169,9 +180,7 @@ class MIUBMonitor:
         records = gathered(self._records)
         # Python's sort keeps the order of what is equal: by step within a layer.
         records.sort(key=lambda placed: placed[0])
-        return MIUBReport(
-            [record for _, record in records], estimator=self._bounds.name, noise=self.noise
-        )
+        return [record for _, record in records]
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.step += 1

@@ -258,29 +258,35 @@ class ScaLoRA(torch.optim.Optimizer):
         # Evaluate: the gradients of this step.
         loss = None if closure is None else _evaluated(closure)
         # All else in the dtypes that it chooses, which autocast would change.
-        with without_autocast():
-            # Guard: refuse, warn or skip before anything has changed.
-            checked = self._guard.check()
-            self.state_is_in_file = False
-            if checked is None:
-                return loss
-            run, factors = self._run, checked.factors
-            # Observe: the gradient of a new batch tells if the last step was too long or too short.
-            run.calibration.observe(factors, highest_rate(self.param_groups, factors))
-            # Re-base: freeze part of what the adapter holds; the function of the model stays.
-            if run.is_due:
-                self._rebase()
-            run.steps += 1
-            # Step: the inner optimizer's own, as long as calibration has found.
-            linear = self._rebaser.moments.linear_in_rate
-            with run.calibration.scaled(factors, self.param_groups, linear):
-                self._guard.step_inner(checked.overflow)
-            # Afterwards: count how far the step went, and note the factors that it has left.
-            self._rebaser.learned.count(self.param_groups)
-            self._guard.note_step(run.rebase_count)
-        # Casts of the factors as they were would not go with the base as it is.
-        torch.clear_autocast_cache()
+        try:
+            with without_autocast():
+                self._step()
+        finally:
+            # Casts of the factors as they were would not go with the base as it is.
+            torch.clear_autocast_cache()
         return loss
+
+    def _step(self) -> None:
+        """Take the step whose gradients are there."""
+        # Guard: refuse, warn or skip before anything has changed.
+        checked = self._guard.check()
+        self.state_is_in_file = False
+        if checked is None:
+            return
+        run, factors = self._run, checked.factors
+        # Observe: the gradient of a new batch tells if the last step was too long or too short.
+        run.calibration.observe(factors, highest_rate(self.param_groups, factors))
+        # Re-base: freeze part of what the adapter holds; the function of the model stays.
+        if run.is_due:
+            self._rebase()
+        run.steps += 1
+        # Step: the inner optimizer's own, as long as calibration has found.
+        linear = self._rebaser.moments.linear_in_rate
+        with run.calibration.scaled(factors, self.param_groups, linear):
+            self._guard.step_inner(checked.overflow)
+        # Afterwards: count how far the step went, and note the factors that it has left.
+        self._rebaser.learned.count(self.param_groups)
+        self._guard.note_step(run.rebase_count)
 
     def _rebase(self) -> None:
         """Re-base every layer that has gradients."""
@@ -301,7 +307,11 @@ class ScaLoRA(torch.optim.Optimizer):
         Where `scalora.ScaLoRACallback` has just written all that to the file of a Trainer's
         checkpoint (``state_is_in_file``, until the next step), only what must agree to resume the
         run is repeated here.
+
+        Raises:
+            ValueError: the adapter was deleted.
         """
+        self._guard.check_adapters()
         state = self.inner.state_dict()
         if self.state_is_in_file or self._run.expected.in_file:
             in_file = InFile() if self.state_is_in_file else True
@@ -373,6 +383,7 @@ class ScaLoRA(torch.optim.Optimizer):
         Args:
             own: what `rebasing_state` returned.
         """
+        self._guard.check_adapters()
         self._run.check_same_run(own)
 
     @property

@@ -15,6 +15,7 @@ from scalora.fold.rounding import (
     encode_residual,
     noise_bits,
     round_stochastically,
+    round_to_nearest,
 )
 
 ROUNDINGS = ("stochastic", "compensated", "nearest")
@@ -47,7 +48,8 @@ def fold(
         right: (layers, n, k), float32 or wider.
         rounding: one of `ROUNDINGS`; read in half precision only.
         seeds: one `noise_seed` per layer; ``"nearest"`` needs none.
-        residuals: each (m, n), int8, as `encode_residual` returns; for ``"compensated"`` only.
+        residuals: each (m, n), int8 and contiguous, as `encode_residual` returns, zeros at first;
+            for ``"compensated"``, which needs one per weight.
         first_row: index of the weights' first row in the whole weight, where each process holds
             some rows: an element's noise depends on its place in the whole.
         scale: a factor of all increments.
@@ -119,12 +121,12 @@ def _half_precision_sum(
         part = slice(start, min(start + chunk, rows))
         exact = torch.addmm(weight[part].float(), left[part].float(), right.float().T, alpha=scale)
         if rounding == "nearest":
-            result[part] = exact
+            result[part] = round_to_nearest(exact, weight.dtype)
             continue
         bits = noise_bits(seed, (first_row + start) * columns, exact.numel(), weight.device)
         if residual is not None and cut is not None:
             exact += decode_residual(residual[part], weight[part])
-            result[part] = exact
+            result[part] = round_to_nearest(exact, weight.dtype)
             cut[part] = encode_residual(exact - result[part], result[part], bits)
         else:
             result[part] = round_stochastically(exact, weight.dtype, bits)

@@ -73,13 +73,13 @@ def _fold_kernel(
         residual = _matrix(residual_addresses + layer, tl.int8, aligned) + position
         code = tl.load(residual, mask=inside, other=0).to(tl.float32)
         exact += code * (_unit(old, element) * 0.003937007874015748)
-        rounded = exact.to(element)
+        rounded = _finite(exact, exact, element).to(element)
         nearest = rounded.to(tl.float32)
         tl.store(residual, _encode_residual(exact - nearest, nearest, bits, element), mask=inside)
     elif mode == _STOCHASTIC:
         rounded = _round_stochastically(exact, bits, element)
     else:
-        rounded = exact.to(element)
+        rounded = _finite(exact, exact, element).to(element)
     tl.store(weight, rounded, mask=inside)
 
 
@@ -116,10 +116,17 @@ def _round_stochastically(exact, bits, element: tl.constexpr):
         below = tl.floor(steps)
         steps = below + tl.where(uniform < steps - below, 1.0, 0.0)
         rounded = tl.where(tl.abs(exact) < 6.103515625e-05, steps * 5.9604644775390625e-08, rounded)
+    return _finite(exact, rounded, element).to(element)
+
+
+@triton.jit
+def _finite(exact, rounded, element: tl.constexpr):
+    """Return ``rounded`` within the type's range; what was not finite before stays as it was."""
+    if element == tl.float32:
+        return rounded
     largest: tl.constexpr = 3.3895313892515355e38 if element == tl.bfloat16 else 65504.0
-    finite = tl.abs(exact) < float("inf")
     bounded = tl.minimum(tl.maximum(rounded, -largest), largest)
-    return tl.where(finite, bounded, exact).to(element)
+    return tl.where(tl.abs(exact) < float("inf"), bounded, exact)
 
 
 @triton.jit
@@ -129,7 +136,7 @@ def _encode_residual(cut, rounded, bits, element: tl.constexpr):
     parts = cut * _inverse_unit(rounded, element) * 254.0
     below = tl.floor(parts)
     parts = below + tl.where(uniform < parts - below, 1.0, 0.0)
-    return parts.to(tl.int8)
+    return tl.minimum(tl.maximum(parts, -127.0), 127.0).to(tl.int8)
 
 
 @triton.jit

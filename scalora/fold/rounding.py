@@ -68,16 +68,20 @@ def round_stochastically(value: Tensor, dtype: torch.dtype, bits: Tensor) -> Ten
         steps = below + (uniform < steps - below)  # exact; the sum steps + uniform would round
         small = value.abs() < _FLOAT16_SMALLEST_NORMAL
         rounded = torch.where(small, steps * _FLOAT16_SUBNORMAL_STEP, rounded)
-    largest = torch.finfo(dtype).max
-    rounded = torch.where(value.isfinite(), rounded.clamp(-largest, largest), value)
-    return rounded.to(dtype)
+    return _finite(value, rounded, dtype).to(dtype)
+
+
+def round_to_nearest(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round float32 to the nearest in ``dtype``.  A finite value stays finite."""
+    return _finite(value, value, dtype).to(dtype)
 
 
 def encode_residual(cut: Tensor, rounded: Tensor, bits: Tensor) -> Tensor:
     """Return what rounding to nearest cut off, as int8 multiples of 1/254 of a unit.
 
-    The unit is that in the last place of what it was rounded to; a cut is half of it at most.  It
-    is rounded up or down so that the expectation is the cut.
+    The unit is that in the last place of what it was rounded to; a cut is half of it at most, but
+    of a weight that is the largest of its dtype.  It is rounded up or down so that the expectation
+    is the cut.
 
     Args:
         cut: float32, any shape.
@@ -85,15 +89,26 @@ def encode_residual(cut: Tensor, rounded: Tensor, bits: Tensor) -> Tensor:
         bits: int32 noise, one word per element.
     """
     uniform = (bits.view_as(cut) & 0xFFFFFF).to(torch.float32) * 2.0**-24
-    parts = cut * _unit(rounded, inverse=True) * _PARTS_OF_A_UNIT  # -127 to 127
+    parts = cut * _unit(rounded, inverse=True) * _PARTS_OF_A_UNIT
     below = parts.floor()
     parts = below + (uniform < parts - below)  # exact; the sum parts + uniform would round
-    return parts.to(torch.int8)
+    return parts.clamp(-127, 127).to(torch.int8)
 
 
 def decode_residual(residual: Tensor, rounded: Tensor) -> Tensor:
-    """Return in float32 what `encode_residual` was given, in the expectation."""
+    """Return in float32 what `encode_residual` was given, in the expectation.
+
+    Args:
+        residual: int8, any shape.
+        rounded: the very numbers that the cut was rounded to.
+    """
     return residual.to(torch.float32) * (_unit(rounded) * (1 / _PARTS_OF_A_UNIT))
+
+
+def _finite(value: Tensor, rounded: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``rounded`` within the dtype's range; what was not finite before stays as it was."""
+    largest = torch.finfo(dtype).max
+    return torch.where(value.isfinite(), rounded.clamp(-largest, largest), value)
 
 
 def _unit(value: Tensor, *, inverse: bool = False) -> Tensor:

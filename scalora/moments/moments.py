@@ -64,7 +64,7 @@ class Moments:
         device = parameters[0].device
         # A fill does not wait for the device.
         counters = {
-            name: torch.full((), float(value), device=device)
+            name: torch.full((), float(value), dtype=torch.float32, device=device)
             for name, value in states[0].items()
             if _is_on_host_alone(value, device)
         }

@@ -51,8 +51,8 @@ def layers_figure(layers: Sequence[LayerNumbers], title: str) -> Figure:
     """
     if all(math.isnan(layer.effective_rank + layer.frozen) for layer in layers):
         raise ValueError(
-            "neither rank nor size of any layer is known, as with rule='none' or of a sharded "
-            "model, so there is nothing to draw."
+            "neither rank nor size of any layer is known: rule='none', a sharded model, or no "
+            "adapter is left. There is nothing to draw."
         )
     names = _shortened([layer.name for layer in layers])
     with style():

@@ -61,7 +61,7 @@ class Projected(NamedTuple):
 
     Attributes:
         names: of the layers.
-        left, right: (layers, k, r) and (layers, r, k).
+        left, right: (layers, 64, k) and (layers, k, 64); a smaller side is as it is.
         scaling: factor of their product, which is the increments' sketch.
     """
 
@@ -96,8 +96,10 @@ class FrozenSketches:
         self._widened: dict[Hashable, Tensor] = {}  # in float32, while a re-basing uses them
 
     def __getstate__(self) -> dict[str, Any]:
-        # Pickled, a stack and its views would be apart, and what is added to one not in the other.
-        return {**self.__dict__, "_stacks": {}}
+        # Pickled, a stack and its views would be apart, and what is added to one not in the other;
+        # and each view would take the whole stack along.
+        frozen = {name: sketch.clone() for name, sketch in self._frozen.items()}
+        return {**self.__dict__, "_frozen": frozen, "_stacks": {}}
 
     @torch.no_grad()
     def project(self, pairs: Sequence[LoRAPair], left: Tensor, right: Tensor) -> Projected | None:
@@ -105,7 +107,7 @@ class FrozenSketches:
 
         Args:
             pairs: layers of one shape and scaling, for which it counts as frozen.
-            left, right: (layers, m, r) and (layers, n, r), of the increments.
+            left, right: (layers, m, k) and (layers, n, k), of the increments.
         """
         first = pairs[0]
         rank = first.rank

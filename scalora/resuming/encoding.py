@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-STATE_VERSION = 5
+STATE_VERSION = 6
 """Format of ``optimizer.state_dict()["scalora"]`` and of ``scalora.safetensors``."""
 
 _KEYS = (

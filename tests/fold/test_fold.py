@@ -346,3 +346,16 @@ def test_cuda_folds_float32_increments_into_float64_weights() -> None:
     fold(weights, left.float(), right.float())
     fold(on_gpu, left.float().cuda(), right.float().cuda())
     torch.testing.assert_close(torch.stack(on_gpu).cpu(), torch.stack(weights))
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_finite_weight_stays_finite(dtype: torch.dtype, rounding: str) -> None:
+    largest = torch.finfo(dtype).max
+    weight = torch.tensor([[largest, -largest, torch.inf, torch.nan]]).to(dtype)
+    change = torch.tensor([[[1.0, -1.0, 1.0, 1.0]]]).mT * largest * torch.finfo(dtype).eps / 8
+    options = _options(rounding, [weight])
+    for _ in range(3):
+        fold([weight], torch.ones(1, 1, 1), change, **options)
+    assert weight[0, :2].tolist() == [largest, -largest]
+    assert weight[0, 2] == torch.inf and weight[0, 3].isnan()

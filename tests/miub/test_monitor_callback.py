@@ -159,3 +159,12 @@ def test_before_training_there_is_no_report():
         MIUBCallback().report()
     with pytest.raises(ValueError, match="every must be"):
         MIUBCallback(every=0)
+
+
+def test_a_run_whose_passes_all_have_too_few_tokens_goes_on_without_values(tmp_path):
+    callback, listener = MIUBCallback(every=1), Listener()
+    trainer = make_trainer(tmp_path, [listener, callback], per_device_train_batch_size=1)
+    with pytest.warns(UserWarning, match="16 are needed"):
+        trainer.train()
+    assert trainer.state.global_step == 8
+    assert not [name for logs in listener.logs for name in logs if name.startswith("miub")]

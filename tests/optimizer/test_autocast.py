@@ -123,3 +123,22 @@ def test_optimal_scaling_is_the_same_under_autocast() -> None:
     with autocast(True):
         cast = scalora.optimal_scaling(P, Q, grad_P, grad_Q)
     assert all(map(torch.equal, found, cast))
+
+
+def test_next_forward_pass_after_a_step_that_failed_sees_what_the_step_has_left() -> None:
+    model, optimizer = trained("exact")
+    optimizer.zero_grad()
+    with autocast(True):
+        models.loss(model, INPUTS).backward()
+        optimizer.inner.register_step_pre_hook(_fail)
+        before = optimizer.rebase_count
+        with pytest.raises(torch.OutOfMemoryError):
+            optimizer.step()
+        assert optimizer.rebase_count > before
+        found = model(INPUTS)
+    with autocast(True):
+        assert torch.equal(found, model(INPUTS))
+
+
+def _fail(*_: Any) -> None:
+    raise torch.OutOfMemoryError

@@ -11,6 +11,7 @@ import models
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from training import optimizer_of, rebase
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -300,3 +301,38 @@ def test_sentence_transformer_is_saved_with_all_its_parts(accumulator: str, tmp_
         model.save_pretrained(str(tmp_path / "saved"))
         saved = embeddings(SentenceTransformer(str(tmp_path / "saved"), device="cpu"))
         torch.testing.assert_close(saved, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:save_pretrained writes", "ignore:ScaLoRA has folded part")
+def test_positional_arguments_of_save_pretrained_are_those_by_name(tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    model = models.with_lora(base, target_modules=["0"])
+    model.add_adapter("other", LoraConfig(r=3, target_modules=["1"]))
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        optimizer = optimizer_of(model, interval=1, adapter_name=name)
+        models.train(model, optimizer, torch.randn(4, 16), 3)
+    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+        "name": ((), {"selected_adapters": ["default"]}),
+        "place": ((True, ["default"]), {}),
+        "name, unsafe": ((), {"safe_serialization": False}),
+        "place, unsafe": ((False,), {}),
+        "name, other process": ((), {"is_main_process": False}),
+        "place, other process": ((True, None, "auto", False), {}),
+    }
+    written = {}
+    for call, (args, kwargs) in calls.items():
+        folder = tmp_path / call
+        folder.mkdir()
+        model.save_pretrained(folder, *args, **kwargs)
+        written[call] = {
+            file.relative_to(folder): sorted(load_file(file))
+            if file.suffix == ".safetensors"
+            else []
+            for file in sorted(folder.rglob("*.*"))
+        }
+    for call in ("", ", unsafe", ", other process"):
+        assert written[f"name{call}"] == written[f"place{call}"]
+    [tensors] = [names for names in written["place"].values() if names]
+    assert "base_model.model.0.base_layer.weight" in tensors
+    assert not [name for name in tensors if ".1." in name]

@@ -16,7 +16,7 @@ import pytest
 import torch
 import training
 from failing import FailAt
-from torch import Tensor
+from torch import Tensor, nn
 from training import effective_weights
 
 import scalora
@@ -303,3 +303,38 @@ def test_compensation_that_fails_anywhere_belongs_to_the_weight() -> None:
     for (weight, residual), moved in zip(found, is_new, strict=True):
         expected = new if moved else old
         assert torch.equal(weight, expected[0]) and torch.equal(residual, expected[1])
+
+
+def test_what_a_channels_last_weight_was_cut_by_belongs_to_it_wherever_a_fold_fails() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)).bfloat16()
+    base = base.to(memory_format=torch.channels_last)
+    model = models.with_lora(base, r=2, target_modules=["0", "1"])
+    optimizer = training.optimizer_of(model, interval=1, **COMPENSATED)
+    batch = torch.randn(2, 4, 5, 5, dtype=torch.bfloat16)
+    models.train(model, optimizer, batch, 3)
+    optimizer.zero_grad()
+    models.loss(model, batch).backward()
+    template = model, optimizer
+
+    def state(optimizer: scalora.ScaLoRA) -> dict[str, tuple[Tensor, Tensor]]:
+        return {
+            pair.name: (pair.base_weight.clone(), internals.residual(optimizer, pair.name).clone())
+            for pair in optimizer.rebased_pairs
+        }
+
+    _, other = copied(template)
+    with FailAt(-1, RuntimeError) as counter:
+        other.step()
+    before, after = state(optimizer), state(other)
+    seen = set()
+    for k in range(1, counter.count + 1, 3):
+        _, failing = copied(template)
+        with FailAt(k, RuntimeError), contextlib.suppress(RuntimeError):
+            failing.step()
+        for name, found in state(failing).items():
+            is_new = torch.equal(found[0], after[name][0])
+            seen.add(is_new)
+            expected = (after if is_new else before)[name]
+            assert all(map(torch.equal, found, expected)), (k, name)
+    assert seen == {True, False}

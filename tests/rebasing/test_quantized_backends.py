@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import internals
@@ -263,3 +264,32 @@ def test_codes_in_the_place_of_a_weight_are_not_taken_for_one() -> None:
     layer.register_buffer("weight", layer.qweight)  # as eetq's
     with pytest.raises(ValueError, match=r"Codes.*dequantized"):
         dequantized(layer)
+
+
+@pytest.mark.parametrize("plain", ["q_proj", "o_proj"])
+def test_rebasing_keeps_the_function_where_only_some_layers_of_a_shape_are_quantized(
+    plain: str,
+) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    torch.manual_seed(0)
+    base = models.llama()
+    quantization.quantize_(
+        base,
+        quantization.Int8WeightOnlyConfig(),
+        filter_fn=lambda module, name: (
+            isinstance(module, nn.Linear) and name.endswith("_proj") and not name.endswith(plain)
+        ),
+    )
+    base.hf_quantizer = SimpleNamespace(  # as a model that transformers quantized has one
+        quantization_config=SimpleNamespace(get_apply_tensor_subclass=lambda: None)
+    )
+    model = models.with_lora(base, target_modules=["q_proj", "o_proj"])
+    optimizer = training.optimizer_of(model, rule="auto", interval=5, accumulator="carry")
+    models.train(model, optimizer, models.token_ids(4, 9), 4)
+    before = {pair.name: pair.learned_P @ pair.learned_Q for pair in optimizer.rebased_pairs}
+    optimizer._rebase()
+    assert {pair.carry.dtype for pair in optimizer.rebased_pairs} == {torch.float16, torch.float32}
+    for pair in optimizer.rebased_pairs:
+        assert pair.carry.columns > 0
+        change = pair.learned_P @ pair.learned_Q - before[pair.name]
+        assert change.norm() < 1e-6 * before[pair.name].norm(), pair.name

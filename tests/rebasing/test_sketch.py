@@ -225,6 +225,19 @@ def test_copy_of_a_run_reports_as_the_run(clone: Callable[[Any], Any]) -> None:
         assert found.effective_rank == pytest.approx(row.effective_rank, rel=1e-3)
 
 
+def test_pickle_grows_with_the_number_of_layers_and_not_with_its_square() -> None:
+    def size(layers: int) -> int:
+        names = [str(i) for i in range(layers)]
+        base = nn.Sequential(*(nn.Linear(80, 80) for _ in names))
+        model = models.with_lora(base, target_modules=names)
+        optimizer = training.optimizer_of(model, interval=1)
+        models.train(model, optimizer, torch.randn(4, 80), 2)
+        return len(pickle.dumps((model, optimizer)))
+
+    four, eight, sixteen = map(size, (4, 8, 16))
+    assert sixteen - eight < 2.1 * (eight - four)
+
+
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
 def test_layer_that_is_not_finite_is_reported_and_has_no_rank(broken: float) -> None:
     model, optimizer = make("dense")

@@ -5,8 +5,9 @@ Held by tests/integrations/test_trainer_ends.py and tests/peft_layers/test_injec
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -103,10 +104,11 @@ class _SavePretrained:
         return {"model": self.model, "completing": None, "by_trainer": self.by_trainer}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        folder = Path(str(args[0] if args else kwargs.get("save_directory", "")))
-        writes = bool(kwargs.get("is_main_process", True))
-        contents = self.contents(folder, kwargs)
-        _check_push(contents, kwargs)
+        given = _given(type(self.model).save_pretrained, self.model, args, kwargs)
+        folder = Path(str(given["save_directory"]))
+        writes = bool(given.get("is_main_process", True))
+        contents = self.contents(folder, given)
+        _check_push(contents, given)
         self._warn(contents, folder)
         completed: AbstractContextManager[None] = nullcontext()
         if self.completing is not None and writes and _CHECKPOINT.fullmatch(folder.name):
@@ -125,7 +127,7 @@ class _SavePretrained:
 
         Args:
             folder: where to.
-            options: the keyword arguments of ``save_pretrained``.
+            options: the arguments of ``save_pretrained`` by name.
         """
         model: Any = self.model
         if isinstance(model, PeftModel):
@@ -183,6 +185,22 @@ class _SavePretrained:
             completed_files.widen_by_carry(folder, tensors, config, moved)
 
 
+def _given(
+    method: Callable[..., Any], model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments that a method of a model is called with, by name.
+
+    Raises:
+        TypeError: it cannot be called so.
+    """
+    call = inspect.signature(method).bind(model, *args, **kwargs)
+    kinds = {p.name: p.kind for p in call.signature.parameters.values()}
+    given: dict[str, Any] = {}
+    for name, value in call.arguments.items():
+        given |= value if kinds[name] is inspect.Parameter.VAR_KEYWORD else {name: value}
+    return given
+
+
 def _check_push(contents: Mapping[str, Content], options: Mapping[str, Any]) -> None:
     """Raise a ValueError if files would be uploaded before they are completed."""
     if options.get("push_to_hub") and set(contents.values()) != {Content.AS_IT_IS}:
@@ -195,7 +213,7 @@ def _check_push(contents: Mapping[str, Content], options: Mapping[str, Any]) -> 
 
 def _load_adapter(model: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Do what ``load_adapter`` does; warn where increments belong to the adapter it replaces."""
-    given = dict(zip(("model_id", "adapter_name"), args, strict=False)) | kwargs
+    given = _given(type(model).load_adapter, model, args, kwargs)
     source = given.get("model_id", given.get("peft_model_id"))
     name = given.get("adapter_name") or "default"
     # A callback that completes checkpoints restores what belongs to the adapter it loads, and a

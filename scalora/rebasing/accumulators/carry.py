@@ -44,8 +44,8 @@ class CarryAccumulator:
 
     def key(self, pair: LoRAPair) -> Hashable:
         """Return what must agree, beyond the factors, for layers to be served by one call."""
-        carry = pair.carry
-        return "carry", None if carry is None else carry.dtype
+        dtype, carry = self._dtype(pair), pair.carry
+        return "carry", dtype if carry is None else torch.promote_types(dtype, carry.dtype)
 
     def has_room(self, pair: LoRAPair) -> bool:
         """Return whether the layer's carry takes in another increment without being compressed."""

@@ -79,34 +79,51 @@ class DenseAccumulator:
         if sharding.layout(first.base_weight) != sharding.layout(first.P_parameter):
             left = sharding.rows_of(first.P_parameter).gathered(left, 1, m)
             left = left[:, sharding.own_rows(first.base_weight)]
-        matrices = [base if base.ndim == 2 else base.detach().flatten(1) for base in bases]
+        options = {
+            "rounding": self.options.rounding,
+            "first_row": sharding.own_rows(first.base_weight).start,
+            "scale": first.scaling,
+        }
         rounds = bases[0].dtype in _HALF_PRECISION
-        fold(
-            matrices,
-            left,
-            right,
-            rounding=self.options.rounding,
-            seeds=self._seeds(pairs, count) if rounds else [],
-            residuals=self._residuals(pairs, matrices) if rounds else [],
-            first_row=sharding.own_rows(first.base_weight).start,
-            scale=first.scaling,
-        )
-        for base, matrix in zip(bases, matrices, strict=True):
-            if base.ndim == 2:
-                break
-            # channels_last has no matrix view
-            if storage_address(matrix) != storage_address(base):
-                base.detach().copy_(matrix.view_as(base))
+        seeds = self._seeds(pairs, count) if rounds else []
+        residuals = self._residuals(pairs, bases) if rounds else []
+        matrices = [base if base.ndim == 2 else base.detach().flatten(1) for base in bases]
+        if [*map(storage_address, matrices)] == [*map(storage_address, bases)]:
+            fold(matrices, left, right, seeds=seeds, residuals=residuals, **options)
+            return
+        # channels_last has no matrix view: a copy of each is folded into, then written back.
+        for i, (base, matrix) in enumerate(zip(bases, matrices, strict=True)):
+            own = [residual.clone() for residual in residuals[i : i + 1]]
+            one = slice(i, i + 1)
+            fold([matrix], left[one], right[one], seeds=seeds[one], residuals=own, **options)
+            writes = [(base.detach(), matrix.view_as(base)), *zip(residuals[one], own, strict=True)]
+            _write_or_not(base, writes)
 
     def _seeds(self, pairs: Sequence[LoRAPair], count: int) -> list[int]:
         """Return the seed of each layer's rounding noise in this re-basing."""
         return [noise_seed(self.options.seed, count, self._places[pair.name]) for pair in pairs]
 
-    def _residuals(self, pairs: Sequence[LoRAPair], matrices: Sequence[Tensor]) -> list[Tensor]:
+    def _residuals(self, pairs: Sequence[LoRAPair], bases: Sequence[Tensor]) -> list[Tensor]:
         """Return where each layer keeps the remainder of rounding, zeros at first."""
         if self.options.rounding != "compensated":
             return []
-        for pair, matrix in zip(pairs, matrices, strict=True):
-            if pair.name not in self.residuals:
-                self.residuals[pair.name] = torch.zeros_like(matrix, dtype=torch.int8)
+        for pair, base in zip(pairs, bases, strict=True):
+            kept = self.residuals.get(pair.name)
+            if kept is None:
+                shape = base.shape[0], base.shape[1:].numel()
+                kept = torch.zeros(shape, dtype=torch.int8, device=base.device)
+            self.residuals[pair.name] = kept.to(base.device)
         return [self.residuals[pair.name] for pair in pairs]
+
+
+def _write_or_not(base: Tensor, writes: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Write a base and what belongs to it: if the base was written, the rest is, too."""
+    version = base._version
+    try:
+        for target, new in writes:
+            target.copy_(new)
+    except BaseException:
+        if base._version != version:
+            for target, new in writes[1:]:
+                target.copy_(new)
+        raise
