@@ -1,6 +1,13 @@
 """Low-rank increments added to dense base weights in place; tensors only."""
 
-from scalora.fold.dense import ROUNDINGS, fold
+from scalora.fold.dense import ROUNDINGS, fold, write_whole
 from scalora.fold.rounding import noise_bits, noise_seed, round_stochastically
 
-__all__ = ["ROUNDINGS", "fold", "noise_bits", "noise_seed", "round_stochastically"]
+__all__ = [
+    "ROUNDINGS",
+    "fold",
+    "noise_bits",
+    "noise_seed",
+    "round_stochastically",
+    "write_whole",
+]

@@ -80,11 +80,13 @@ def fold(
         result, cut = _half_precision_sum(
             weight, left[layer], right[layer], rounding, seed, residual, first_row, scale
         )
-        _write(weight, result, residual, cut)
+        write_whole(weight, result, residual, cut)
 
 
-def _write(weight: Tensor, result: Tensor, residual: Tensor | None, cut: Tensor | None) -> None:
-    """Write the weight, then what was cut from it if and only if the weight was written."""
+def write_whole(
+    weight: Tensor, result: Tensor, residual: Tensor | None, cut: Tensor | None
+) -> None:
+    """Write a weight, then what was cut from it if and only if the weight was written."""
     version = weight._version
 
     def follow() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from scalora import sharding
-from scalora.fold import fold, noise_seed
+from scalora.fold import fold, noise_seed, write_whole
 from scalora.moments.history import Write
 from scalora.options import RebasingOptions
 from scalora.peft_layers import LoRAPair, storage_address
@@ -93,11 +93,12 @@ class DenseAccumulator:
             return
         # channels_last has no matrix view: a copy of each is folded into, then written back.
         for i, (base, matrix) in enumerate(zip(bases, matrices, strict=True)):
-            own = [residual.clone() for residual in residuals[i : i + 1]]
             one = slice(i, i + 1)
+            kept = residuals[i] if residuals else None
+            cut = None if kept is None else kept.clone()
+            own = [] if cut is None else [cut]
             fold([matrix], left[one], right[one], seeds=seeds[one], residuals=own, **options)
-            writes = [(base.detach(), matrix.view_as(base)), *zip(residuals[one], own, strict=True)]
-            _write_or_not(base, writes)
+            write_whole(base.detach(), matrix.view_as(base), kept, cut)
 
     def _seeds(self, pairs: Sequence[LoRAPair], count: int) -> list[int]:
         """Return the seed of each layer's rounding noise in this re-basing."""
@@ -114,16 +115,3 @@ class DenseAccumulator:
                 kept = torch.zeros(shape, dtype=torch.int8, device=base.device)
             self.residuals[pair.name] = kept.to(base.device)
         return [self.residuals[pair.name] for pair in pairs]
-
-
-def _write_or_not(base: Tensor, writes: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Write a base and what belongs to it: if the base was written, the rest is, too."""
-    version = base._version
-    try:
-        for target, new in writes:
-            target.copy_(new)
-    except BaseException:
-        if base._version != version:
-            for target, new in writes[1:]:
-                target.copy_(new)
-        raise
