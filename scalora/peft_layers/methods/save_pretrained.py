@@ -104,7 +104,8 @@ class _SavePretrained:
         return {"model": self.model, "completing": None, "by_trainer": self.by_trainer}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = _given(type(self.model).save_pretrained, self.model, args, kwargs)
+        method = type(self.model).save_pretrained
+        given = _given(method, self.model, args, kwargs, first=("save_directory",))
         folder = Path(str(given["save_directory"]))
         writes = bool(given.get("is_main_process", True))
         contents = self.contents(folder, given)
@@ -186,18 +187,31 @@ class _SavePretrained:
 
 
 def _given(
-    method: Callable[..., Any], model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    method: Callable[..., Any],
+    model: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    first: Sequence[str],
 ) -> dict[str, Any]:
     """Return the arguments that a method of a model is called with, by name.
+
+    Args:
+        method, model, args, kwargs: of the call.
+        first: names of the first arguments, where another library has put a function of
+            ``(*args, **kwargs)`` in the method's place.
 
     Raises:
         TypeError: it cannot be called so.
     """
     call = inspect.signature(method).bind(model, *args, **kwargs)
     kinds = {p.name: p.kind for p in call.signature.parameters.values()}
-    given: dict[str, Any] = {}
+    given: dict[str, Any] = dict(zip(first, args, strict=False))
     for name, value in call.arguments.items():
-        given |= value if kinds[name] is inspect.Parameter.VAR_KEYWORD else {name: value}
+        if kinds[name] is inspect.Parameter.VAR_KEYWORD:
+            given |= value
+        elif kinds[name] is not inspect.Parameter.VAR_POSITIONAL:
+            given[name] = value
     return given
 
 
@@ -213,7 +227,8 @@ def _check_push(contents: Mapping[str, Content], options: Mapping[str, Any]) -> 
 
 def _load_adapter(model: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Do what ``load_adapter`` does; warn where increments belong to the adapter it replaces."""
-    given = _given(type(model).load_adapter, model, args, kwargs)
+    method = type(model).load_adapter
+    given = _given(method, model, args, kwargs, first=("model_id", "adapter_name"))
     source = given.get("model_id", given.get("peft_model_id"))
     name = given.get("adapter_name") or "default"
     # A callback that completes checkpoints restores what belongs to the adapter it loads, and a
