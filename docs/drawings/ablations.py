@@ -39,6 +39,10 @@ PICTURES = {
         ("--methods", "lora,scalora", *TWO_RATES, *ONE_SEARCHED),
         ("learning-curves", "spectra"),
     ),
+    "domain-shift-range": (
+        ("--methods", "lora,scalora", "--learning-rates", "2e-3,1e-2,2e-2,6e-2", "--seeds", "1"),
+        ("learning-rates",),
+    ),
     "domain-shift-ranks": (
         ("--methods", BY_RANK, *TWO_RATES, "--seeds", "1"),
         ("training-state", "trainable-parameters", "learning-and-forgetting"),
@@ -72,7 +76,7 @@ TASKS = {"4000-steps": "domain-shift"}
 def main() -> None:
     """Draw all of them."""
     for prefix, (compared, names) in PICTURES.items():
-        records = prefix.removesuffix("-rules").removesuffix("-ranks")
+        records = prefix.removesuffix("-rules").removesuffix("-ranks").removesuffix("-range")
         task = TASKS.get(records, records)
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / records

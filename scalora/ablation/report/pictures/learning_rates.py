@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _ROOM = 4.0
 """Spans of the methods' best losses that the axis has room for above them."""
-_LEAST_ROOM = 0.02
+_LEAST_ROOM = 0.05
 """The same, at least, as a share of the best loss."""
 _LABELLED = 6
 """Learning rates that have room for a label each."""
