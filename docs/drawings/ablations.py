@@ -1,6 +1,7 @@
 """Draw the ablations' pictures again from the records in docs/ablations/records.
 
     python docs/drawings/ablations.py
+    python docs/drawings/ablations.py domain-shift-range  # only some, by their prefixes
 
 Each record folder is copied, reported by ``scalora ablate --report-only``, and the pictures named
 below are put into docs/ablations, as SVG and PNG.
@@ -9,28 +10,20 @@ below are put into docs/ablations, as SVG and PNG.
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from scalora import cli
 
 ABLATIONS = Path(__file__).parents[1] / "ablations"
 
-BY_RANK = ",".join(
-    [
-        *(
-            "lora:r=1",
-            "lora:r=2",
-            "lora",
-            "lora:r=8",
-            "lora:r=16",
-            "lora:r=32",
-            "full-adapted",
-            "full",
-        ),
-        *("scalora", "scalora:accumulator=carry:carry_rank=16"),
-    ]
+BY_RANK = (
+    "lora:r=1,lora:r=2,lora,lora:r=8,lora:r=16,lora:r=32,full-adapted,full,"
+    "scalora,scalora:accumulator=carry:carry_rank=16"
 )
+PEERS = "lora,lora+,dora,pissa,lora-ga,relora,scalora"
 TWO_RATES = ("--learning-rates", "1e-2,2e-2")
 ONE_SEARCHED = ("--seeds", "3", "--search-seeds", "1")
 
@@ -42,6 +35,10 @@ PICTURES = {
     "domain-shift-range": (
         ("--methods", "lora,scalora", "--learning-rates", "2e-3,1e-2,2e-2,6e-2", "--seeds", "1"),
         ("learning-rates",),
+    ),
+    "domain-shift-peers": (
+        ("--methods", PEERS, *TWO_RATES, "--seeds", "1"),
+        ("learning-and-forgetting",),
     ),
     "domain-shift-ranks": (
         ("--methods", BY_RANK, *TWO_RATES, "--seeds", "1"),
@@ -69,14 +66,18 @@ PICTURES = {
 }
 """Prefix of the pictures (records' folder, a suffix or none) -> what is compared, what is drawn."""
 
+RECORDS = ("domain-shift", "4000-steps", "capacity", "regression")
+"""Folders of records."""
+
 TASKS = {"4000-steps": "domain-shift"}
 """Folder of records -> its task, where that is not its name."""
 
 
-def main() -> None:
-    """Draw all of them."""
-    for prefix, (compared, names) in PICTURES.items():
-        records = prefix.removesuffix("-rules").removesuffix("-ranks").removesuffix("-range")
+def main(prefixes: Sequence[str]) -> None:
+    """Draw those with these prefixes, or all of them."""
+    for prefix in prefixes or PICTURES:
+        compared, names = PICTURES[prefix]
+        records = next(name for name in RECORDS if prefix.startswith(name))
         task = TASKS.get(records, records)
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / records
@@ -91,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
