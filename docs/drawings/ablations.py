@@ -23,7 +23,7 @@ BY_RANK = (
     "lora:r=1,lora:r=2,lora,lora:r=8,lora:r=16,lora:r=32,full-adapted,full,"
     "scalora,scalora:accumulator=carry:carry_rank=16"
 )
-PEERS = "lora,lora+,dora,pissa,lora-ga,relora,reflora,scalora"
+PEERS = "lora,lora+,dora,pissa,lora-ga,relora,reflora,riemannian,scalora"
 TWO_RATES = ("--learning-rates", "1e-2,2e-2")
 ONE_SEARCHED = ("--seeds", "3", "--search-seeds", "1")
 
