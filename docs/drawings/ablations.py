@@ -24,6 +24,7 @@ BY_RANK = (
     "scalora,scalora:accumulator=carry:carry_rank=16"
 )
 PEERS = "lora,lora+,dora,pissa,lora-ga,relora,reflora,riemannian,scalora"
+FOUR_RATES = ("--learning-rates", "2e-3,1e-2,2e-2,6e-2")
 TWO_RATES = ("--learning-rates", "1e-2,2e-2")
 ONE_SEARCHED = ("--seeds", "3", "--search-seeds", "1")
 
@@ -33,7 +34,7 @@ PICTURES = {
         ("learning-curves", "spectra"),
     ),
     "domain-shift-range": (
-        ("--methods", "lora,scalora", "--learning-rates", "2e-3,1e-2,2e-2,6e-2", "--seeds", "1"),
+        ("--methods", "lora,scalora,scalora:calibration=0", *FOUR_RATES, "--seeds", "1"),
         ("learning-rates",),
     ),
     "domain-shift-peers": (
