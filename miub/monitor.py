@@ -158,13 +158,14 @@ class MIUBMonitor:
         Raises:
             ValueError: nothing was measured.
         """
-        return MIUBReport(self._gathered(), estimator=self._bounds.name, noise=self.noise)
+        return self._report_of(self._gathered())
 
     def report_if_any(self) -> MIUBReport | None:
         """Return what `report` does, or None if nothing was measured on any process."""
         records = self._gathered()
-        if not records:
-            return None
+        return self._report_of(records) if records else None
+
+    def _report_of(self, records: Sequence[LayerRecord]) -> MIUBReport:
         return MIUBReport(records, estimator=self._bounds.name, noise=self.noise)
 
     def _gathered(self) -> list[LayerRecord]:

@@ -336,7 +336,7 @@ class ScaLoRA(torch.optim.Optimizer):
                 accumulator, set of layers or rank; or the adapter was deleted; nothing is loaded
                 then.
         """
-        self._guard.check_adapters()
+        self._guard.check_adapters()  # nothing else does, where the state is a plain one
         own, state = unpacked(state_dict)
         if own is not None:
             self.check_same_run(own)

@@ -207,6 +207,6 @@ def test_an_own_rank_is_peft_s() -> None:
 
 def test_nearest_basis_rank_lies_between_one_and_full_rank() -> None:
     shapes = adapted_layers(TOKENS.model(0), TOKENS).shapes.values()
-    # One product of full rank: r + 64 numbers a layer.
+    # One product of full rank: r + 64 numbers per layer.
     assert nearest_basis_rank(shapes, 0) == 64
     assert nearest_basis_rank(shapes, 10**9) == 1

@@ -372,3 +372,18 @@ def test_rebasing_while_training_does_not_change_the_function(case: OptimizerCas
     torch.testing.assert_close(model(x).detach(), before, rtol=0, atol=2e-5)
     scaled = torch.cat([torch.cat(pair) for pair in wrapped.last_scaling.values()])
     assert torch.any(scaled != 1)
+
+
+def test_counters_are_exact_under_another_default_dtype() -> None:
+    parameter = nn.Parameter(torch.ones(3, 2))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.grad = torch.ones(3, 2)
+    optimizer.step()
+    optimizer.state[parameter]["step"] = 257  # a number, as some keep it; bfloat16 has 256 and 258
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        states = moments_of(optimizer).stacked_states(optimizer, [parameter])
+    finally:
+        torch.set_default_dtype(default)
+    assert states["step"].item() == 257
