@@ -13,6 +13,7 @@ from torch import Tensor
 from scalora.fold.rounding import (
     decode_residual,
     encode_residual,
+    is_rounded,
     noise_bits,
     round_stochastically,
     round_to_nearest,
@@ -69,7 +70,7 @@ def fold(
         )
         return
     dtype = weights[0].dtype
-    if dtype not in (torch.bfloat16, torch.float16):
+    if not is_rounded(dtype):
         lefts, rights = left.to(dtype).unbind(), right.to(dtype).mT.unbind()
         for weight, one, other in zip(weights, lefts, rights, strict=True):
             weight.addmm_(one, other, alpha=scale)

@@ -19,6 +19,11 @@ _FLOAT16_SMALLEST_NORMAL = 2.0**-14
 _FLOAT16_SUBNORMAL_STEP = 2.0**-24
 
 
+def is_rounded(dtype: torch.dtype) -> bool:
+    """Return whether weights of this dtype are rounded when something is added to them here."""
+    return dtype in _DROPPED_BITS
+
+
 def noise_seed(*parts: int) -> int:
     """Return a 32-bit seed mixed from integers (splitmix64), the same on every machine."""
     state = 0

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from scalora import peft_layers, sharding
+from scalora.fold import is_rounded
 from scalora.moments import Moments
 from scalora.options import RebasingOptions
 from scalora.peft_layers import LayerLookup, LoRAPair
@@ -65,10 +66,11 @@ def check_processes(
             f"the state of {type(optimizer).__name__} cannot be re-based where it is sharded: use "
             "an optimizer of torch.optim other than Adafactor."
         )
-    if options.rounding == "compensated":
+    folded = [pair.base_weight for pair, place in places.items() if place == "dense"]
+    if options.rounding == "compensated" and any(is_rounded(base.dtype) for base in folded):
         raise ValueError(
-            "rounding='compensated' keeps a residual beside every base weight, which a checkpoint "
-            "of a sharded model would lose: use rounding='stochastic'."
+            "rounding='compensated' keeps a residual beside every base weight in half precision, "
+            "which a checkpoint of a sharded model would lose: use rounding='stochastic'."
         )
 
 

@@ -30,6 +30,7 @@ RUNS = {
     "default, rank 1": Run(rank=1),
     "exact": Run(options={"rule": "exact"}),
     "exact, carry": Run(options={"rule": "exact", "accumulator": "carry", "carry_rank": 9}),
+    "compensated, nothing to round": Run(options={"rounding": "compensated"}),
     "paper": Run(options={"rule": "paper"}),
     "scalar": Run(options={"rule": "scalar"}),
     "direction": Run(options={"rule": "direction"}),
@@ -41,7 +42,10 @@ HALF = {
     "bfloat16, exact": Run(dtype=torch.bfloat16, options={"rule": "exact"}),
 }
 REFUSED = {
-    "compensated": (Run(options={"rounding": "compensated"}), "rounding='stochastic'"),
+    "compensated": (
+        Run(dtype=torch.bfloat16, options={"rounding": "compensated"}),
+        "rounding='stochastic'",
+    ),
     "Adafactor": (Run(optimizer=torch.optim.Adafactor), "other than Adafactor"),
 }
 SAVED = {name: RUNS[name] for name in ("default", "exact", "default, carry")}

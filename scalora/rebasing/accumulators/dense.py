@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 
 from scalora import sharding
-from scalora.fold import fold, noise_seed, write_whole
+from scalora.fold import fold, is_rounded, noise_seed, write_whole
 from scalora.moments.history import Write
 from scalora.options import RebasingOptions
 from scalora.peft_layers import LoRAPair, storage_address
 from scalora.rebasing.accumulators.commit import commit
-
-_HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 
 class DenseAccumulator:
@@ -84,7 +82,7 @@ class DenseAccumulator:
             "first_row": sharding.own_rows(first.base_weight).start,
             "scale": first.scaling,
         }
-        rounds = bases[0].dtype in _HALF_PRECISION
+        rounds = is_rounded(bases[0].dtype)
         seeds = self._seeds(pairs, count) if rounds else []
         residuals = self._residuals(pairs, bases) if rounds else []
         matrices = [base if base.ndim == 2 else base.detach().flatten(1) for base in bases]
