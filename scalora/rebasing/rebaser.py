@@ -1,6 +1,6 @@
 """One re-basing of all LoRA layers: batch, scale, fold, carry the moments; all or nothing.
 
-Held by tests/optimizer/test_optimizer.py.
+Held by tests/optimizer/test_optimizer.py and tests/rebasing/test_all_or_nothing.py.
 """
 
 from __future__ import annotations
