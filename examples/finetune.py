@@ -48,6 +48,7 @@ from rich.progress import track
 
 import miub
 import scalora
+from scalora.ablation.memory import peak_of
 from scalora.ablation.tasks import sentences as data
 
 METHODS = PLAIN, SCALORA, PAPER = "LoRA", "ScaLoRA", "paper's rule"
@@ -185,8 +186,7 @@ def peak_memory(name: str, batches: list, args: argparse.Namespace, classes: int
     shortest, longest = by_length[0].to(args.device), by_length[-1].to(args.device)
     for _ in range(INTERVAL - 1):  # the next one re-bases
         training_step(run, shortest)
-    held = report.bytes_held(run.model, run.optimizer)
-    return held + report.peak_growth(lambda: training_step(run, longest), args.device)
+    return peak_of(lambda: training_step(run, longest), run.model, run.optimizer, args.device)
 
 
 def save(

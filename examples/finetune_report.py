@@ -1,12 +1,9 @@
 """Report that compares the runs: memory, the table, the plot."""
 
-import json
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -26,42 +23,11 @@ Each of three methods trains {steps} steps on {device}:
   LoRA          an adapter of rank {rank} beside every pretrained weight, which is frozen
   ScaLoRA       the same, re-based: once in 10 steps a part of what the adapter has learned
                 moves into the weight; no answer changes, and the adapter has room for more.
-                The first 100 steps at the full learning rate also find a factor for it
+                Up to 100 steps after the warm-up it also finds a factor for the rate
   paper's rule  ScaLoRA, re-based on every step, as in the paper (arXiv 2510.23818)
 Each runs from two seeds. A seed draws the classification head, the batches and the dropout,
 the same for every method; the pretrained weights are always the same.
 """
-
-
-def bytes_held(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Return the bytes of the model's weights and buffers and of the optimizer's state."""
-    state = [value for entry in optimizer.state.values() for value in entry.values()]
-    tensors = [*model.parameters(), *model.buffers(), *filter(torch.is_tensor, state)]
-    return sum(tensor.nbytes for tensor in tensors)
-
-
-def peak_growth(work: Callable[[], None], device: torch.device) -> int:
-    """Return the most bytes that `work` had allocated at any one time beyond what was there.
-
-    Both counts are of torch's own allocator: of tensors, not of the process.
-    """
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        work()
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        work()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder, "trace.json")
-        profile.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    allocations = [event for event in events if event.get("name") == "[memory]"]
-    allocations.sort(key=lambda event: event["ts"])
-    growth = np.cumsum([event["args"]["Bytes"] for event in allocations])
-    return int(max(growth, default=0))
 
 
 def seconds_a_step(seconds: list[float], interval: int) -> float:
@@ -97,8 +63,8 @@ def print_table(results: dict[str, dict[str, list[float]]], console: Console) ->
         f"Loss: cross-entropy in nats; in training, mean of the last {SMOOTHING} steps.\n"
         "Effective rank: over how many directions the change of a weight spreads (exp of the\n"
         "entropy of its singular values), mean of the layers. Seconds: median.\n"
-        "Peak memory: weights, optimizer state and the most that torch allocates on top of them\n"
-        "in a step that re-bases; the process itself holds more.",
+        "Peak memory: weights, optimizer state, what ScaLoRA keeps, and the most that torch\n"
+        "allocates on top of them in a step that re-bases; the process itself holds more.",
         style="dim",
     )
 

@@ -122,7 +122,7 @@ def start(args: argparse.Namespace, quantized: bool, rebased: bool) -> Run:
     optimizer = OPTIMIZERS[args.optimizer](trainable, lr=args.lr)
     if rebased:  # the one line that changes:
         optimizer = scalora.ScaLoRA(
-            optimizer, model, rule="exact", interval=args.interval, carry_rank=args.carry_rank
+            optimizer, model, interval=args.interval, carry_rank=args.carry_rank
         )
 
     schedule = transformers.get_linear_schedule_with_warmup(

@@ -30,6 +30,7 @@ ROWS = (
     ("  layers with an adapter", "layer_bytes", "{:.2f}"),
     ("adapter, MiB", "adapter_bytes", "{:.2f}"),
     ("optimizer's state, MiB", "state_bytes", "{:.2f}"),
+    ("ScaLoRA's own state, MiB", "own_bytes", "{:.2f}"),
     ("carry, MiB", "carry_bytes", "{:.2f}"),
     ("columns of a carry, most", "carry_columns", "{}"),
     ("re-basings", "rebasings", "{}"),
@@ -56,11 +57,12 @@ def measure(
 def rebasing(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return what re-basing did; None where there is no such thing."""
     found: dict[str, Any] = dict.fromkeys(
-        ("carry_bytes", "carry_columns", "rebasings", "largest_cut")
+        ("own_bytes", "carry_bytes", "carry_columns", "rebasings", "largest_cut")
     )
     if not isinstance(optimizer, scalora.ScaLoRA):
         return found
     layers = optimizer.report()
+    found["own_bytes"] = stored_bytes(optimizer.kept_tensors())
     found["rebasings"] = optimizer.rebase_count
     if any(layer.accumulator == "carry" for layer in layers):
         found["carry_bytes"] = sum(layer.bytes for layer in layers)
@@ -132,6 +134,7 @@ def print_table(results: dict[str, dict[str, Any]], steps: int, console: Console
     console.print(table)
     console.print(
         "Base: codes, scales and everything that is not quantized (embeddings, norms).\n"
+        "Own state: for the calibration, given back after its steps, and for reports.\n"
         "Cut energy: of the layer that lost most, relative to what it has learned.",
         style="dim",
     )

@@ -18,6 +18,34 @@ from scipy.optimize import nnls
 Array = np.ndarray
 
 
+# The memory of an adapter
+
+
+def leak(rates: list[float], memory: float) -> float:
+    """The alpha after steps at these rates: each leaves the weight a share 1/K of what is left.
+
+    A step at half of the highest rate so far is half a step.
+    """
+    alpha, highest = 1.0, 0.0
+    for rate in rates:
+        highest = max(highest, rate)
+        if highest > 0:
+            alpha *= (1 - 1 / memory) ** (rate / highest)
+    return alpha
+
+
+def frozen(W: Array, P: Array, Q: Array, alpha: Array, s: float) -> tuple[Array, Array]:
+    """The base weight (m, n), with what P (m, r) loses, and P with its columns times alpha."""
+    W, new_P = W.copy(), P.copy()
+    (m, r), n = P.shape, Q.shape[0]
+    for i in range(m):
+        for j in range(r):
+            new_P[i, j] = alpha[j] * P[i, j]
+            for k in range(n):
+                W[i, k] += s * (1 - alpha[j]) * P[i, j] * Q[k, j]
+    return W, new_P
+
+
 def bounded_age(P: Array, U: Array, rate: float, memory: float) -> Array:
     """The alpha, (r,), that leaves no column of P (m, r) made of more than ``memory`` steps.
 

@@ -108,7 +108,8 @@ def _with_frozen_adapter(model: PeftModel, foreach: bool | None) -> torch.optim.
 def _table(rows: list[list[str]], blocks: int) -> str:
     header = ["optimizer", "ms per step", "ratio", "extra state", "peak MiB", "ratio"]
     note = (
-        f"ratio: time of {_BLOCK} steps over the first's in the same rounds, median of {blocks}.\n"
+        f"ratio: of each round of {_BLOCK} steps its time over the first's in that round, median "
+        f"of {blocks} rounds;\nnot the quotient of the ms, since the machine's speed drifts.\n"
         "extra state: bytes kept between steps over those of adapter and AdamW.\n"
         "peak: most bytes allocated at once during a step (one that re-bases)."
     )

@@ -29,7 +29,8 @@ class Moments:
 
     Attributes:
         degrees: state name -> degree of homogeneity in the gradient history.
-        direction: computes the coming step's direction, for ``rule="direction"``; None if unknown.
+        direction: computes the coming step's direction (`scalora.register_moments`); None if
+            unknown.
         direction_degree: 0 if the step does not grow with the gradient (Adam), 1 if it does (SGD).
         partners: pairs of states that factor one second moment (Adafactor).
         linear_in_rate: whether the step is proportional to the learning rate, weight decay and all.

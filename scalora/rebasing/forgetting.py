@@ -1,4 +1,7 @@
-"""The rules that scale P alone, so that an adapter remembers its last K steps: leak and age."""
+"""The rules that scale P alone, so that an adapter remembers its last K steps: leak and age.
+
+Held by tests/rebasing/test_forgetting.py.
+"""
 
 from __future__ import annotations
 

@@ -6,6 +6,8 @@ is followed as ``Psi D Omega^T``, k = 64: with fixed ``Psi`` (k, m) and ``Omega`
 signs over ``sqrt(k)``, or the identity where a side has at most 64.  On average such a sketch has
 the squared norm of D, and it has its singular values as long as those are few (Halko, Martinsson
 and Tropp, arXiv 0909.4061).
+
+Held by tests/rebasing/test_sketch.py.
 """
 
 from __future__ import annotations

@@ -12,8 +12,11 @@ D-adaptation (Defazio and Mishchenko, arXiv 2301.07733) and Prodigy (arXiv 2306.
 last step is made longer.  Where ``<g, u>`` is surely negative, steps shrink.  That is hypergradient
 descent (Baydin et al., arXiv 1703.04782) with the cosine in place of the product.
 
-Neither depends on the scale of the loss, nor on that of the parameters.  From then on the factor is
+Neither depends on the scale of the loss.  There is one factor for all layers and both of their
+factors, so it is another one where P and Q share their product differently.  From then on it is
 held, and the user's schedule has its meaning back (docs/mathematics.md, the length of a step).
+
+Held by tests/step_length/test_calibration.py.
 """
 
 from __future__ import annotations
@@ -62,11 +65,6 @@ class StepCalibration:
     def factor(self) -> Tensor | None:
         """Factor that scales the steps, (); ``None`` before the first step."""
         return None if self._numbers is None else self._numbers["factor"]
-
-    @property
-    def peak(self) -> float:
-        """The highest learning rate so far."""
-        return self._peak
 
     def kept_tensors(self) -> list[Tensor]:
         """Return the tensors that are kept between steps."""

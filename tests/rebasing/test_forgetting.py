@@ -15,9 +15,10 @@ import pytest
 import reference
 import torch
 import training
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from layer_cases import CASES, TOLERANCE, Case
+from peft.optimizers import create_loraplus_optimizer
 from reference import OPTIMIZERS, OptimizerCase
 from torch import Tensor, nn
 
@@ -286,6 +287,36 @@ def test_Q_stays_and_P_is_scaled(rule: str) -> None:
         torch.testing.assert_close(pair.effective_weight(), weight, rtol=0, atol=1e-6)
 
 
+@given(
+    st.lists(st.sampled_from([0.0, 1e-3, 3e-3, 1e-2]), min_size=1, max_size=6),
+    st.sampled_from([1.5, 4.0, 100.0]),
+    st.sampled_from([1, 3, 16]),
+)
+@settings(max_examples=25)
+def test_rebasing_of_a_schedule_is_the_references(
+    rates: list[float], memory: float, lora_alpha: int
+) -> None:
+    model = perceptron(torch.float64, lora_alpha=lora_alpha, init_lora_weights=False)
+    optimizer = scalora_of(model, memory=memory, interval=1000)
+    for step, rate in enumerate(rates):
+        optimizer.param_groups[0]["lr"] = rate
+        train(model, optimizer, [step])
+    before = [
+        [t.detach().numpy().copy() for t in (p.base_weight, p.P_parameter, p.Q_parameter.T)]
+        for p in optimizer.rebased_pairs
+    ]
+    optimizer.zero_grad()
+    backward(model, 9)
+    optimizer.param_groups[0]["lr"] = 1e-2  # at 0 nothing is re-based
+    internals.rebase(optimizer, 1)
+    alpha = np.full(R, reference.leak(rates, memory))
+    for pair, (W, P, Q) in zip(optimizer.rebased_pairs, before, strict=True):
+        W, P = reference.frozen(W, P, Q, alpha, lora_alpha / R)
+        np.testing.assert_allclose(pair.base_weight.numpy(), W, rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(pair.P_parameter.detach().numpy(), P, rtol=1e-12)
+        assert np.array_equal(pair.Q_parameter.detach().numpy().T, Q)
+
+
 @pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.name)
 def test_moments_of_Q_move_with_alpha_and_those_of_P_stay(case: OptimizerCase) -> None:
     model = perceptron()
@@ -317,35 +348,72 @@ def test_moments_of_Q_move_with_alpha_and_those_of_P_stay(case: OptimizerCase) -
             np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("calibration", [0, 10])
 @pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.name)
-def test_training_with_every_optimizer_lowers_the_loss(case: OptimizerCase) -> None:
+def test_training_with_every_optimizer_lowers_the_loss(
+    case: OptimizerCase, calibration: int
+) -> None:
     model = perceptron()
     rate = 0.1 if case.cls is torch.optim.SGD else 1e-2
     inner = case.cls(models.trainable(model), lr=rate, **case.options)
-    optimizer = scalora.ScaLoRA(inner, model, memory=10, interval=2, calibration=0)
+    optimizer = scalora.ScaLoRA(inner, model, memory=10, interval=2, calibration=calibration)
     inputs = models.vectors(16, 12)
     losses = models.train(model, optimizer, inputs, steps=40)
     assert optimizer.rebase_count == 20
     assert losses[-1] < losses[0]
 
 
-def test_gradients_in_other_units_change_nothing() -> None:
-    """Adam's steps do not depend on the size of gradients, and nor does what is frozen."""
-    found = []
-    for scale in (1.0, 1024.0):
-        model = perceptron()
-        optimizer = scalora_of(model)
-        for group in optimizer.param_groups:
-            group["eps"] = 1e-30
-        for step in range(8):
-            optimizer.zero_grad()
-            backward(model, step)
-            for p in models.trainable(model):
+def weights_after(
+    optimizer: scalora.ScaLoRA, scale: float = 1.0, of_layers: str = ""
+) -> dict[str, Tensor]:
+    """Train with the gradients of some layers in another unit."""
+    for group in optimizer.param_groups:
+        group["eps"] = 1e-30
+    for step in range(8):
+        optimizer.zero_grad()
+        backward(optimizer.model, step)
+        for name, p in optimizer.model.named_parameters():
+            if p.grad is not None and of_layers in name:
                 p.grad *= scale
-            optimizer.step()
-        found.append([pair.effective_weight() for pair in optimizer.rebased_pairs])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other)
+        optimizer.step()
+    return training.effective_weights(optimizer)
+
+
+@pytest.mark.parametrize("of_layers", ["", "second"], ids=["every layer", "one layer"])
+def test_gradients_in_other_units_change_nothing(of_layers: str) -> None:
+    """Adam's steps do not depend on the size of gradients, and nor does what is frozen."""
+    one = weights_after(scalora_of(perceptron()))
+    other = weights_after(scalora_of(perceptron()), 1024.0, of_layers)
+    torch.testing.assert_close(one, other)
+
+
+def test_another_alpha_of_lora_with_the_rate_of_P_to_match_changes_nothing() -> None:
+    """Four times s, a quarter of P: the product, and the share that is frozen, are the same."""
+
+    def trained(times: float) -> dict[str, Tensor]:
+        model = perceptron(lora_alpha=R * times)
+        pairs = list(lora_pairs(model, "default"))
+        groups = [
+            {"params": [pair.P_parameter for pair in pairs], "lr": 1e-2 / times},
+            {"params": [pair.Q_parameter for pair in pairs], "lr": 1e-2},
+        ]
+        inner = torch.optim.AdamW(groups, weight_decay=0.0)
+        return weights_after(scalora.ScaLoRA(inner, model, rule="leak", interval=2, memory=10))
+
+    torch.testing.assert_close(trained(1), trained(4))
+
+
+def test_lora_plus_forgets_at_the_pace_of_the_group_of_P() -> None:
+    model = perceptron()
+    inner = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0)
+    optimizer = scalora.ScaLoRA(inner, model, interval=2, memory=10)
+    train(model, optimizer, range(4))
+    of_P = {id(pair.P_parameter) for pair in optimizer.rebased_pairs}
+    [group] = [g for g in inner.param_groups if of_P & set(map(id, g["params"]))]
+    group["lr"] /= 2
+    train(model, optimizer, range(4, 6))
+    for alpha in alphas(optimizer).values():
+        assert alpha.tolist() == pytest.approx([reference.leak([2.0, 1.0], 10)] * R)
 
 
 def test_non_finite_factor_keeps_its_base_and_the_other_layers_go_on() -> None:

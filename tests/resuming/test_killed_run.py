@@ -15,14 +15,14 @@ import torch
 from killed_run import SAVE_EVERY, STEPS, Kind
 from processes import exit_code
 
-RENEWED = {"interval": 3, "calibration": 5}
+OFTEN = {"interval": 3, "calibration": 5}
 SCALED = {"rule": "exact"}
 CARRIED = {"accumulator": "carry", "carry_rank": 6}
 KINDS = {
-    "default rule": Kind({**RENEWED}),
-    "default rule, carry": Kind({**RENEWED, **CARRIED}),
-    "default rule, bfloat16": Kind({**RENEWED, "rounding": "stochastic"}, torch.bfloat16),
-    "default rule, carry, bfloat16": Kind({**RENEWED, **CARRIED}, torch.bfloat16),
+    "default rule": Kind({**OFTEN}),
+    "default rule, carry": Kind({**OFTEN, **CARRIED}),
+    "default rule, bfloat16": Kind({**OFTEN, "rounding": "stochastic"}, torch.bfloat16),
+    "default rule, carry, bfloat16": Kind({**OFTEN, **CARRIED}, torch.bfloat16),
     "exact": Kind({**SCALED}),
     "exact, carry": Kind({**SCALED, **CARRIED}),
     "exact, bfloat16": Kind({**SCALED, "rounding": "stochastic"}, torch.bfloat16),
