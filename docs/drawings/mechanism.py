@@ -1,4 +1,4 @@
-"""Draw the mechanism: what is trained, what is frozen, and where it goes.
+"""Draw the mechanism of the default rule: what is trained, what is frozen, and where it goes.
 
     python docs/drawings/mechanism.py
 
@@ -125,13 +125,13 @@ def rebase(drawing: Drawing, x: float) -> None:
         "a part of each column stays, the rest is frozen;\nwhat the model computes does not change",
     )
     top, foot = 4.3, 2.7
-    end = drawing.factors(x + 0.75, top, palette.trained, ("$\\tilde P$", "$\\tilde Q^{\\top}$"))
-    drawing.text(end + 0.25, top + 0.2, "$\\alpha_j\\beta_j\\; p_j q_j^{\\top}$", ha="left")
+    end = drawing.factors(x + 0.75, top, palette.trained, ("$\\alpha P$", "$Q^{\\top}$"))
+    drawing.text(end + 0.25, top + 0.2, "$\\alpha\\; p_j q_j^{\\top}$", ha="left")
     drawing.text(end + 0.25, top - 0.2, "stays trainable", ha="left", color=palette.trained)
     drawing.text(x + 0.42, foot, "+", fontsize=16)
     for j in range(RANK):
         drawing.column(x + 0.77 + 0.74 * j, foot)
-    drawing.text(end + 0.25, foot + 0.2, "$(1-\\alpha_j\\beta_j)\\; p_j q_j^{\\top}$", ha="left")
+    drawing.text(end + 0.25, foot + 0.2, "$(1-\\alpha)\\; p_j q_j^{\\top}$", ha="left")
     drawing.text(end + 0.25, foot - 0.2, "is frozen", ha="left", color=palette.dim)
 
 
@@ -157,8 +157,8 @@ def go_on(drawing: Drawing, x: float) -> None:
         fontsize=10,
     )
     drawing.text(x + 2.05, center + 0.1, "+", fontsize=16)
-    drawing.factors(x + 2.3, center + 0.1, palette.trained, ("", "$\\tilde Q^{\\top}$"))
-    drawing.text(x + 2.98, center - 0.5, "$\\tilde P$")
+    drawing.factors(x + 2.3, center + 0.1, palette.trained, ("", "$Q^{\\top}$"))
+    drawing.text(x + 2.98, center - 0.5, "$\\alpha P$")
 
 
 def moments(drawing: Drawing, x: float, width: float) -> None:
@@ -177,9 +177,9 @@ def moments(drawing: Drawing, x: float, width: float) -> None:
     drawing.text(
         x + width / 2,
         0.55,
-        "The optimizer's moments move with their columns, exactly: "
-        "$m_P \\to m_P\\beta$,  $v_P \\to v_P\\beta^2$,  $m_Q \\to m_Q\\alpha$,  "
-        "$v_Q \\to v_Q\\alpha^2$.  Nothing restarts.",
+        "The optimizer's moments are converted, exactly: "
+        "$m_Q \\to \\alpha\\, m_Q$,  $v_Q \\to \\alpha^2 v_Q$;  "
+        "those of $P$ stay.  Nothing restarts.",
         color=palette.moments,
     )
 

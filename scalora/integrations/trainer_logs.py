@@ -10,10 +10,16 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
+from scalora.fold import is_rounded
 from scalora.optimizer import ScaLoRA
 from scalora.warning import warn
 
 _QUIET = ("warning", "error", "critical")
+_MANY_ROUNDINGS = 100
+_DRIFT = (
+    " The weights are in half precision and drift a little with each; rounding='compensated' "
+    "prevents that for a byte per weight."
+)
 
 
 class ProgressLogs(TrainerCallback):
@@ -100,11 +106,21 @@ def opening(optimizer: ScaLoRA, step: int, last: int) -> str:
     where = " and ".join(f"{places.count(p)} {p}" for p in ("dense", "carry") if p in places)
     chosen = " ('auto')" if options.rule == "auto" else ""
     memory = f", memory {options.memory_steps:g} steps" if options.scales_P_alone else ""
+    drifts = times >= _MANY_ROUNDINGS and _rounds_stochastically(optimizer)
     return (
         f"ScaLoRA: {len(places)} LoRA layers are re-based ({where}), "
         f"rule {options.resolved_rule!r}{chosen}{memory}, once in {options.interval_steps} steps: "
         f"next in step {first}, {times} in all until step {last}."
+        f"{_DRIFT if drifts else ''}"
     )
+
+
+def _rounds_stochastically(optimizer: ScaLoRA) -> bool:
+    """Return whether what is frozen is rounded at random into half-precision weights."""
+    places = optimizer.places
+    folded = [p.base_weight for p in optimizer.rebased_pairs if places[p.name] == "dense"]
+    stochastic = optimizer.options.rounding == "stochastic"
+    return stochastic and any(is_rounded(weight.dtype) for weight in folded)
 
 
 def closing(optimizer: ScaLoRA, is_sharded: bool) -> str:

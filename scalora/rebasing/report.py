@@ -113,7 +113,7 @@ class RebasingReport:
 
     def __str__(self) -> str:
         table = Table("layer", "accumulator", title=self._title, caption=_RANK_SO_FAR)
-        names = ["r", "frozen columns", "rank so far", "frozen norm", "trainable norm", "age"]
+        names = ["r", "rank so far", "frozen norm", "trainable norm", "age"]
         carried = any(row.accumulator == "carry" for row in self.rows)
         for name in [*names, *(["carry", "room", "energy cut", "KiB"] if carried else [])]:
             table.add_column(name, justify="right")
@@ -122,7 +122,6 @@ class RebasingReport:
                 row.layer,
                 row.accumulator,
                 str(row.rank),
-                _shown(row.frozen_columns, "g"),
                 _shown(row.effective_rank, ".1f"),
                 _shown(row.frozen_norm, ".3g"),
                 _shown(row.trainable_norm, ".3g"),

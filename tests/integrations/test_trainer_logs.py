@@ -6,11 +6,14 @@ import json
 import warnings
 from typing import Any
 
+import models
 import pytest
+import torch
 from test_trainer import make_trainer
 from transformers import TrainerCallback
 
 import scalora
+from scalora.integrations.trainer_logs import opening
 
 NUMBERS = {"scalora/rank", "scalora/rebased", "scalora/step_factor", "scalora/frozen_norm"}
 
@@ -75,6 +78,30 @@ def test_run_says_what_it_will_do_and_how_to_save(tmp_path, capsys):
     assert callback.optimizer.rebase_count == 2
     assert "re-based 2 times" in said[1] and "trainer.save_model(folder) writes all" in said[1]
     assert "scalora.save_merged" in said[1] and "scalora.save_adapter" in said[1]
+
+
+def test_run_of_60_steps_re_bases_by_default_and_says_so(tmp_path, capsys):
+    callback = scalora.ScaLoRACallback()
+    make_trainer(tmp_path, callback=callback, max_steps=60).train()
+    assert "once in 10 steps: next in step 10, 6 in all until step 60." in capsys.readouterr().out
+    assert callback.optimizer.rebase_count == 6
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounding", "steps", "drifts"),
+    [
+        (torch.bfloat16, "stochastic", 100, True),
+        (torch.float16, "stochastic", 100, True),
+        (torch.bfloat16, "stochastic", 99, False),
+        (torch.bfloat16, "compensated", 100, False),
+        (torch.float32, "stochastic", 100, False),
+    ],
+)
+def test_run_that_rounds_many_times_says_that_it_drifts(dtype, rounding, steps, drifts):
+    model = models.with_lora(models.Perceptron().to(dtype), target_modules=["first"])
+    inner = torch.optim.AdamW(models.trainable(model))
+    optimizer = scalora.ScaLoRA(inner, model, interval=1, rounding=rounding)
+    assert ("rounding='compensated'" in opening(optimizer, 0, steps)) is drifts
 
 
 def test_resumed_run_says_when_the_next_re_basing_is_due(tmp_path, capsys):
