@@ -30,7 +30,7 @@ ROWS = (
     ("  layers with an adapter", "layer_bytes", "{:.2f}"),
     ("adapter, MiB", "adapter_bytes", "{:.2f}"),
     ("optimizer's state, MiB", "state_bytes", "{:.2f}"),
-    ("ScaLoRA's own state, MiB", "own_bytes", "{:.2f}"),
+    ("calibration, reports, MiB", "own_bytes", "{:.2f}"),
     ("carry, MiB", "carry_bytes", "{:.2f}"),
     ("columns of a carry, most", "carry_columns", "{}"),
     ("re-basings", "rebasings", "{}"),
@@ -66,6 +66,7 @@ def rebasing(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     found["rebasings"] = optimizer.rebase_count
     if any(layer.accumulator == "carry" for layer in layers):
         found["carry_bytes"] = sum(layer.bytes for layer in layers)
+        found["own_bytes"] -= found["carry_bytes"]
         found["carry_columns"] = max(layer.columns for layer in layers)
         found["largest_cut"] = layers.largest_cut
     return found
@@ -134,7 +135,7 @@ def print_table(results: dict[str, dict[str, Any]], steps: int, console: Console
     console.print(table)
     console.print(
         "Base: codes, scales and everything that is not quantized (embeddings, norms).\n"
-        "Own state: for the calibration, given back after its steps, and for reports.\n"
+        "Calibration: three numbers per element of the adapter, given back after its steps.\n"
         "Cut energy: of the layer that lost most, relative to what it has learned.",
         style="dim",
     )
