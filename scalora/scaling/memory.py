@@ -4,7 +4,7 @@ With ``P~ = P diag(alpha)``, ``alpha`` in (0, 1], and Q as it is, what an adapte
 into the frozen weight at the pace at which new things are learned.  A column that is kept small can
 turn; one that has grown for long cannot (docs/mathematics.md, the memory of an adapter).
 
-Held by tests/rebasing/test_forgetting.py.
+Held by tests/scaling/test_memory.py.
 """
 
 from __future__ import annotations
