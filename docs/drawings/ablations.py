@@ -46,7 +46,7 @@ PICTURES = {
         ("training-state", "trainable-parameters", "learning-and-forgetting"),
     ),
     "4000-steps": (
-        ("--methods", "lora,scalora", "--steps", "4000", *TWO_RATES, "--seeds", "1"),
+        ("--methods", "lora,scalora", "--steps", "4000", *TWO_RATES, *ONE_SEARCHED),
         ("learning-curves",),
     ),
     "capacity": (
