@@ -21,9 +21,9 @@ ABLATIONS = Path(__file__).parents[1] / "ablations"
 
 BY_RANK = (
     "lora:r=1,lora:r=2,lora,lora:r=8,lora:r=16,lora:r=32,full-adapted,full,"
-    "scalora,scalora:accumulator=carry:carry_rank=16"
+    "scalora:r=1,scalora,scalora:accumulator=carry:carry_rank=16"
 )
-PEERS = "lora,lora+,dora,pissa,lora-ga,relora,reflora,riemannian,scalora"
+PEERS = "lora,lora+,dora,pissa,lora-ga,relora,reflora,hira,lora-fa,riemannian,scalora"
 FOUR_RATES = ("--learning-rates", "2e-3,1e-2,2e-2,6e-2")
 TWO_RATES = ("--learning-rates", "1e-2,2e-2")
 ONE_SEARCHED = ("--seeds", "3", "--search-seeds", "1")
