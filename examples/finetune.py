@@ -19,6 +19,7 @@ status is 1.
 """
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -181,6 +182,7 @@ def reliance(
 
 def peak_memory(name: str, batches: list, args: argparse.Namespace, classes: int) -> int:
     """Return the most bytes of a step that re-bases, in a run that is then thrown away."""
+    gc.collect()  # of what was thrown away before
     run = start(name, args.seed, args, classes)
     by_length = sorted(batches, key=lambda batch: batch["input_ids"].shape[1])
     shortest, longest = by_length[0].to(args.device), by_length[-1].to(args.device)

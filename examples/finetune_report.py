@@ -23,7 +23,8 @@ Each of three methods trains {steps} steps on {device}:
   LoRA          an adapter of rank {rank} beside every pretrained weight, which is frozen
   ScaLoRA       the same, re-based: once in 10 steps a part of what the adapter has learned
                 moves into the weight; no answer changes, and the adapter has room for more.
-                Up to 100 steps after the warm-up it also finds a factor for the rate
+                In the warm-up and the 100 steps after it, it also finds how long its
+                steps should be
   paper's rule  ScaLoRA, re-based on every step, as in the paper (arXiv 2510.23818)
 Each runs from two seeds. A seed draws the classification head, the batches and the dropout,
 the same for every method; the pretrained weights are always the same.

@@ -61,14 +61,14 @@ def rebasing(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     )
     if not isinstance(optimizer, scalora.ScaLoRA):
         return found
+    own = stored_bytes(optimizer.kept_tensors())
     layers = optimizer.report()
-    found["own_bytes"] = stored_bytes(optimizer.kept_tensors())
     found["rebasings"] = optimizer.rebase_count
     if any(layer.accumulator == "carry" for layer in layers):
         found["carry_bytes"] = sum(layer.bytes for layer in layers)
-        found["own_bytes"] -= found["carry_bytes"]
         found["carry_columns"] = max(layer.columns for layer in layers)
         found["largest_cut"] = layers.largest_cut
+    found["own_bytes"] = own - (found["carry_bytes"] or 0)
     return found
 
 
@@ -135,7 +135,8 @@ def print_table(results: dict[str, dict[str, Any]], steps: int, console: Console
     console.print(table)
     console.print(
         "Base: codes, scales and everything that is not quantized (embeddings, norms).\n"
-        "Calibration: three numbers per element of the adapter, given back after its steps.\n"
+        "Calibration: three numbers per element of the adapter, until 100 steps after the peak\n"
+        "of the learning rate.\n"
         "Cut energy: of the layer that lost most, relative to what it has learned.",
         style="dim",
     )

@@ -121,7 +121,8 @@ class ScaLoRACallback(TrainerCallback):
         complete_checkpoints(self.optimizer.model, completing if self._resumable else None)
         if state.global_step > 0:
             self._resume(self._checkpoint(args, state))
-        say(opening(self.optimizer, state.global_step, state.max_steps), args)
+        ends = state.global_step, state.max_steps
+        say(opening(self.optimizer, *ends, self._sharded), args)
         if self._logs is not None:  # of a run that was interrupted
             self._logs.detach()
         self._logs = ProgressLogs(self.optimizer)

@@ -15,9 +15,9 @@ from scalora.optimizer import ScaLoRA
 from scalora.warning import warn
 
 _QUIET = ("warning", "error", "critical")
-_MANY_ROUNDINGS = 100
+_MANY_STEPS = 1000
 _DRIFT = (
-    " The weights are in half precision and drift a little with each; rounding='compensated' "
+    " The weights are in half precision and drift as they are rounded; rounding='compensated' "
     "prevents that for a byte per weight."
 )
 
@@ -85,13 +85,14 @@ def say(line: str, args: TrainingArguments) -> None:
         tqdm.write(line)  # beside a progress bar
 
 
-def opening(optimizer: ScaLoRA, step: int, last: int) -> str:
+def opening(optimizer: ScaLoRA, step: int, last: int, is_sharded: bool) -> str:
     """Return the line with which a run begins; warn if it will never re-base.
 
     Args:
         optimizer: the run's.
         step: steps done before it.
         last: the step at which it ends.
+        is_sharded: whether its model is.
     """
     options, places = optimizer.options, list(optimizer.places.values())
     if optimizer.next_rebasing is None:
@@ -106,7 +107,9 @@ def opening(optimizer: ScaLoRA, step: int, last: int) -> str:
     where = " and ".join(f"{places.count(p)} {p}" for p in ("dense", "carry") if p in places)
     chosen = " ('auto')" if options.rule == "auto" else ""
     memory = f", memory {options.memory_steps:g} steps" if options.scales_P_alone else ""
-    drifts = times >= _MANY_ROUNDINGS and _rounds_stochastically(optimizer)
+    # A run that goes on, and one that is sharded, cannot take up another rounding.
+    is_free = optimizer.rebase_count == 0 and not is_sharded
+    drifts = is_free and last - step >= _MANY_STEPS and _rounds_stochastically(optimizer)
     return (
         f"ScaLoRA: {len(places)} LoRA layers are re-based ({where}), "
         f"rule {options.resolved_rule!r}{chosen}{memory}, once in {options.interval_steps} steps: "

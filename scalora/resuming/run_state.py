@@ -2,7 +2,7 @@
 
 And what the two must agree on.
 
-Held by tests/resuming/test_training_state.py.
+Held by tests/resuming/test_training_state.py and tests/resuming/test_optimizer_state.py.
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ D-adaptation (Defazio and Mishchenko, arXiv 2301.07733) and Prodigy (arXiv 2306.
 last step is made longer.  Where ``<g, u>`` is surely negative, steps shrink.  That is hypergradient
 descent (Baydin et al., arXiv 1703.04782) with the cosine in place of the product.
 
-Neither depends on the scale of the loss.  There is one factor for all layers and both of their
-factors, so it is another one where P and Q share their product differently.  From then on it is
-held, and the user's schedule has its meaning back (docs/mathematics.md, the length of a step).
+Neither depends on the scale of the loss.  One multiplier is found, for P and Q of all layers, so it
+is another one where P and Q share their product differently.  From then on it is held, and the
+user's schedule has its meaning back (docs/mathematics.md, the length of a step).
 
 Held by tests/step_length/test_calibration.py.
 """

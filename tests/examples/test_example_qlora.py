@@ -130,7 +130,8 @@ def test_bytes_are_those_of_the_formats(qlora, llama, text, tmp_path):
     carried, folded = (results[f"ScaLoRA, {precision}"] for precision in ("NF4", "float32"))
     assert carried["carry_bytes"] == 2 * 8 * both  # float16
     # Three numbers per element while the step is calibrated; what is folded is sketched, too.
-    assert carried["own_bytes"] >= 3 * carried["adapter_bytes"]
+    calibrating = 3 * carried["adapter_bytes"]
+    assert calibrating <= carried["own_bytes"] < calibrating + carried["carry_bytes"] / 2
     assert folded["own_bytes"] > carried["own_bytes"]
 
 

@@ -88,20 +88,28 @@ def test_run_of_60_steps_re_bases_by_default_and_says_so(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "rounding", "steps", "drifts"),
+    ("dtype", "options", "drifts"),
     [
-        (torch.bfloat16, "stochastic", 100, True),
-        (torch.float16, "stochastic", 100, True),
-        (torch.bfloat16, "stochastic", 99, False),
-        (torch.bfloat16, "compensated", 100, False),
-        (torch.float32, "stochastic", 100, False),
+        (torch.bfloat16, {}, True),
+        (torch.float16, {"interval": 100}, True),
+        (torch.bfloat16, {"rounding": "compensated"}, False),
+        (torch.bfloat16, {"rounding": "nearest"}, False),
+        (torch.bfloat16, {"accumulator": "carry"}, False),
+        (torch.float32, {}, False),
     ],
 )
-def test_run_that_rounds_many_times_says_that_it_drifts(dtype, rounding, steps, drifts):
+def test_long_run_that_may_choose_its_rounding_says_that_it_drifts(dtype, options, drifts):
     model = models.with_lora(models.Perceptron().to(dtype), target_modules=["first"])
     inner = torch.optim.AdamW(models.trainable(model))
-    optimizer = scalora.ScaLoRA(inner, model, interval=1, rounding=rounding)
-    assert ("rounding='compensated'" in opening(optimizer, 0, steps)) is drifts
+    optimizer = scalora.ScaLoRA(inner, model, **options)
+
+    def says(last, *, is_sharded=False):
+        return "rounding='compensated'" in opening(optimizer, 0, last, is_sharded)
+
+    assert says(1000) is drifts
+    assert not says(999) and not says(1000, is_sharded=True)
+    models.train(model, optimizer, models.vectors(4, 12).to(dtype), optimizer.next_rebasing)
+    assert optimizer.rebase_count == 1 and not says(2000)
 
 
 def test_resumed_run_says_when_the_next_re_basing_is_due(tmp_path, capsys):

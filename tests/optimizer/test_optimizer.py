@@ -162,6 +162,59 @@ def test_step_hooks_run():
     assert seen == ["before", "after"]
 
 
+def test_zero_gradients_do_no_harm():
+    model = make_model()
+    optimizer = rebasing(torch.optim.SGD(models.trainable(model), lr=0.1), model)
+    train(model, optimizer, range(3))
+    backward(model, 3)
+    for p in models.trainable(model):
+        p.grad.zero_()
+    before = models.parameters(model)
+    optimizer.step()
+    models.assert_same(before, models.parameters(model))
+
+
+def test_layer_without_a_gradient_is_left_alone():
+    model = make_model()
+    optimizer = rebasing(adamw(model), model)
+    train(model, optimizer, range(3))
+    optimizer.zero_grad()
+    backward(model, 3)
+    for name, p in model.named_parameters():
+        if ".2.lora_" in name:
+            p.grad = None
+    before = models.parameters(model)
+    optimizer.step()
+    after = models.parameters(model)
+    assert set(optimizer.last_scaling) == {"0"}
+    for name in before:
+        if ".2." in name:
+            assert torch.equal(before[name], after[name])
+
+
+def test_equal_seeds_round_equally_and_others_do_not():
+    def base_after(seed):
+        model = make_model(torch.bfloat16)
+        optimizer = rebasing(adamw(model), model, seed=seed)
+        for step in range(4):
+            optimizer.zero_grad()
+            x = torch.randn(8, 12, generator=torch.Generator().manual_seed(step)).bfloat16()
+            model(x).float().square().mean().backward()
+            optimizer.step()
+        return lora_pairs(model, "default")[0].base_weight.detach()
+
+    assert torch.equal(base_after(5), base_after(5))
+    assert not torch.equal(base_after(5), base_after(6))
+
+
+def test_two_peft_models_in_one_module_keep_their_layers_apart():
+    towers = nn.ModuleDict({"query": make_model(), "passage": make_model()})
+    optimizer = rebasing(torch.optim.SGD(models.trainable(towers), lr=0.1), towers)
+    names = [pair.name for pair in optimizer.rebased_pairs]
+    assert len(names) == 4
+    assert len(set(names)) == 4
+
+
 # Schedules
 
 

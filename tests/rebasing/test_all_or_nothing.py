@@ -38,36 +38,6 @@ def test_non_finite_gradient_changes_nothing_and_training_goes_on(value, where):
     assert optimizer.rebase_count == 3 + 4
 
 
-def test_zero_gradients_do_no_harm():
-    model = make_model()
-    optimizer = rebasing(torch.optim.SGD(models.trainable(model), lr=0.1), model)
-    train(model, optimizer, range(3))
-    backward(model, 3)
-    for p in models.trainable(model):
-        p.grad.zero_()
-    before = models.parameters(model)
-    optimizer.step()
-    models.assert_same(before, models.parameters(model))
-
-
-def test_layer_without_a_gradient_is_left_alone():
-    model = make_model()
-    optimizer = rebasing(adamw(model), model)
-    train(model, optimizer, range(3))
-    optimizer.zero_grad()
-    backward(model, 3)
-    for name, p in model.named_parameters():
-        if ".2.lora_" in name:
-            p.grad = None
-    before = models.parameters(model)
-    optimizer.step()
-    after = models.parameters(model)
-    assert set(optimizer.last_scaling) == {"0"}
-    for name in before:
-        if ".2." in name:
-            assert torch.equal(before[name], after[name])
-
-
 def coordinates(model: nn.Module, optimizer: scalora.ScaLoRA) -> dict[str, list[torch.Tensor]]:
     """Everything of each layer that must move together."""
     everything = {}

@@ -311,7 +311,7 @@ def test_training_with_every_optimizer_lowers_the_loss(
 def weights_after(
     optimizer: scalora.ScaLoRA, scale: float = 1.0, of_layers: str = ""
 ) -> dict[str, Tensor]:
-    """Train with the gradients of some layers in another unit."""
+    """Return the weights after a few steps with some layers' gradients in another unit."""
     for group in optimizer.param_groups:
         group["eps"] = 1e-30
     for step in range(8):

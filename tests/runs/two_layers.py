@@ -15,7 +15,7 @@ from scalora.peft_layers import lora_pairs
 
 
 def make_model(dtype: torch.dtype = torch.float32, *, from_zero: bool = False) -> nn.Module:
-    """Two LoRA layers and a trained head; both factors random unless ``from_zero``, PEFT's way."""
+    """Return two LoRA layers and a trained head; both factors random unless ``from_zero``."""
     torch.manual_seed(0)
     base = nn.Sequential(
         nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 6)
@@ -35,7 +35,7 @@ def adamw(model: nn.Module, lr: float = 1e-2, **arguments) -> torch.optim.AdamW:
 
 
 def rebasing(inner: torch.optim.Optimizer, model: nn.Module, **options) -> scalora.ScaLoRA:
-    """With a rule that re-bases every layer at every step."""
+    """Return a ScaLoRA with a rule that re-bases every layer at every step."""
     return scalora.ScaLoRA(inner, model, **{"rule": "exact", **options})
 
 
