@@ -53,6 +53,10 @@ PICTURES = {
         ("--methods", "lora,lora:ranks=2,scalora", *TWO_RATES, *ONE_SEARCHED),
         ("trainable-parameters", "learning-and-forgetting"),
     ),
+    "capacity-peers": (
+        ("--methods", PEERS, *TWO_RATES, "--seeds", "1"),
+        ("learning-and-forgetting",),
+    ),
     "regression": (
         (
             *("--methods", "lora:r=1,lora:r=2,lora,lora:r=8,scalora"),
