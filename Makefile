@@ -101,7 +101,7 @@ qlora-short: $(STAMP) ## the same, a few steps, for a CPU
 scaling: $(STAMP) ## MIUB against rank, model size and complexity of the data
 	$(BIN)/python examples/miub_scaling.py
 
-# Hours on two cores; docs/ablations.md names the command of each of its tables. The cache keeps what
+# Hours on two cores; docs/ablation_tables.md has the command of each table. The cache keeps what
 # is pretrained.
 ABLATE := OMP_WAIT_POLICY=PASSIVE $(BIN)/scalora ablate --jobs $(JOBS)
 EMBEDDED := domain-shift,sentiment,arithmetic,regression
