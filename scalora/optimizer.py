@@ -88,9 +88,9 @@ class ScaLoRA(torch.optim.Optimizer):
             nearly all of a small increment; for comparison).
         bound: columns are scaled by factors within ``[1/bound, bound]``.
         seed: of the stochastic rounding; use the same on every replica.
-        carry_rank: the most columns a layer's carry may hold, or ``"auto"``: room for four
-            re-basings at first, half as many more, up to 32 times the adapter's rank, whenever a
-            compression would cut more than ``carry_tolerance``.
+        carry_rank: the most columns that the carry of one layer may hold.  ``"auto"``: it begins
+            with room for four re-basings, and grows by half, up to 32 times the adapter's rank,
+            whenever a compression would cut more than ``carry_tolerance``.
         when_full: ``"compress"``: a full carry keeps its largest singular values, in three quarters
             of its columns.  That is due once in several re-basings, and is the one thing that waits
             for the device on a GPU.  ``"hold"``: the layer is plain LoRA from then on.
