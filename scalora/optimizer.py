@@ -66,7 +66,9 @@ class ScaLoRA(torch.optim.Optimizer):
         interval: re-base once every ``interval`` steps (the paper's ScaLoRA-I), or ``"auto"``: a
             tenth of the memory for the rules that have one, else 1.
         rule: ``"leak"`` (which ``"auto"`` is): every step leaves a share 1/K of ``lora_B`` to the
-            weight, where K is the memory.  ``"age"``: the same as a bound on each column's age.
+            weight, where K is the memory.  For ablations, the same as a bound on the length of
+            columns: ``"age"``, on each one's age; ``"expected"``, shared out by the theorem's
+            optimum in expectation over batches.
             These scale the columns of both factors: ``"exact"``, the theorem's objective, solved
             for its non-negative optimum; ``"paper"``, the theorem as published, ``H^-1 lambda``
             where that is non-negative and two scalars elsewhere; ``"scalar"``, always two scalars;
@@ -101,8 +103,9 @@ class ScaLoRA(torch.optim.Optimizer):
             distance to go, and shrink where the next gradient says that the last one was too long.
             The factor is then held, so that a schedule keeps its meaning.  0: never.  ``"auto"``:
             100 with ``rule="auto"``, else 0.
-        memory: for ``"auto"``, ``"leak"`` and ``"age"``: K, the number of steps that the adapter
-            remembers, counted at the highest learning rate; ``"auto"``: 100, and 15 for ``"age"``.
+        memory: for the rules that scale ``lora_B`` alone: K, the number of steps that the adapter
+            remembers, counted at the highest learning rate; ``"auto"``: 100, and 15 for ``"age"``
+            and ``"expected"``.
 
     Raises:
         TypeError: an optimizer whose state is not known, or an argument of the wrong type.
@@ -154,7 +157,7 @@ class ScaLoRA(torch.optim.Optimizer):
         )
         _check_inner(optimizer, model)
         moments = moments_of(optimizer)
-        if options.resolved_rule in ("direction", "age") and moments.direction is None:
+        if options.resolved_rule in ("direction", "age", "expected") and moments.direction is None:
             raise ValueError(
                 f"rule={options.rule!r} needs to know which way {type(optimizer).__name__} will "
                 "step; register it with a direction, or use rule='auto'."

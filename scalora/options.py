@@ -14,14 +14,14 @@ from typing import Any, Literal, TypedDict, get_args
 from scalora.arguments import described, did_you_mean
 from scalora.scaling import DEFAULT_BOUND
 
-Rule = Literal["auto", "leak", "age", "paper", "exact", "direction", "scalar", "none"]
+Rule = Literal["auto", "leak", "age", "expected", "paper", "exact", "direction", "scalar", "none"]
 Accumulator = Literal["auto", "dense", "carry"]
 Rounding = Literal["stochastic", "compensated", "nearest"]
 WhenFull = Literal["compress", "hold"]
 
 _CHOICES = {"rule": Rule, "accumulator": Accumulator, "rounding": Rounding, "when_full": WhenFull}
 _REBASING = tuple(rule for rule in get_args(Rule) if rule != "none")
-_WITH_MEMORY = ("auto", "leak", "age")
+_WITH_MEMORY = ("auto", "leak", "age", "expected")
 # Option -> the rules that it means something to; the options that are not here, to all.
 _RULES_OF: dict[str, tuple[str, ...]] = {
     "lipschitz": ("exact", "paper", "scalar"),
@@ -38,7 +38,7 @@ _RULES_OF: dict[str, tuple[str, ...]] = {
 _OF_A_CARRY = ("carry_rank", "when_full", "carry_tolerance")
 
 _AUTO_CALIBRATION = 100
-_AUTO_MEMORY = {"leak": 100.0, "age": 15.0}  # steps
+_AUTO_MEMORY = {"leak": 100.0, "age": 15.0, "expected": 15.0}  # steps
 _AUTO_INTERVALS = 10  # re-basings in one memory
 
 

@@ -36,6 +36,7 @@ TARGETS = {("auto", "ordinary"): 12, ("auto", "re-basing"): 80, ("exact", "re-ba
 Operations = dict[str, Counter[str]]
 """Kind of step -> name of an operation -> how many."""
 
+OTHER_RULES = ("direction", "paper", "scalar", "age", "expected")
 CASES = [
     Case(rule="none"),
     *(Case(inner, "auto", "dense", "stochastic") for inner in INNER),
@@ -44,7 +45,7 @@ CASES = [
     *(Case(inner, "exact", "dense", "stochastic") for inner in INNER),
     Case(rule="exact", accumulator="dense", rounding="compensated"),
     Case(rule="exact", accumulator="carry"),
-    *(Case(rule=rule, accumulator="dense") for rule in ("direction", "paper", "scalar", "age")),
+    *(Case(rule=rule, accumulator="dense") for rule in OTHER_RULES),
 ]
 
 

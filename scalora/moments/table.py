@@ -82,9 +82,9 @@ def register_moments(
             0 for a counter or anything that was already divided by a root of a second moment.
         direction: ``f(param, grad, state, group) -> Tensor``, the direction of the coming step
             (the optimizer subtracts ``lr * direction``), without weight decay.  All tensors have a
-            batch dimension in front.  ``rule="direction"`` and ``"age"`` need it, ``"exact"``,
-            ``"paper"`` and ``"scalar"`` match the magnitude by it if it is there, and the report
-            tells the age of columns by it.
+            batch dimension in front.  ``rule="direction"``, ``"age"`` and ``"expected"`` need it,
+            ``"exact"``, ``"paper"`` and ``"scalar"`` match the magnitude by it if it is there, and
+            the report tells the age of columns by it.
         direction_degree: 1 if the step grows with the gradient, else 0.
 
     Raises:

@@ -16,7 +16,8 @@ from scalora.options import RebasingOptions
 from scalora.peft_layers import LayerLookup, LoRAPair
 from scalora.rebasing.accumulators import CarryAccumulator, DenseAccumulator
 from scalora.rebasing.batches import Batching
-from scalora.rebasing.forgetting import Forgetting
+from scalora.rebasing.column_lengths import BoundedLengths
+from scalora.rebasing.leak import Leak
 from scalora.rebasing.optimal_step import OptimalStep
 from scalora.rebasing.sketch import FrozenSketches
 from scalora.step_length.rates import LearnedSteps
@@ -34,8 +35,8 @@ class Rebaser:
         pairs: the layers.
         layers: finds their tensors.
         places: layer name -> "dense" or "carry".
-        lipschitz_lr: layer name -> the smoothness constant L times the learning rate, 0-d, matched
-            at the layer's first re-basing and held from then on; by rules that match it.
+        measured: layer name -> what the rule measured of it: the smoothness constant L times the
+            learning rate, 0-d, matched at the layer's first re-basing; or means of descents, (r,).
         learned: what each layer has learned since it was last re-based.
         frozen: sketches of what was frozen, for reports and logs alone.
     """
@@ -47,15 +48,17 @@ class Rebaser:
         self.places = {pair.name: place for pair, place in pairs.items()}
         self.options = options
         self.moments = moments
-        self.lipschitz_lr: dict[str, Tensor] = {}
+        self.measured: dict[str, Tensor] = {}
         self._dense_accumulator = DenseAccumulator(options, self.pairs)
         self._carry_accumulator = CarryAccumulator(options)
         self.learned = LearnedSteps()
-        self._rule: Forgetting | OptimalStep
-        if options.scales_P_alone:
-            self._rule = Forgetting(options, moments, self.learned)
+        self._rule: Leak | BoundedLengths | OptimalStep
+        if options.resolved_rule == "leak":
+            self._rule = Leak(options, moments, self.learned)
+        elif options.scales_P_alone:
+            self._rule = BoundedLengths(options, moments, self.learned, self.measured)
         else:
-            self._rule = OptimalStep(options, moments, self.lipschitz_lr)
+            self._rule = OptimalStep(options, moments, self.measured)
         self.frozen = FrozenSketches(pairs)
         self.layers = LayerLookup(self.pairs)
         self._batching = Batching(self.layers, self._key)
@@ -76,11 +79,11 @@ class Rebaser:
         for pair in self.pairs:
             if (carry := pair.carry) is not None:
                 kept += [carry.up, carry.down, carry.cut]
-        return [*kept, *self.lipschitz_lr.values(), *self._dense_accumulator.residuals.values()]
+        return [*kept, *self.measured.values(), *self._dense_accumulator.residuals.values()]
 
     def forget(self) -> None:
         """Begin anew, as if nothing had been re-based."""
-        self.lipschitz_lr.clear()
+        self.measured.clear()
         self._dense_accumulator.residuals.clear()
         self.learned.load(None)
         self._last = []
@@ -91,7 +94,7 @@ class Rebaser:
         residuals = self._dense_accumulator.residuals
         return {
             pair.name: {
-                "product": self.lipschitz_lr.get(pair.name),
+                "measured": self.measured.get(pair.name),
                 "residual": residuals.get(pair.name),
                 "carry": None if (carry := pair.carry) is None else carry.state(),
             }
@@ -107,7 +110,7 @@ class Rebaser:
             layers: what `saved_layers` returned.
             rebased: names of the layers whose base weights have taken in increments.
         """
-        held = {"product": self.lipschitz_lr, "residual": self._dense_accumulator.residuals}
+        held = {"measured": self.measured, "residual": self._dense_accumulator.residuals}
         for kept in held.values():
             kept.clear()
         for pair in self.pairs:

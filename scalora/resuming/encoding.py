@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-STATE_VERSION = 6
+STATE_VERSION = 7
 """Format of ``optimizer.state_dict()["scalora"]`` and of ``scalora.safetensors``."""
 
 _KEYS = (
@@ -43,7 +43,7 @@ def flattened(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, An
 
     Returns:
         The tensors that are not None, by ``carry.up:``, ``carry.down:``, ``carry.cut:``,
-        ``carry.capacity:``, ``product:`` or ``residual:`` followed by a layer's name, or
+        ``carry.capacity:``, ``measured:`` or ``residual:`` followed by a layer's name, or
         ``frozen:`` followed by a layer's name, or ``step_length:`` followed by a name; and all
         other values.
     """
@@ -54,7 +54,7 @@ def flattened(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, An
         tensors |= {f"frozen:{name}": sketch for name, sketch in frozen["sketches"].items()}
     for name, layer in state["layers"].items():
         carry = {f"carry.{key}": value for key, value in (layer["carry"] or {}).items()}
-        memory = {"product": layer["product"], "residual": layer["residual"], **carry}
+        memory = {"measured": layer["measured"], "residual": layer["residual"], **carry}
         tensors |= {f"{key}:{name}": value for key, value in memory.items() if value is not None}
     length = state["step_length"]
     found = {key: value for key, value in length.items() if isinstance(value, Tensor)}
@@ -87,7 +87,7 @@ def saved_carry(tensors: Mapping[str, Tensor], layer: str) -> dict[str, Tensor] 
 
 def _memory(tensors: Mapping[str, Tensor], layer: str) -> dict[str, Any]:
     return {
-        "product": tensors.get(f"product:{layer}"),
+        "measured": tensors.get(f"measured:{layer}"),
         "residual": tensors.get(f"residual:{layer}"),
         "carry": saved_carry(tensors, layer),
     }

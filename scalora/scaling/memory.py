@@ -29,17 +29,54 @@ def leak(memory: float, steps: Steps) -> Steps:
     return (1 - 1 / memory) ** steps
 
 
-def bounded_age(lengths: Tensor, step: Tensor, memory: float) -> Tensor:
-    """Return the alpha, in (0, 1], that leaves no column of P older than ``memory`` steps.
+def longest(step: Tensor, memory: float) -> Tensor:
+    """Return how long a column of P may be that ``memory`` steps are to have made: (..., 1).
 
-    A column's age is the number of steps, all in one direction, that it is made of: its length over
-    that of one step.  ``alpha_j = min(1, K / age_j)``, (..., r): younger columns stay as they are.
+    Infinite where a layer does not move.
 
     Args:
-        lengths: (..., r), ``|p_j|``.
         step: (...,), how far one step at the highest learning rate moves a column of P.
         memory: K, in steps.
     """
-    longest = memory * step.unsqueeze(-1)
-    older = (lengths > longest) & (longest > 0)
-    return torch.where(older, longest / lengths, torch.ones_like(lengths))
+    return torch.where(step > 0, memory * step, torch.inf).unsqueeze(-1)
+
+
+def bounded(lengths: Tensor, most: Tensor) -> Tensor:
+    """Return the alpha, in [0, 1], that leaves no column longer than ``most``: (..., r).
+
+    ``alpha_j = min(1, most_j / |p_j|)``: shorter columns stay as they are.  With `longest` this
+    bounds a column's age, the number of steps, all in one direction, that it is made of.
+
+    Args:
+        lengths: (..., r), ``|p_j|``.
+        most: (..., r) or (..., 1).
+    """
+    return torch.where(lengths > most, most / lengths, torch.ones_like(lengths))
+
+
+def descent(lengths: Tensor, products: Tensor, squares: Tensor, degree: int) -> Tensor:
+    """Return what one batch says of the optimal lengths of P's columns, but for a unit: (..., r).
+
+    In expectation the optimum holds ``|p_j|^(1+d)`` at ``s_j / (L eta)``, where ``s_j`` is the mean
+    over batches of ``<g_Q,j, u_Q,j> |p_j|^(d-1) / |u_Q,j|^2``, which is returned.
+
+    Args:
+        lengths: (..., r), ``|p_j|``.
+        products: (..., r), ``<g_Q,j, u_Q,j>``: this batch's gradient, a direction of earlier ones.
+        squares: (..., r), ``|u_Q,j|^2``.
+        degree: d, of the direction in the gradient: 0 (Adam) or 1 (SGD).
+    """
+    found = products * lengths ** (degree - 1) / squares
+    return torch.where(found.isfinite(), found, torch.zeros_like(found))
+
+
+def shares(descents: Tensor, degree: int) -> Tensor:
+    """Return the optimal lengths of P's columns over their mean: (..., r).
+
+    Args:
+        descents: (..., r), means of `descent` over batches; a negative one counts as 0.
+        degree: as there.
+    """
+    lengths = descents.clamp_min(0) ** (1 / (1 + degree))
+    mean = lengths.mean(-1, keepdim=True)
+    return torch.where(mean > 0, lengths / mean, torch.ones_like(lengths))

@@ -24,6 +24,7 @@ CASES: dict[str, Case] = {
     "leak": (ADAMW, {"interval": 2}),
     "carry": (ADAMW, {"interval": 2, "accumulator": "carry", "carry_rank": 6}),  # compressed, too
     "age": (ADAMW, {"rule": "age", "interval": 2}),
+    "expected": (ADAMW, {"rule": "expected", "interval": 2}),
     "exact": (ADAMW, {"rule": "exact"}),
     "exact, carry": (ADAMW, {"rule": "exact", "accumulator": "carry"}),
     "direction": (ADAMW, {"rule": "direction"}),

@@ -28,7 +28,7 @@ from scalora.peft_layers import lora_pairs
 from scalora.step_length.rates import LearnedSteps
 
 R = 3
-RULES = ("leak", "age")
+RULES = ("leak", "age", "expected")
 
 
 def perceptron(dtype: torch.dtype = torch.float32, **config: Any) -> Any:
@@ -157,6 +157,42 @@ def test_age_bounds_the_columns_at_the_memory() -> None:
         # Adam moves no entry by much more than its rate: K steps, and the one after the re-basing.
         longest = 4 * rate * pair.P_parameter.shape[0] ** 0.5
         assert (pair.P_parameter.norm(dim=0) < 2 * longest).all()
+
+
+def adam_direction(state: dict[str, Tensor], g: Tensor) -> np.ndarray:
+    """Return the direction (r columns) of Adam's coming step if its gradient is g."""
+    step = float(state["step"]) + 1
+    first = (0.9 * state["exp_avg"] + 0.1 * g) / (1 - 0.9**step)
+    second = (0.999 * state["exp_avg_sq"] + 0.001 * g**2) / (1 - 0.999**step)
+    return (first / (second.sqrt() + 1e-8)).numpy()
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["minimize", "maximize"])
+def test_optimum_in_expectation_is_the_references_with_adam(sign: int) -> None:
+    model = perceptron(torch.float64, init_lora_weights=False)
+    options = {"lr": 1e-2, "weight_decay": 0.0, "maximize": sign < 0}
+    inner = torch.optim.AdamW(models.trainable(model), **options)
+    optimizer = scalora.ScaLoRA(inner, model, rule="expected", memory=3, interval=1)
+    train(model, optimizer, range(1))
+    means = {pair.name: np.zeros(R) for pair in optimizer.rebased_pairs}
+    for count in range(1, 5):
+        optimizer.zero_grad()
+        backward(model, count)
+        wanted = {}
+        for pair in optimizer.rebased_pairs:
+            P, Q = pair.P_parameter, pair.Q_parameter
+            assert P.grad is not None and Q.grad is not None
+            step = 1e-2 * adam_direction(inner.state[P], sign * P.grad)
+            earlier = adam_direction(inner.state[Q], torch.zeros_like(Q)).T
+            old = P.detach().numpy()
+            new = reference.descent(old, sign * Q.grad.numpy().T, earlier, 0)
+            means[pair.name] = 0.98 * means[pair.name] + 0.02 * new
+            longest = 3 * np.sqrt((step**2).sum() / R)
+            lengths = longest * reference.shares(means[pair.name], 0)
+            wanted[pair.name] = np.clip(lengths / np.linalg.norm(old, axis=0), 1e-3, 1)
+        optimizer.step()
+        for name, alpha in alphas(optimizer).items():
+            np.testing.assert_allclose(alpha.numpy(), wanted[name], rtol=1e-9)
 
 
 # What a re-basing leaves as it was
@@ -293,15 +329,18 @@ def test_moments_of_Q_move_with_alpha_and_those_of_P_stay(case: OptimizerCase) -
             np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("calibration", [0, 10])
+@pytest.mark.parametrize(
+    ("rule", "calibration"), [("leak", 0), ("leak", 10), ("age", 0), ("expected", 0)]
+)
 @pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.name)
 def test_training_with_every_optimizer_lowers_the_loss(
-    case: OptimizerCase, calibration: int
+    case: OptimizerCase, rule: str, calibration: int
 ) -> None:
     model = perceptron()
     rate = 0.1 if case.cls is torch.optim.SGD else 1e-2
     inner = case.cls(models.trainable(model), lr=rate, **case.options)
-    optimizer = scalora.ScaLoRA(inner, model, memory=10, interval=2, calibration=calibration)
+    options = {"memory": 10, "interval": 2, "calibration": calibration}
+    optimizer = scalora.ScaLoRA(inner, model, rule=rule, **options)
     inputs = models.vectors(16, 12)
     losses = models.train(model, optimizer, inputs, steps=40)
     assert optimizer.rebase_count == 20
@@ -449,7 +488,8 @@ def test_rank_of_the_change_grows_beyond_the_adapters(rule: str) -> None:
         assert (singular > 0.02 * singular[0]).sum() > R
 
 
-def test_rule_age_needs_the_direction_of_the_optimizer() -> None:
+@pytest.mark.parametrize("rule", ["age", "expected"])
+def test_bounded_lengths_need_the_direction_of_the_optimizer(rule: str) -> None:
     class Mine(torch.optim.AdamW):
         pass
 
@@ -457,14 +497,14 @@ def test_rule_age_needs_the_direction_of_the_optimizer() -> None:
     model = perceptron()
     inner = Mine(models.trainable(model))
     with pytest.raises(ValueError, match="which way Mine will step"):
-        scalora.ScaLoRA(inner, model, rule="age")
+        scalora.ScaLoRA(inner, model, rule=rule)
     scalora.ScaLoRA(inner, model)
 
 
-@pytest.mark.parametrize("pair_index", [0, 1])
+@pytest.mark.parametrize("pair_index", [0, 1, 2])
 def test_options_of_the_rule_are_what_was_asked_for(pair_index: int) -> None:
     optimizer = scalora_of(perceptron(), memory="auto", rule=RULES[pair_index])
-    assert optimizer.options.memory_steps == (100, 15)[pair_index]
+    assert optimizer.options.memory_steps == (100, 15, 15)[pair_index]
 
 
 def test_no_column_vanishes_however_short_the_memory() -> None:

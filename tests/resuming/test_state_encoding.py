@@ -107,7 +107,7 @@ VALUES = {
 @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES.keys())
 def test_tensor_of_any_kind_survives_packing(value: Tensor | None) -> None:
     state = make()[1].rebasing_state()
-    state["layers"]["first"] |= {"product": value, "residual": None}
+    state["layers"]["first"] |= {"measured": value, "residual": None}
     state["step_length"]["last"] = copy.deepcopy(value)
     [found, _] = unpacked({"state": {}, "param_groups": [{"scalora": packed(state)}]})
     assert plain(found) == plain(state)

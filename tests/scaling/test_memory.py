@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scalora.scaling.memory import bounded_age, leak
+from scalora.scaling.memory import bounded, descent, leak, longest, shares
 
 
 @given(st.floats(1.01, 1e4), st.floats(0, 1e3), st.floats(0, 1e3))
@@ -47,7 +47,7 @@ def test_bounded_age_is_the_reference_and_leaves_no_column_older(
     P, U = torch.randn(2, layers, m, r, generator=generator, dtype=torch.float64).unbind()
     P[:, :, 0] *= 100
     step = rate * U.square().sum((1, 2)).div(r).sqrt()
-    alpha = bounded_age(P.norm(dim=1), step, memory)
+    alpha = bounded(P.norm(dim=1), longest(step, memory))
     for layer in range(layers):
         wanted = reference.bounded_age(P[layer].numpy(), U[layer].numpy(), rate, memory)
         np.testing.assert_allclose(alpha[layer].numpy(), wanted, rtol=1e-12)
@@ -55,9 +55,60 @@ def test_bounded_age_is_the_reference_and_leaves_no_column_older(
     ages = (P * alpha.unsqueeze(1)).norm(dim=1) / step.unsqueeze(1)
     assert (ages <= memory * (1 + 1e-12)).all()
     # In other units of the loss, whose gradients an optimizer of degree 1 steps by, and of P.
-    torch.testing.assert_close(bounded_age(7 * P.norm(dim=1), 7 * step, memory), alpha)
+    torch.testing.assert_close(bounded(7 * P.norm(dim=1), longest(7 * step, memory)), alpha)
 
 
-def test_bounded_age_of_a_layer_that_does_not_move_is_1() -> None:
-    alpha = bounded_age(torch.tensor([[1.0, 0.0]]), torch.tensor([0.0]), 5.0)
+def test_layer_that_does_not_move_is_not_bounded() -> None:
+    alpha = bounded(torch.tensor([[1.0, 0.0]]), longest(torch.tensor([0.0]), 5.0))
     assert alpha.tolist() == [[1.0, 1.0]]
+
+
+def columns(layers: int, rows: int, r: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(layers, rows, r, generator=generator, dtype=torch.float64)
+
+
+def descents_of(P: torch.Tensor, g: torch.Tensor, U: torch.Tensor, degree: int) -> torch.Tensor:
+    return descent(P.norm(dim=1), (g * U).sum(1), U.square().sum(1), degree)
+
+
+@given(matrices, st.sampled_from([0, 1]), st.integers(0, 2**31 - 3))
+def test_descents_and_their_shares_are_the_references(
+    shape: tuple[int, int, int], degree: int, seed: int
+) -> None:
+    layers, m, r = shape
+    P, (g, U) = columns(layers, m, r, seed), (columns(layers, 5, r, seed + i) for i in (1, 2))
+    found = descents_of(P, g, U, degree)
+    lengths = shares(found, degree)
+    for layer in range(layers):
+        wanted = reference.descent(P[layer].numpy(), g[layer].numpy(), U[layer].numpy(), degree)
+        np.testing.assert_allclose(found[layer].numpy(), wanted, rtol=1e-9)
+        np.testing.assert_allclose(
+            lengths[layer].numpy(), reference.shares(wanted, degree), rtol=1e-9
+        )
+    # The mean is what K stands for, and a column that does not descend gets nothing.
+    torch.testing.assert_close(lengths.mean(-1), torch.ones(layers, dtype=torch.float64))
+    some = (found > 0).any(-1, keepdim=True)
+    assert torch.equal((lengths > 0) & some, (found > 0))
+
+
+@given(matrices, st.sampled_from([0, 1]), st.integers(0, 2**31 - 3), st.floats(0.1, 10))
+def test_optimal_lengths_do_not_depend_on_those_before_nor_on_units(
+    shape: tuple[int, int, int], degree: int, seed: int, unit: float
+) -> None:
+    """Longer columns have larger gradients of Q, and directions as their degree says."""
+    layers, m, r = shape
+    P, (g, U) = columns(layers, m, r, seed), (columns(layers, 5, r, seed + i) for i in (1, 2))
+    alpha = columns(layers, 1, r, seed + 3).exp()
+    found = descents_of(P, g, U, degree)
+    moved = descents_of(P * alpha, g * alpha, U * alpha**degree, degree)
+    torch.testing.assert_close(moved, found)
+    other = descents_of(P, g * unit, U * unit**degree, degree)
+    torch.testing.assert_close(shares(other, degree), shares(found, degree))
+
+
+@pytest.mark.parametrize("degree", [0, 1])
+def test_factor_that_is_still_zero_says_nothing_of_its_lengths(degree: int) -> None:
+    zero = torch.zeros(1, 2)
+    assert descent(zero, zero, zero, degree).tolist() == [[0.0, 0.0]]
+    assert shares(zero, degree).tolist() == [[1.0, 1.0]]

@@ -34,6 +34,7 @@ RUNS = {
     "paper": Run(options={"rule": "paper"}),
     "scalar": Run(options={"rule": "scalar"}),
     "direction": Run(options={"rule": "direction"}),
+    "expected": Run(options={"rule": "expected"}),
     "SGD": Run(optimizer=torch.optim.SGD, options={"rule": "exact"}),
     "Adagrad": Run(optimizer=torch.optim.Adagrad),
 }

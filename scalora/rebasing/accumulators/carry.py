@@ -171,13 +171,14 @@ class CarryAccumulator:
     def _dtype(self, pair: LoRAPair) -> torch.dtype:
         """Return the dtype of a carry that is made now.
 
-        Float16 beside a quantized base and an adapter in float32, under a rule that scales P alone:
-        the adapter then keeps what rounding an increment cuts, and what rounding a compression cuts
-        is far below the quantization's own error.  Else the adapter's, float32 at least.
+        Float16 beside a quantized base and an adapter in float32, under a rule that scales P alone,
+        by little at a time: the adapter then keeps what rounding an increment cuts, and what
+        rounding a compression cuts is far below the quantization's own error.  Else the adapter's,
+        float32 at least.
         """
         dtype = torch.promote_types(pair.P_parameter.dtype, pair.Q_parameter.dtype)
         factors = {pair.P_parameter.dtype, pair.Q_parameter.dtype}
-        narrow = self.options.scales_P_alone and is_quantized(pair)
+        narrow = self.options.resolved_rule in ("leak", "age") and is_quantized(pair)
         if narrow and factors == {torch.float32}:
             return torch.float16
         return torch.promote_types(dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""The rules that scale P alone, so that an adapter remembers its last K steps: leak and age.
+"""The default rule: P decays into the weight, so that an adapter remembers its last K steps.
 
 Held by tests/rebasing/test_forgetting.py.
 """
@@ -10,20 +10,17 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from scalora import sharding
 from scalora.moments import Moments
-from scalora.moments.history import widened
 from scalora.options import RebasingOptions
 from scalora.peft_layers import LoRAPair
 from scalora.rebasing.batches import LayerBatch, at_once
 from scalora.rebasing.coordinates import Q_RANK_AXIS, Rebased, with_P_scaled
-from scalora.scaling.memory import bounded_age, leak
-from scalora.scaling.quadratic import solver_dtype
-from scalora.step_length.rates import LearnedSteps, host_rate
+from scalora.scaling.memory import leak
+from scalora.step_length.rates import LearnedSteps
 
 
-class Forgetting:
-    """Moves what an adapter learned long ago into the weight.
+class Leak:
+    """Moves what an adapter learned long ago into the weight, a share of P per step.
 
     Args:
         options: the user's.
@@ -58,7 +55,7 @@ class Forgetting:
                 (due if self._has_learned(batch) else others).append(batch)
             if due:
                 histories = [self.moments.history(optimizer, batch.Q, Q_RANK_AXIS) for batch in due]
-                for found in with_P_scaled(due, histories, self._alpha(due, optimizer)):
+                for found in with_P_scaled(due, histories, self._alpha(due)):
                     yield found
                     self._mark(found.batch)
             for batch in others:
@@ -69,8 +66,6 @@ class Forgetting:
 
     def _has_learned(self, batch: LayerBatch) -> bool:
         """Return whether the layers have taken a step since they were last re-based."""
-        if self.options.resolved_rule == "age":
-            return True
         steps = self._steps(batch)
         return steps is None or steps > 0
 
@@ -78,14 +73,12 @@ class Forgetting:
         """Return `step_key` of all layers of a batch."""
         return self.step_key(batch.pairs[0], batch.index_P)
 
-    def _alpha(self, batches: Sequence[LayerBatch], optimizer: torch.optim.Optimizer) -> Tensor:
-        """Return (layers, r), or (layers, 1) where all columns have the same.
+    def _alpha(self, batches: Sequence[LayerBatch]) -> Tensor:
+        """Return (layers, 1): all columns of a layer have the same.
 
         In the dtype that factors are scaled in: their moments move with the very same number.
         """
         least = 1 / self.options.bound  # a column must not vanish
-        if self.options.resolved_rule == "age":
-            return torch.cat([self._bounded(b, optimizer) for b in batches]).clamp_min(least)
         memory, device = self.options.memory_steps, batches[0].P[0].device
         dtype = torch.promote_types(batches[0].P[0].dtype, torch.float32)
         known = [self._steps(batch) for batch in batches]
@@ -104,14 +97,3 @@ class Forgetting:
         ]
         on_device = [torch.as_tensor(alpha, dtype=dtype, device=device) for alpha in every]
         return torch.stack(on_device).clamp_min(least).unsqueeze(-1)
-
-    def _bounded(self, batch: LayerBatch, optimizer: torch.optim.Optimizer) -> Tensor:
-        """Return (layers, r), as `bounded_age` does."""
-        parameter, rows = sharding.stack(batch.P), sharding.rows_of(batch.P[0])
-        stacks = parameter, sharding.stack(sharding.gradients(batch.P))
-        _, moves = self.moments.gradient_and_direction(optimizer, batch.P, stacks, batch.group_P)
-        P = widened(parameter).flatten(2)
-        squares = torch.stack([P.square().sum(1), moves.flatten(2).square().sum(1)])
-        columns, moved = rows.sum(squares.to(solver_dtype(P.device)))
-        rate = self.learned.peak(batch.index_P, host_rate(batch.group_P["lr"]))
-        return bounded_age(columns.sqrt(), rate * moved.mean(-1).sqrt(), self.options.memory_steps)
