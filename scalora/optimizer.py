@@ -66,10 +66,10 @@ class ScaLoRA(torch.optim.Optimizer):
         interval: re-base once every ``interval`` steps (the paper's ScaLoRA-I), or ``"auto"``: a
             tenth of the memory for the rules that have one, else 1.
         rule: ``"leak"`` (which ``"auto"`` is): every step leaves a share 1/K of ``lora_B`` to the
-            weight, where K is the memory.  For ablations, the same as a bound on the length of
-            columns: ``"age"``, on each one's age; ``"expected"``, shared out by the theorem's
-            optimum in expectation over batches.
-            These scale the columns of both factors: ``"exact"``, the theorem's objective, solved
+            weight, where K is the memory.  Two others scale ``lora_B`` alone, for ablations:
+            ``"age"``, which bounds every column at the length of K steps, and ``"expected"``, which
+            shares those lengths out by the theorem's optimum in expectation over batches.  The rest
+            scale the columns of both factors: ``"exact"``, the theorem's objective, solved
             for its non-negative optimum; ``"paper"``, the theorem as published, ``H^-1 lambda``
             where that is non-negative and two scalars elsewhere; ``"scalar"``, always two scalars;
             ``"direction"``, the inner optimizer's own direction in place of the gradient.

@@ -21,14 +21,15 @@ WhenFull = Literal["compress", "hold"]
 
 _CHOICES = {"rule": Rule, "accumulator": Accumulator, "rounding": Rounding, "when_full": WhenFull}
 _REBASING = tuple(rule for rule in get_args(Rule) if rule != "none")
-_WITH_MEMORY = ("auto", "leak", "age", "expected")
+_BY_LENGTH = ("age", "expected")  # which count steps as the inner optimizer alone takes them
+_WITH_MEMORY = ("auto", "leak", *_BY_LENGTH)
 # Option -> the rules that it means something to; the options that are not here, to all.
 _RULES_OF: dict[str, tuple[str, ...]] = {
     "lipschitz": ("exact", "paper", "scalar"),
     "bound": _REBASING,
     "memory": _WITH_MEMORY,
     "interval": _REBASING,
-    "calibration": _REBASING,
+    "calibration": tuple(rule for rule in _REBASING if rule not in _BY_LENGTH),
     "accumulator": _REBASING,
     "rounding": _REBASING,
     "carry_rank": _REBASING,

@@ -59,26 +59,27 @@ def bounded_age(P: Array, U: Array, rate: float, memory: float) -> Array:
 
 
 def descent(P: Array, g: Array, U: Array, degree: int) -> Array:
-    """What one batch says of the optimal lengths of the columns of P (m, r), but for a unit: (r,).
+    """What one batch says of the optimal lengths of the columns of P (m, r): (2, r).
 
-    The gradient of Q is g (n, r), and U (n, r) is a direction of degree d.  The step through Q
-    lowers the loss by ``eta a_j^(1+d) <g_j, u_j>`` and moves the weight by
-    ``eta a_j^(1+d) |p_j| |u_j|``; half of that squared, times L, is taken off.  The best a_j leaves
-    ``(a_j |p_j|)^(1+d)`` at what is returned, over ``L eta``.
+    The gradient of Q is g (n, r), and U (n, r) is a direction of degree d.  With column j of P
+    times a_j, the step through Q lowers the loss by ``eta a_j^(1+d) <g_j, u_j>`` and moves the
+    weight by ``eta s a_j^(1+d) |p_j| |u_j|``; half of that squared, times L, is taken off.  The
+    best a_j leaves ``(a_j |p_j|)^(1+d)`` at the first row over the second, over ``L eta s^2``.
     """
-    found = []
+    found = np.zeros((2, P.shape[1]))
     for j in range(P.shape[1]):
         length = sum(float(P[i, j]) ** 2 for i in range(P.shape[0])) ** 0.5
-        product = sum(float(g[k, j] * U[k, j]) for k in range(g.shape[0]))
-        square = sum(float(U[k, j]) ** 2 for k in range(g.shape[0]))
-        best = product / (length**2 * square)  # a_j^(1+d) L eta
-        found.append(best * length ** (1 + degree))
-    return np.array(found)
+        for k in range(g.shape[0]):
+            # In coordinates in which the column has length 1.
+            gradient, direction = g[k, j] / length, U[k, j] / length**degree
+            found[0, j] += gradient * direction
+            found[1, j] += direction**2
+    return found
 
 
 def shares(descents: Array, degree: int) -> Array:
-    """The lengths (r,) that these stand for, over their mean; a negative one counts as 0."""
-    lengths = [max(0.0, float(x)) ** (1 / (1 + degree)) for x in descents]
+    """The lengths (r,) that means of these stand for, over their mean; negative ones count as 0."""
+    lengths = [max(0.0, float(x / y)) ** (1 / (1 + degree)) for x, y in descents.T]
     mean = sum(lengths) / len(lengths)
     return np.array([x / mean if mean > 0 else 1.0 for x in lengths])
 

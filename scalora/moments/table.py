@@ -84,7 +84,8 @@ def register_moments(
             (the optimizer subtracts ``lr * direction``), without weight decay.  All tensors have a
             batch dimension in front.  ``rule="direction"``, ``"age"`` and ``"expected"`` need it,
             ``"exact"``, ``"paper"`` and ``"scalar"`` match the magnitude by it if it is there, and
-            the report tells the age of columns by it.
+            the report tells the age of columns by it.  ``grad`` may be zero: the direction is then
+            that of the batches before.
         direction_degree: 1 if the step grows with the gradient, else 0.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How long the columns of P may be, for the rules that bound it: age and expected.
+"""The rules that bound the length of P's columns, for ablations: age and expected.
 
 Held by tests/rebasing/test_forgetting.py.
 """
@@ -24,13 +24,15 @@ _AVERAGED_STEPS = 50
 
 
 class BoundedLengths:
-    """Keeps the columns of P no longer than K steps of the inner optimizer make them.
+    """Bounds each column of P by the length that K steps of the inner optimizer make.
+
+    Or, with ``rule="expected"``, by the theorem's share of r times that length.
 
     Args:
         options: the user's.
         moments: how the optimizer's state depends on the gradient.
         learned: knows the highest learning rates.
-        descents: layer name -> (r,), where the mean of `descent` over batches is kept.
+        descents: layer name -> (2, r), where the mean of `descent` over batches is kept.
     """
 
     def __init__(
@@ -65,12 +67,12 @@ class BoundedLengths:
                 yield found
                 if means is not None:
                     names = [pair.name for pair in found.batch.pairs]
-                    self.descents.update(zip(names, means.unbind(), strict=True))
+                    self.descents.update(zip(names, means, strict=True))
 
     def _bounds(
         self, batch: LayerBatch, optimizer: torch.optim.Optimizer
     ) -> tuple[Tensor, Tensor | None]:
-        """Return alpha and, if the rule needs them, the means of the descents: (layers, r)."""
+        """Return alpha, (layers, r), and, if the rule needs them, `_descents`."""
         parameter, rows = sharding.stack(batch.P), sharding.rows_of(batch.P[0])
         stacks = parameter, sharding.stack(sharding.gradients(batch.P))
         _, moves = self.moments.gradient_and_direction(optimizer, batch.P, stacks, batch.group_P)
@@ -88,16 +90,20 @@ class BoundedLengths:
     def _descents(
         self, batch: LayerBatch, optimizer: torch.optim.Optimizer, lengths: Tensor
     ) -> Tensor:
-        """Return the means of the descents, with this batch's: (layers, r)."""
+        """Return the means of the descents, with this batch's: (layers, 2, r).
+
+        A column of which this batch says nothing keeps its own.
+        """
         gradients = sharding.stack(sharding.gradients(batch.Q))
         # Without a gradient of its own the direction is that of the batches before.
         stacks = sharding.stack(batch.Q), torch.zeros_like(gradients)
         _, earlier = self.moments.gradient_and_direction(optimizer, batch.Q, stacks, batch.group_Q)
         gradients = -gradients if batch.group_Q.get("maximize") else gradients
-        g, u = (sharding.own_columns(widened(x), batch.Q[0]) for x in (gradients, earlier))
+        g, u = widened(gradients).flatten(2), earlier.flatten(2)
         sums = torch.stack([(g * u).sum(-1), u.square().sum(-1)]).to(lengths.dtype)
-        products, squares = sharding.rows_of(batch.P[0]).sum(sums)
+        products, squares = sharding.rows_of(batch.Q[0]).gathered(sums, 2, batch.rank)
         new = descent(lengths, products, squares, self.moments.direction_degree)
         zero = torch.zeros_like(new[0])
         old = torch.stack([self.descents.get(pair.name, zero) for pair in batch.pairs])
-        return old.lerp(new, 1 - leak(_AVERAGED_STEPS, self.options.interval_steps))
+        weight = 1 - leak(_AVERAGED_STEPS, self.options.interval_steps)
+        return torch.where(new.isfinite().all(-2, keepdim=True), old.lerp(new, weight), old)

@@ -36,7 +36,7 @@ class Rebaser:
         layers: finds their tensors.
         places: layer name -> "dense" or "carry".
         measured: layer name -> what the rule measured of it: the smoothness constant L times the
-            learning rate, 0-d, matched at the layer's first re-basing; or means of descents, (r,).
+            learning rate, 0-d, matched at its first re-basing; or means of descents, (2, r).
         learned: what each layer has learned since it was last re-based.
         frozen: sketches of what was frozen, for reports and logs alone.
     """

@@ -1,6 +1,6 @@
 """Column scalings of P alone that let an adapter remember its last K steps.
 
-With ``P~ = P diag(alpha)``, ``alpha`` in (0, 1], and Q as it is, what an adapter has learned moves
+With ``P~ = P diag(alpha)``, ``alpha`` at most 1, and Q as it is, what an adapter has learned moves
 into the frozen weight at the pace at which new things are learned.  A column that is kept small can
 turn; one that has grown for long cannot (docs/mathematics.md, the memory of an adapter).
 
@@ -55,28 +55,34 @@ def bounded(lengths: Tensor, most: Tensor) -> Tensor:
 
 
 def descent(lengths: Tensor, products: Tensor, squares: Tensor, degree: int) -> Tensor:
-    """Return what one batch says of the optimal lengths of P's columns, but for a unit: (..., r).
+    """Return what one batch says of the optimal lengths of P's columns: (..., 2, r).
 
-    In expectation the optimum holds ``|p_j|^(1+d)`` at ``s_j / (L eta)``, where ``s_j`` is the mean
-    over batches of ``<g_Q,j, u_Q,j> |p_j|^(d-1) / |u_Q,j|^2``, which is returned.
+    In expectation over batches the optimum holds ``|p_j|^(1+d)`` at the mean of the first row over
+    the mean of the second, but for a factor that all columns of a layer share (docs/mathematics.md,
+    the memory of an adapter).  Neither row depends on the lengths that the columns have.
 
     Args:
         lengths: (..., r), ``|p_j|``.
         products: (..., r), ``<g_Q,j, u_Q,j>``: this batch's gradient, a direction of earlier ones.
         squares: (..., r), ``|u_Q,j|^2``.
         degree: d, of the direction in the gradient: 0 (Adam) or 1 (SGD).
+
+    Returns:
+        Not finite for a column that is still zero.
     """
-    found = products * lengths ** (degree - 1) / squares
-    return torch.where(found.isfinite(), found, torch.zeros_like(found))
+    powers = lengths ** (1 + degree), lengths ** (2 * degree)
+    return torch.stack([products / powers[0], squares / powers[1]], dim=-2)
 
 
 def shares(descents: Tensor, degree: int) -> Tensor:
     """Return the optimal lengths of P's columns over their mean: (..., r).
 
     Args:
-        descents: (..., r), means of `descent` over batches; a negative one counts as 0.
+        descents: (..., 2, r), means of `descent`; zero where nothing is known.  A column that does
+            not descend gets 0.  Where none does, all get the same.
         degree: as there.
     """
-    lengths = descents.clamp_min(0) ** (1 / (1 + degree))
+    products, squares = descents.unbind(-2)
+    lengths = (products.clamp_min(0) / squares).nan_to_num(0) ** (1 / (1 + degree))
     mean = lengths.mean(-1, keepdim=True)
     return torch.where(mean > 0, lengths / mean, torch.ones_like(lengths))

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import scalora
 from scalora.moments import moments_of
 from scalora.peft_layers import lora_pairs
+from scalora.rebasing.accumulators import DenseAccumulator
 from scalora.step_length.rates import LearnedSteps
 
 R = 3
@@ -160,21 +161,33 @@ def test_age_bounds_the_columns_at_the_memory() -> None:
 
 
 def adam_direction(state: dict[str, Tensor], g: Tensor) -> np.ndarray:
-    """Return the direction (r columns) of Adam's coming step if its gradient is g."""
+    """Return the direction of Adam's coming step if its gradient is g."""
     step = float(state["step"]) + 1
     first = (0.9 * state["exp_avg"] + 0.1 * g) / (1 - 0.9**step)
     second = (0.999 * state["exp_avg_sq"] + 0.001 * g**2) / (1 - 0.999**step)
     return (first / (second.sqrt() + 1e-8)).numpy()
 
 
+def momentum_direction(state: dict[str, Tensor], g: Tensor) -> np.ndarray:
+    return (0.9 * state["momentum_buffer"] + g).numpy()
+
+
+ADAM = torch.optim.AdamW, {"weight_decay": 0.0}, adam_direction, 0
+MOMENTUM = torch.optim.SGD, {"momentum": 0.9}, momentum_direction, 1
+
+
 @pytest.mark.parametrize("sign", [1, -1], ids=["minimize", "maximize"])
-def test_optimum_in_expectation_is_the_references_with_adam(sign: int) -> None:
+@pytest.mark.parametrize(
+    ("cls", "options", "direction", "degree"), [ADAM, MOMENTUM], ids=["Adam", "momentum"]
+)
+def test_optimum_in_expectation_is_the_references(
+    cls: Any, options: Any, direction: Any, degree: int, sign: int
+) -> None:
     model = perceptron(torch.float64, init_lora_weights=False)
-    options = {"lr": 1e-2, "weight_decay": 0.0, "maximize": sign < 0}
-    inner = torch.optim.AdamW(models.trainable(model), **options)
+    inner = cls(models.trainable(model), lr=1e-2, maximize=sign < 0, **options)
     optimizer = scalora.ScaLoRA(inner, model, rule="expected", memory=3, interval=1)
     train(model, optimizer, range(1))
-    means = {pair.name: np.zeros(R) for pair in optimizer.rebased_pairs}
+    means = {pair.name: np.zeros((2, R)) for pair in optimizer.rebased_pairs}
     for count in range(1, 5):
         optimizer.zero_grad()
         backward(model, count)
@@ -182,17 +195,62 @@ def test_optimum_in_expectation_is_the_references_with_adam(sign: int) -> None:
         for pair in optimizer.rebased_pairs:
             P, Q = pair.P_parameter, pair.Q_parameter
             assert P.grad is not None and Q.grad is not None
-            step = 1e-2 * adam_direction(inner.state[P], sign * P.grad)
-            earlier = adam_direction(inner.state[Q], torch.zeros_like(Q)).T
+            step = 1e-2 * direction(inner.state[P], sign * P.grad)
+            earlier = direction(inner.state[Q], torch.zeros_like(Q)).T
             old = P.detach().numpy()
-            new = reference.descent(old, sign * Q.grad.numpy().T, earlier, 0)
+            new = reference.descent(old, sign * Q.grad.numpy().T, earlier, degree)
             means[pair.name] = 0.98 * means[pair.name] + 0.02 * new
             longest = 3 * np.sqrt((step**2).sum() / R)
-            lengths = longest * reference.shares(means[pair.name], 0)
+            lengths = longest * reference.shares(means[pair.name], degree)
             wanted[pair.name] = np.clip(lengths / np.linalg.norm(old, axis=0), 1e-3, 1)
         optimizer.step()
         for name, alpha in alphas(optimizer).items():
             np.testing.assert_allclose(alpha.numpy(), wanted[name], rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "r"),
+    [(torch.optim.AdamW, {}, 1), (torch.optim.SGD, {}, R), (torch.optim.RMSprop, {}, R)],
+)
+def test_expected_is_age_where_there_is_nothing_to_share_out(
+    cls: Any, options: Any, r: int
+) -> None:
+    def trained(rule: str) -> dict[str, Tensor]:
+        model = perceptron(r=r)
+        inner = cls(models.trainable(model), lr=1e-2, **options)
+        optimizer = scalora.ScaLoRA(inner, model, rule=rule, memory=2, interval=1)
+        train(model, optimizer, range(6))
+        assert all((alpha < 1).any() for alpha in alphas(optimizer).values())
+        return training.effective_weights(optimizer)
+
+    torch.testing.assert_close(trained("expected"), trained("age"))
+
+
+def test_what_was_measured_is_kept_only_of_layers_that_were_rebased(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = perceptron()
+    optimizer = scalora_of(model, rule="expected", interval=1)
+    train(model, optimizer, range(3))
+
+    def measured() -> list[Tensor]:
+        layers = optimizer.state_dict()["scalora"]["layers"].values()
+        return [layer["measured"].clone() for layer in layers]
+
+    before = measured()
+    optimizer.zero_grad()
+    backward(model, 3)
+    with monkeypatch.context() as patched:
+        patched.setattr(DenseAccumulator, "commit", failing)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            optimizer.step()
+    assert all(map(torch.equal, measured(), before))
+    optimizer.step()
+    assert not any(map(torch.equal, measured(), before))
+
+
+def failing(*_: Any) -> None:
+    raise RuntimeError("out of memory")
 
 
 # What a re-basing leaves as it was
@@ -330,11 +388,11 @@ def test_moments_of_Q_move_with_alpha_and_those_of_P_stay(case: OptimizerCase) -
 
 
 @pytest.mark.parametrize(
-    ("rule", "calibration"), [("leak", 0), ("leak", 10), ("age", 0), ("expected", 0)]
+    ("rule", "calibration"), [("leak", 0), ("leak", 10), ("age", "auto"), ("expected", "auto")]
 )
 @pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.name)
 def test_training_with_every_optimizer_lowers_the_loss(
-    case: OptimizerCase, rule: str, calibration: int
+    case: OptimizerCase, rule: str, calibration: Any
 ) -> None:
     model = perceptron()
     rate = 0.1 if case.cls is torch.optim.SGD else 1e-2
@@ -422,7 +480,8 @@ def test_non_finite_factor_keeps_its_base_and_the_other_layers_go_on() -> None:
 @pytest.mark.parametrize("accumulator", ["dense", "carry"])
 @pytest.mark.parametrize("rule", RULES)
 def test_resumed_run_is_the_uninterrupted_one_to_the_bit(rule: str, accumulator: str) -> None:
-    options = {"rule": rule, "interval": 3, "accumulator": accumulator, "calibration": 6}
+    calibration = 6 if rule == "leak" else "auto"
+    options = {"rule": rule, "interval": 3, "accumulator": accumulator, "calibration": calibration}
 
     def run() -> tuple[Any, scalora.ScaLoRA, Any]:
         model = perceptron()

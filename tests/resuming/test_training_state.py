@@ -276,7 +276,7 @@ def _flip_a_bit_of_a_weight(folder: Path) -> None:
 
 def _flip_a_bit_of_a_calibrated_constant(folder: Path) -> None:
     def change(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-        tensors["product:first"].view(torch.int64)[...] ^= 1
+        tensors["measured:first"].view(torch.int64)[...] ^= 1
 
     _rewritten(folder, change)
 

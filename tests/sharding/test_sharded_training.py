@@ -49,7 +49,7 @@ REFUSED = {
     ),
     "Adafactor": (Run(optimizer=torch.optim.Adafactor), "other than Adafactor"),
 }
-SAVED = {name: RUNS[name] for name in ("default", "exact", "default, carry")}
+SAVED = {name: RUNS[name] for name in ("default", "exact", "expected", "default, carry")}
 
 
 @pytest.fixture(scope="module")
