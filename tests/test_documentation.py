@@ -1,5 +1,6 @@
 """The pages name what is there: files, tests, options, public names."""
 
+import json
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -72,3 +73,10 @@ def test_site_is_read_without_another_host():
     site = [REPOSITORY / "mkdocs.yml", *(DOCS / "site").iterdir()]
     assert not [path for path in site if path.is_file() and "https://" in text_of(path)]
     assert not [page for page in PAGES if "```mermaid" in text_of(page)]
+
+
+def test_records_behind_the_tables_are_of_runs_that_ended():
+    records = list((DOCS / "ablations" / "records").glob("*/runs/*.json"))
+    assert len(records) > 100
+    ended = {path.name: json.loads(text_of(path))["status"] for path in records}
+    assert {name for name, status in ended.items() if status != "ok"} == set()

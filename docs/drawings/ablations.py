@@ -65,7 +65,7 @@ PICTURES = {
         ("trainable-parameters",),
     ),
     "regression-rules": (
-        ("--methods", "lora,scalora,scalora:rule=exact,scalora:rule=paper", *ONE_SEARCHED),
+        ("--methods", "lora,scalora,scalora:memory=15,scalora:rule=paper", *ONE_SEARCHED),
         ("learning-rates",),
     ),
 }

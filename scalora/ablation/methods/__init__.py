@@ -74,7 +74,10 @@ def _rebased(*rules: str) -> tuple[str, ...]:
 SUITES: dict[str, tuple[str, ...]] = {
     "short": ("lora", "lora:ranks=8", "full-adapted", "full", "scalora"),
     "peers": tuple(RECIPES),
-    "rules": ("lora", *_rebased("auto", "exact", "paper", "scalar", "direction")),
+    "rules": (
+        *("lora", "scalora:rule=age", "scalora:rule=expected"),
+        *_rebased("auto", "exact", "paper", "scalar", "direction"),
+    ),
 }
 """Methods that are compared together, by what the comparison asks."""
 
