@@ -38,7 +38,7 @@ PICTURES = {
         ("learning-rates",),
     ),
     "domain-shift-peers": (
-        ("--methods", PEERS, *TWO_RATES, "--seeds", "1"),
+        ("--methods", PEERS, *TWO_RATES, *ONE_SEARCHED),
         ("learning-and-forgetting",),
     ),
     "domain-shift-ranks": (
@@ -50,11 +50,11 @@ PICTURES = {
         ("learning-curves",),
     ),
     "capacity": (
-        ("--methods", "lora,lora:ranks=2,scalora", *TWO_RATES, *ONE_SEARCHED),
+        ("--methods", "lora,lora:ranks=2,lora:r=4,lora:r=8,scalora", *TWO_RATES, *ONE_SEARCHED),
         ("trainable-parameters", "learning-and-forgetting"),
     ),
     "capacity-peers": (
-        ("--methods", PEERS, *TWO_RATES, "--seeds", "1"),
+        ("--methods", PEERS, *TWO_RATES, *ONE_SEARCHED),
         ("learning-and-forgetting",),
     ),
     "regression": (
